@@ -1,0 +1,59 @@
+"""Hypergradients for bilevel optimisation, in the notation of the textbook.
+
+    min over lam of  Phi(lam) = f(lam, theta*(lam)),    theta*(lam) = argmin over theta of g(lam, theta)
+
+    b = grad_theta f      H = hess_theta g      v = H^-1 b      dPhi/dlam = grad_lam f - (d2 g / dlam dtheta) v
+
+One module for each choice made in that line; see the table in the README.
+"""
+
+from importlib import import_module
+
+from bilevel_lite.algorithms import AID
+from bilevel_lite.hypergrad import (
+    check,
+    finite_difference_hypergradient,
+    hypergradient,
+    unrolled_hypergradient,
+)
+from bilevel_lite.linsolve import NegativeCurvatureWarning
+from bilevel_lite.params import flatten, unflatten
+from bilevel_lite.problem import BilevelProblem, WeightedRisk
+from bilevel_lite.session import progress, setup
+from bilevel_lite.solvers import CG, CGNormal, Direct, Identity, Neumann
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
+_LAZY = ("data", "exercises", "experiment", "models", "plotting", "tasks")
+
+__all__ = [
+    "AID",
+    "BilevelProblem",
+    "CG",
+    "CGNormal",
+    "Direct",
+    "Identity",
+    "NegativeCurvatureWarning",
+    "Neumann",
+    "WeightedRisk",
+    "check",
+    "finite_difference_hypergradient",
+    "flatten",
+    "hypergradient",
+    "progress",
+    "setup",
+    "unflatten",
+    "unrolled_hypergradient",
+    *_LAZY,
+]
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return import_module(f"bilevel_lite.{name}")
+    raise AttributeError(f"module 'bilevel_lite' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

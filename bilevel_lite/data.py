@@ -1,0 +1,331 @@
+"""Datasets, splits, label noise, and batches that live on the device.
+
+`load` looks first in the folder named by BILEVEL_LITE_DATA, then in the download cache, then on
+the network. Every file is checked against a SHA-256 before it is read; nothing is unpickled.
+"""
+
+import gzip
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel_lite.problem import check_labels
+
+__all__ = ["Batches", "DataError", "Dataset", "available", "corrupt_labels", "load", "split"]
+
+
+class DataError(RuntimeError):
+    """A dataset cannot be had: no network and no local copy, or a damaged file."""
+
+
+class Dataset(NamedTuple):
+    """A classification dataset in memory.
+
+    Attributes:
+        name: Its name.
+        x: Training inputs, shape (n, features), floating, pixels scaled to [0, 1].
+        y: Training labels, shape (n,), int64.
+        x_test: Test inputs.
+        y_test: Test labels.
+        num_classes: Labels are 0 .. num_classes-1.
+        image_shape: (height, width) of an input, for pictures.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int
+    image_shape: tuple[int, int]
+
+
+class _File(NamedTuple):
+    name: str
+    sha256_gz: str  # of the archive as the hosts below serve it
+    sha256: str  # of its content, the same whoever compressed it
+
+
+_MNIST_HOSTS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+_MNIST = {
+    "x": _File(
+        "train-images-idx3-ubyte",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "y": _File(
+        "train-labels-idx1-ubyte",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "x_test": _File(
+        "t10k-images-idx3-ubyte",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "y_test": _File(
+        "t10k-labels-idx1-ubyte",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+}
+
+
+def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> Dataset:
+    """Load a dataset by name.
+
+    Args:
+        name: ``"mnist"`` (60,000 + 10,000 images of 28 x 28) or ``"digits"`` (1,437 + 360 images
+            of 8 x 8 that ship with scikit-learn; no download).
+        dtype: Of the inputs; torch's default dtype if None.
+        download: Whether the network may be used when no local copy is found.
+
+    Returns:
+        `Dataset`, on the CPU.
+
+    Raises:
+        ValueError: for an unknown name.
+        DataError: if a file cannot be had, or is corrupted or truncated.
+    """
+    loaders = {"mnist": _load_mnist, "digits": _load_digits}
+    if name not in loaders:
+        raise ValueError(f"dataset: got {name!r}, expected one of {sorted(loaders)}")
+    return loaders[name](dtype or torch.get_default_dtype(), download)
+
+
+def available(name: str, fallback: str = "digits") -> str:
+    """Return ``name`` if it can be loaded, else ``fallback``, saying so in one line.
+
+    For notebooks: nothing fails and nothing hangs on a machine without network or local data.
+    """
+    try:
+        load(name)
+    except DataError as error:
+        print(f"{name} is not at hand here ({error.args[0].split(':')[0]}); using {fallback}.")
+        return fallback
+    return name
+
+
+def _load_digits(dtype, download):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    x = torch.as_tensor(pixels / 16.0, dtype=dtype)[order]
+    y = torch.as_tensor(labels, dtype=torch.int64)[order]
+    return Dataset("digits", x[:1437], y[:1437], x[1437:], y[1437:], 10, (8, 8))
+
+
+def _load_mnist(dtype, download):
+    parts = {key: read_idx(_fetch("mnist", file, download)) for key, file in _MNIST.items()}
+    images = {
+        key: torch.from_numpy(parts[key]).flatten(1).to(dtype).div_(255) for key in ("x", "x_test")
+    }
+    labels = {key: torch.from_numpy(parts[key]).long() for key in ("y", "y_test")}
+    return Dataset("mnist", **images, **labels, num_classes=10, image_shape=(28, 28))
+
+
+def _fetch(folder: str, file: _File, download: bool) -> bytes:
+    """Return a file's unzipped, verified content: local folder, then cache, then network."""
+    local = os.environ.get("BILEVEL_LITE_DATA")
+    if local:
+        path = Path(local) / folder / f"{file.name}.gz"
+        if path.exists():
+            return _verified(path, file)
+    import pooch
+
+    cache = Path(os.environ.get("BILEVEL_LITE_CACHE") or pooch.os_cache("bilevel_lite"))
+    cached = cache / folder / f"{file.name}.gz"
+    if cached.exists():
+        return _verified(cached, file)
+    if not download:
+        raise DataError(f"no local copy of {file.name}: downloading is switched off")
+    problems = []
+    for host in _MNIST_HOSTS:
+        try:
+            path = pooch.retrieve(
+                host + cached.name,
+                known_hash=f"sha256:{file.sha256_gz}",
+                fname=cached.name,
+                path=cached.parent,
+                downloader=pooch.HTTPDownloader(timeout=10, progressbar=_progress_bar()),
+            )
+            return _verified(Path(path), file)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            problems.append(f"{host}: {type(error).__name__}")
+    raise DataError(
+        f"no network and no local copy of {file.name}: tried {'; '.join(problems)}. Put the four "
+        f"files in a folder mnist/ and name its parent in BILEVEL_LITE_DATA"
+    )
+
+
+def _progress_bar() -> bool:
+    return os.environ.get("BILEVEL_LITE_PROGRESS") != "0"
+
+
+def _verified(path: Path, file: _File) -> bytes:
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path.name} is damaged: it does not unzip ({error}); delete {path} and try again"
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise DataError(
+            f"{path.name} is damaged: its content has sha256 {found[:12]}..., expected "
+            f"{file.sha256[:12]}...; delete {path} and try again"
+        )
+    return content
+
+
+def read_idx(content: bytes) -> np.ndarray:
+    """Read an array of bytes in the IDX format (MNIST's).
+
+    The header is two zero bytes, the type code 0x08 (unsigned byte), the number of dimensions,
+    and each dimension as a big-endian 32-bit integer; then the values, row-major.
+
+    Args:
+        content: The file, unzipped.
+
+    Returns:
+        uint8 array with the shape that the header gives; a writable copy.
+
+    Raises:
+        DataError: if the header is not IDX's, or the length does not match the header.
+    """
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise DataError(f"not an IDX file of bytes: it starts with {content[:4].hex()}")
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise DataError(f"IDX file cut short in its header ({len(content)} bytes)")
+    shape = struct.unpack(f">{content[3]}I", content[4:header])
+    values = np.frombuffer(content, dtype=np.uint8, offset=header)
+    if values.size != np.prod(shape, dtype=np.int64):
+        raise DataError(
+            f"IDX file holds {values.size} values, its header says {shape}; is it truncated?"
+        )
+    return values.reshape(shape).copy()
+
+
+def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
+    """Draw disjoint random index sets from range(n).
+
+    Args:
+        n: Number of examples.
+        sizes: Size of each set; their sum is at most ``n``.
+        generator: CPU generator.
+
+    Returns:
+        One int64 tensor per size, shape (size,).
+
+    Raises:
+        ValueError: if the sizes are negative or do not fit.
+    """
+    if min(sizes) < 0 or sum(sizes) > n:
+        raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
+    order = torch.randperm(n, generator=generator)
+    return list(order[: sum(sizes)].split(list(sizes)))
+
+
+def corrupt_labels(
+    y: Tensor, rate: float, num_classes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Redraw a fraction of the labels uniformly over all classes.
+
+    A redrawn label is right by luck with probability 1 / num_classes: of ten classes with rate
+    0.5, about 45 % of all labels end up wrong.
+
+    Args:
+        y: Labels, shape (n,).
+        rate: Fraction redrawn, from 0 to 1.
+        num_classes: Labels are 0 .. num_classes-1.
+        generator: CPU generator.
+
+    Returns:
+        The noisy labels, shape (n,), and a mask of those that are now *wrong*, shape (n,), bool.
+
+    Raises:
+        ValueError: if the rate or a label is out of range.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
+    check_labels(y, num_classes)
+    chosen = torch.randperm(len(y), generator=generator)[: round(rate * len(y))].to(y.device)
+    noisy = y.clone()
+    noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator).to(y)
+    return noisy, noisy != y
+
+
+class Batches:
+    """A sampler of batches (x, y, index) from tensors that stay on one device.
+
+    Each pass visits the examples in a new random order; a remainder smaller than a batch is left
+    out of that pass, so that every batch has the same size.
+
+    Args:
+        x: Inputs, shape (n, ...).
+        y: Labels or targets, shape (n, ...).
+        batch_size: Examples per batch, from 1 to n.
+        generator: CPU generator, so that every device sees the same batches.
+        num_classes: If given, labels are checked to be 0 .. num_classes-1 once, here.
+
+    Raises:
+        ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
+            label is out of range.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+        num_classes: int | None = None,
+    ):
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} rows and y has {len(y)}; expected the same number")
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= len(x):
+            raise ValueError(f"batch_size: got {batch_size!r}, expected 1 to {len(x)}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"x: {int((~torch.isfinite(x)).sum())} entries are NaN or infinite")
+        if num_classes is not None:
+            check_labels(y, num_classes)
+        self.x, self.y, self.batch_size, self.generator = x, y, batch_size, generator
+        self._start_pass()
+
+    def _start_pass(self):
+        self._before = self.generator.get_state()  # enough to replay this pass when resuming
+        self._order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+        self._position = 0
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next batch: x[index], y[index], index."""
+        if self._position + self.batch_size > len(self.x):
+            self._start_pass()
+        index = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        return self.x[index], self.y[index], index
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the whole set as one batch, in order."""
+        return self.x, self.y, torch.arange(len(self.x), device=self.x.device)
+
+    def state_dict(self) -> dict:
+        """Return the place in the current pass, and what replays it."""
+        return {"generator": self._before, "position": self._position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` returned, with the same batches to come."""
+        self.generator.set_state(state["generator"])
+        self._start_pass()
+        self._position = state["position"]

@@ -1,0 +1,117 @@
+"""The checks that students call: ``bl.exercises.check("1.2", my_function)``.
+
+A check prints one line and returns whether the answer is right. A stub (a function that raises
+NotImplementedError or returns None or ..., or ``...`` itself) is "not attempted yet". A check
+compares with an independent truth on data that the student has not seen, and its message says
+what was wrong in words.
+"""
+
+from importlib import import_module
+
+import torch
+
+__all__ = ["Wrong", "check", "close", "exercise"]
+
+_CHECKS = {}
+
+
+class Wrong(Exception):
+    """Raised by a check; the message is for the student."""
+
+
+class NotAttempted(Exception):
+    """Raised when the answer is still the stub."""
+
+
+def exercise(number: str):
+    """Register a check under its number, "chapter.k".
+
+    The decorated function takes the answer, returns nothing if it is right and raises `Wrong`
+    with a sentence if it is not. A callable answer arrives wrapped, so that a stub is noticed.
+    """
+
+    def register(function):
+        _CHECKS[number] = function
+        return function
+
+    return register
+
+
+def check(number: str, answer) -> bool:
+    """Check an answer and print one line about it.
+
+    Args:
+        number: The exercise, for example ``"1.2"``.
+        answer: Whatever the exercise asks for: a function, a number, a tensor, a string.
+
+    Returns:
+        True if the answer is right; False if it is wrong or not attempted yet.
+
+    Raises:
+        ValueError: for an unknown exercise number.
+    """
+    chapter = number.split(".")[0]
+    if chapter.isdigit():
+        try:
+            import_module(f"bilevel_lite.exercises.ch{int(chapter):02d}")
+        except ModuleNotFoundError:
+            pass
+    if number not in _CHECKS:
+        raise ValueError(f"number: there is no exercise {number!r}; known: {sorted(_CHECKS)}")
+    try:
+        _CHECKS[number](_attempted(answer))
+    except NotAttempted:
+        print(f"Exercise {number}: not attempted yet.")
+    except Wrong as wrong:
+        print(f"Exercise {number}: not yet. {wrong}")
+    except Exception as error:
+        print(f"Exercise {number}: not yet. Your code raised {type(error).__name__}: {error}")
+    else:
+        print(f"Exercise {number}: correct.")
+        return True
+    return False
+
+
+def _attempted(answer):
+    """Raise NotAttempted for a stub; wrap a function so that a stub inside it is noticed."""
+    if answer is None or answer is ...:
+        raise NotAttempted
+    if not callable(answer):
+        return answer
+
+    def wrapped(*args, **kwargs):
+        try:
+            result = answer(*args, **kwargs)
+        except NotImplementedError:
+            raise NotAttempted from None
+        if result is None or result is ...:
+            raise NotAttempted
+        return result
+
+    return wrapped
+
+
+def close(got, expected, what: str = "the result", rtol: float = 1e-6, hint: str = "") -> None:
+    """Compare an answer with the truth.
+
+    Args:
+        got: The student's tensor or number.
+        expected: The truth.
+        what: What the message calls it.
+        rtol: Largest ||got - expected|| / ||expected||.
+        hint: Added to the message when it is wrong.
+
+    Raises:
+        Wrong: if the shape differs or the error is larger than ``rtol``.
+    """
+    expected = torch.as_tensor(expected)
+    try:
+        got = torch.as_tensor(got).detach().to(expected)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"{what} should be a number or a tensor, got {type(got).__name__}.") from None
+    if got.shape != expected.shape:
+        raise Wrong(f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}.")
+    size = max(float(expected.norm()), 1e-300)
+    error = float((got - expected).norm()) / size
+    if not error <= rtol:
+        raise Wrong(f"{what} is off by a relative error of {error:.1e}. {hint}".rstrip())

@@ -1,0 +1,402 @@
+"""The hypergradient: implicit, by unrolling, by finite differences; and a check of one by another.
+
+    implicit     dPhi/dlam = grad_lam f - J v,  H v = b        (at theta ~ theta*)
+    unrolled     the derivative of f(lam, theta_T(lam)) through T steps of gradient descent
+    differences  (Phi(lam + eps e) - Phi(lam - eps e)) / (2 eps)
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.problem import BilevelProblem, evaluate, relative_size, require_variable
+from bilevel_lite.products import COST, cross_vp, dot, gradient, update_jvp, update_vjp
+from bilevel_lite.solvers import Direct, SolveInfo, Solver
+
+__all__ = [
+    "CheckReport",
+    "HypergradientInfo",
+    "UnrollInfo",
+    "check",
+    "finite_difference_hypergradient",
+    "hypergradient",
+    "unrolled_hypergradient",
+]
+
+
+@dataclass
+class HypergradientInfo:
+    """What an implicit hypergradient was made of.
+
+    Attributes:
+        outer_loss: f(lam, theta) on the outer batch, a scalar tensor.
+        direct: grad_lam f, like ``lam``.
+        implicit: -J v, like ``lam``.
+        v: The solution of H v = b, like ``theta``.
+        b: grad_theta f, like ``theta``.
+        solve: The solver's diagnosis.
+        gradients: Total cost in gradients of the inner loss on ``inner_batch``: work on another
+            batch counts in proportion to its number of examples.
+    """
+
+    outer_loss: Tensor
+    direct: Tensor
+    implicit: Tensor
+    v: Tensor
+    b: Tensor
+    solve: SolveInfo
+    gradients: float
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    lam: Tensor,
+    theta: Tensor,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    solver: Solver | None = None,
+    cross_batch: Any = None,
+    curvature_batch: Any = None,
+    return_info: bool = False,
+    diagnose: bool = True,
+    cross_mode: str = "dual",
+) -> Tensor | tuple[Tensor, HypergradientInfo]:
+    r"""The implicit-function-theorem hypergradient at (lam, theta).
+
+        b = grad_theta f,   (H + damping I) v = b,   dPhi/dlam ~ grad_lam f - J v
+
+    It is the derivative of Phi only where theta solves the inner problem; elsewhere its error is
+    proportional to the distance from theta*.
+
+    Args:
+        problem: The two losses.
+        lam: Outer variable, any shape.
+        theta: Inner variable, shape (d,), near theta*(lam).
+        inner_batch: Batch for H and J, unless the next two are given.
+        outer_batch: Batch for f.
+        solver: How v is found; `Direct` by default, for small problems.
+        cross_batch: Batch for J; by default ``inner_batch``.
+        curvature_batch: Batch for H; by default ``inner_batch``.
+        return_info: Also return a `HypergradientInfo`.
+        diagnose: With ``return_info``, have the residual computed even where it costs a product
+            (not counted in the cost).
+        cross_mode: How J v is computed; see `bilevel_lite.products.cross_vp`.
+
+    Returns:
+        A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
+
+    Raises:
+        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor.
+        ValueError: if a loss is not one finite number or misses a variable, or the result is not
+            finite.
+
+    Cost: 1 gradient (b and the direct term), the solver's products, 1 cross product.
+    Source: Pedregosa (2016), eq. 2; Lorraine et al. (2020), eq. 2.
+    """
+    require_variable("lam", lam)
+    require_variable("theta", theta)
+    solver = Direct() if solver is None else solver
+    curvature_batch = inner_batch if curvature_batch is None else curvature_batch
+    cross_batch = inner_batch if cross_batch is None else cross_batch
+
+    outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+    v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose=return_info and diagnose)
+    implicit = -cross_vp(problem.inner_loss, lam, theta, cross_batch, v, cross_mode)
+    total = direct + implicit
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError(
+            f"hypergradient: {int((~torch.isfinite(total)).sum())} of {total.numel()} entries are "
+            f"NaN or infinite (||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g})"
+        )
+    if not return_info:
+        return total
+    cost = (
+        COST["gradient"] * relative_size(outer_batch, inner_batch)
+        + solve.gradients * relative_size(curvature_batch, inner_batch)
+        + COST["cross"] * relative_size(cross_batch, inner_batch)
+    )
+    return total, HypergradientInfo(outer_loss, direct, implicit, v, b, solve, cost)
+
+
+@dataclass
+class UnrollInfo:
+    """What an unrolled hypergradient was made of.
+
+    Attributes:
+        theta: The last inner iterate theta_T, like ``theta0``.
+        outer_loss: f(lam, theta_T), a scalar tensor.
+        stored: Numbers kept in memory beyond one iterate: the iterates stored for the way back
+            (reverse), or the sensitivity d theta / d lam (forward).
+        gradients: Total cost in gradient-equivalents.
+    """
+
+    theta: Tensor
+    outer_loss: Tensor
+    stored: int
+    gradients: float
+
+
+def unrolled_hypergradient(
+    problem: BilevelProblem,
+    lam: Tensor,
+    theta0: Tensor,
+    steps: int,
+    lr: float,
+    mode: str = "reverse",
+    truncate: int | None = None,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    return_info: bool = False,
+) -> Tensor | tuple[Tensor, UnrollInfo]:
+    r"""The derivative of f(lam, theta_T(lam)) through T steps theta <- theta - lr grad_theta g.
+
+        reverse:  p = grad_theta f(theta_T);  for t = T-1, ..., T-K:
+                      h <- h - lr J_t p,   p <- p - lr H_t p
+        forward:  Z_0 = 0;  Z_{t+1} = Z_t - lr (H_t Z_t + J_t^T);   h = grad_lam f + Z_T^T grad_theta f
+
+    Reverse mode stores the iterates (K of them) and recomputes everything else, so it holds one
+    graph at a time. Forward mode stores one column of Z per entry of lam, whatever T is.
+
+    Args:
+        problem: The two losses.
+        lam: Outer variable, any shape.
+        theta0: Start of the inner descent, shape (d,); taken not to depend on lam.
+        steps: T, at least 1.
+        lr: Inner step size.
+        mode: ``"reverse"`` or ``"forward"``.
+        truncate: K: differentiate the last K steps only (reverse mode); None means all.
+        inner_batch: Batch of g, or a function t -> batch for a different one at each step.
+        outer_batch: Batch of f.
+        return_info: Also return an `UnrollInfo`.
+
+    Returns:
+        A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
+
+    Raises:
+        TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor.
+        ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive, ``mode`` is
+            unknown, ``truncate`` is used in forward mode, or the descent diverges.
+
+    Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
+    lam; 1 for f. Source: Franceschi et al. (2017), alg. 1 and 2; Shaban et al. (2019), truncated.
+    """
+    require_variable("lam", lam)
+    require_variable("theta0", theta0)
+    for name, value in (("steps", steps), ("truncate", truncate)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+    if not lr > 0:
+        raise ValueError(f"lr: got {lr}, expected a positive number")
+    if mode not in ("reverse", "forward"):
+        raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
+    if mode == "forward" and truncate is not None:
+        raise ValueError(f"truncate: got {truncate} with mode='forward'; only reverse truncates")
+    batch_at = inner_batch if callable(inner_batch) else (lambda t: inner_batch)
+    unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
+    h, info = unroll(problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at,
+                     outer_batch)
+    return (h, info) if return_info else h
+
+
+def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
+    kept = deque(maxlen=steps if truncate is None else min(truncate, steps))
+    for t in range(steps):
+        kept.append((t, theta))
+        theta = theta - lr * gradient(problem.inner_loss, lam, theta, batch_at(t), "inner_loss")[2]
+    outer_loss, h, p = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+    cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(kept)
+    info = UnrollInfo(theta, outer_loss, len(kept) * theta.numel(), cost)
+    while kept:
+        t, theta_t = kept.pop()
+        jp, hp = update_vjp(problem.inner_loss, lam, theta_t, batch_at(t), p)
+        h, p = h - lr * jp, p - lr * hp
+    return h, info
+
+
+def _unroll_forward(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
+    basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device)
+    z = [torch.zeros_like(theta) for _ in basis]
+    for t in range(steps):
+        batch = batch_at(t)
+        for j, e in enumerate(basis):
+            q, along = update_jvp(problem.inner_loss, lam, theta, batch, e.view_as(lam), z[j])
+            z[j] = z[j] - lr * along
+        theta = theta - lr * q
+    outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+    h = direct + torch.stack([dot(column, b) for column in z]).view_as(lam)
+    cost = COST["hvp"] * steps * lam.numel() + COST["gradient"]
+    return h, UnrollInfo(theta, outer_loss, lam.numel() * theta.numel(), cost)
+
+
+def finite_difference_hypergradient(
+    problem: BilevelProblem,
+    lam: Tensor,
+    solve_inner: Callable[[Tensor], Tensor],
+    eps: float = 1e-5,
+    outer_batch: Any = None,
+    directions: Tensor | None = None,
+) -> Tensor:
+    r"""Central differences of Phi(lam) = f(lam, solve_inner(lam)).
+
+        dPhi/dlam_j ~ (Phi(lam + eps e_j) - Phi(lam - eps e_j)) / (2 eps)
+
+    The error is eps^2 times a third derivative, plus the inner solver's own error divided by eps:
+    solve the inner problem far below eps.
+
+    Args:
+        problem: The two losses; only ``outer_loss`` is used.
+        lam: Outer variable, any shape.
+        solve_inner: lam -> theta*(lam), from the same start each time.
+        eps: Half the distance of the two evaluations, in lam's units.
+        outer_batch: Batch of f.
+        directions: Rows of directions like ``lam``, shape (k, *lam.shape); by default the
+            coordinate axes, so that the result is the hypergradient.
+
+    Returns:
+        A tensor like ``lam``, or shape (k,) with ``directions``.
+
+    Raises:
+        ValueError: if ``eps`` is not positive or f is not one finite number.
+
+    Cost: two inner solves per direction.
+    """
+    require_variable("lam", lam)
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}, expected a positive number")
+    lam = lam.detach()
+    axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+    rows = axes if directions is None else directions
+
+    def phi(point):
+        theta = solve_inner(point).detach()
+        return evaluate(problem.outer_loss, point, theta, outer_batch, "outer_loss").detach()
+
+    slopes = torch.stack([(phi(lam + eps * e) - phi(lam - eps * e)) / (2 * eps) for e in rows])
+    return slopes.view_as(lam) if directions is None else slopes
+
+
+@dataclass
+class CheckReport:
+    """A method's hypergradient beside two truths.
+
+    Attributes:
+        relative_error_exact: ||h - exact|| / ||exact||, exact being the direct solve at theta.
+        cosine_exact: Cosine of the angle between h and exact.
+        relative_error_differences: The same against finite differences.
+        cosine_differences: The same.
+        rtol: The relative error that was asked for.
+        passed: True if both relative errors are at most ``rtol``.
+        info: The method's own `HypergradientInfo`.
+    """
+
+    relative_error_exact: float | None
+    cosine_exact: float | None
+    relative_error_differences: float | None
+    cosine_differences: float | None
+    rtol: float
+    passed: bool
+    info: HypergradientInfo
+
+    def __str__(self):
+        lines = ["against            relative error   cosine"]
+        for name, error, cosine in (
+            ("exact solve", self.relative_error_exact, self.cosine_exact),
+            ("differences", self.relative_error_differences, self.cosine_differences),
+        ):
+            if error is not None:
+                lines.append(f"{name:<18} {error:>14.1e}   {cosine:.6f}")
+        solve = self.info.solve
+        verdict = "agrees" if self.passed else "DOES NOT AGREE"
+        lines.append(
+            f"{verdict} to {self.rtol:.0e} ({solve.solver}, {solve.products} products, "
+            f"relative residual {solve.relative_residual:.1e})"
+        )
+        return "\n".join(lines)
+
+
+def check(
+    problem: BilevelProblem,
+    lam: Tensor,
+    theta: Tensor,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    solver: Solver | None = None,
+    solve_inner: Callable[[Tensor], Tensor] | None = None,
+    rtol: float = 1e-4,
+    eps: float = 1e-5,
+    num_directions: int | None = None,
+    generator: torch.Generator | None = None,
+    verbose: bool = True,
+) -> CheckReport:
+    """Compare one method's hypergradient with an exact solve and with finite differences.
+
+    Args:
+        problem: The two losses.
+        lam: Outer variable.
+        theta: Inner variable near theta*(lam).
+        inner_batch: Batch of g.
+        outer_batch: Batch of f.
+        solver: The method to check; `Direct` by default.
+        solve_inner: lam -> theta*(lam); without it the finite differences are left out.
+        rtol: Relative error up to which the verdict is good.
+        eps: Step of the finite differences.
+        num_directions: Difference along this many random unit directions instead of every
+            coordinate; for a long lam.
+        generator: Source of those directions.
+        verbose: Print the report.
+
+    Returns:
+        `CheckReport`.
+
+    Raises:
+        ValueError: if there is nothing to compare with: theta is too large for an exact solve
+            and no ``solve_inner`` is given.
+
+    Cost: one hypergradient, one direct solve (d products) where d allows, two inner solves per
+    direction.
+    """
+    h, info = hypergradient(
+        problem, lam, theta, inner_batch, outer_batch, solver, return_info=True
+    )
+    exact = differences = None
+    if theta.numel() <= Direct().max_dim:
+        exact = _compare(h, hypergradient(problem, lam, theta, inner_batch, outer_batch))
+    if solve_inner is not None:
+        rows, projected = None, h
+        if num_directions is not None:
+            rows = torch.randn(num_directions, lam.numel(), generator=generator, dtype=lam.dtype)
+            rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
+            projected = rows @ h.reshape(-1)
+            rows = rows.view(-1, *lam.shape)
+        slopes = finite_difference_hypergradient(
+            problem, lam, solve_inner, eps, outer_batch, rows
+        )
+        differences = _compare(projected, slopes)
+    if exact is None and differences is None:
+        raise ValueError(
+            f"solve_inner: is needed, since theta has {theta.numel()} entries, too many for an "
+            "exact solve"
+        )
+    results = [pair for pair in (exact, differences) if pair is not None]
+    report = CheckReport(
+        *(exact or (None, None)),
+        *(differences or (None, None)),
+        rtol=rtol,
+        passed=all(error <= rtol for error, _ in results),
+        info=info,
+    )
+    if verbose:
+        print(report)
+    return report
+
+
+def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative error and cosine of h against the truth."""
+    size = float(truth.norm())
+    error = float((h - truth).norm()) / size if size else float(h.norm())
+    product = float(h.norm()) * size
+    return error, float(dot(h, truth)) / product if product else float("nan")

@@ -1,0 +1,68 @@
+"""A module's parameters as one vector.
+
+Everywhere in the package theta is a flat tensor, as in the equations. A module is only a way to
+read that vector: `unflatten` cuts it into named views with a single `split` (the backward of one
+split is one concatenation; the backward of a slice per layer would write a full-size zero tensor
+for each layer).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that theta holds: those that require a gradient, tied ones once.
+
+    Args:
+        model: Any module. Freeze a layer with ``requires_grad_(False)`` to keep it out of theta.
+
+    Returns:
+        Name to parameter, in the module's own order.
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(
+            f"model: {type(model).__name__} has no parameter with requires_grad=True, "
+            "so theta would be empty"
+        )
+    return params
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """Copy the module's trainable parameters into one detached vector theta, shape (d,)."""
+    return torch.cat([p.detach().reshape(-1) for p in trainable(model).values()])
+
+
+def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """Read theta as the module's parameters; the inverse of `flatten`, without copying.
+
+    Args:
+        model: The module whose shapes are used; its own parameters are not touched.
+        theta: Flat vector, shape (d,).
+
+    Returns:
+        Name to view of ``theta`` with the parameter's shape; gradients flow back to ``theta``.
+
+    Raises:
+        ValueError: if ``theta`` does not have exactly as many entries as the module.
+    """
+    params = trainable(model)
+    sizes = [p.numel() for p in params.values()]
+    if theta.shape != (sum(sizes),):
+        raise ValueError(
+            f"theta: got shape {tuple(theta.shape)}, expected ({sum(sizes)},), "
+            f"the trainable parameters of {type(model).__name__}"
+        )
+    chunks = theta.split(sizes)
+    return {
+        name: chunk.view(p.shape) for (name, p), chunk in zip(params.items(), chunks, strict=True)
+    }
+
+
+def predict(model: nn.Module, theta: Tensor, *inputs: Tensor) -> Tensor:
+    """Evaluate ``model(*inputs)`` with the parameters read from ``theta``, shape (d,)."""
+    return functional_call(model, unflatten(model, theta), inputs)

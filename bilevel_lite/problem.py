@@ -1,0 +1,224 @@
+"""The bilevel problem, the weighted risk, and the checks that every loss value passes.
+
+A problem is two functions of (lam, theta, batch). A batch is whatever they take; for supervised
+tasks it is a tuple (x, y, index), where ``index`` holds the examples' positions in the training
+set: that is how a weight finds its entry of lam.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bilevel_lite.params import predict
+
+__all__ = ["BilevelProblem", "Loss", "WeightedRisk", "evaluate"]
+
+Loss = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class BilevelProblem:
+    """min over lam of f(lam, theta*(lam)), theta*(lam) = argmin over theta of g(lam, theta).
+
+    Args:
+        inner_loss: g, called as ``inner_loss(lam, theta, batch)``; returns a scalar tensor.
+        outer_loss: f, called the same way.
+
+    Raises:
+        TypeError: if one of the two cannot be called.
+    """
+
+    def __init__(self, inner_loss: Loss, outer_loss: Loss):
+        for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
+            if not callable(loss):
+                raise TypeError(
+                    f"{name}: got {type(loss).__name__}, expected a function "
+                    "(lam, theta, batch) -> scalar"
+                )
+        self.inner_loss = inner_loss
+        self.outer_loss = outer_loss
+
+
+def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "loss") -> Tensor:
+    """Call ``loss(lam, theta, batch)`` and refuse anything but one finite number.
+
+    Args:
+        loss: The function to call.
+        lam: Outer variable.
+        theta: Inner variable, usually flat, shape (d,).
+        batch: Whatever ``loss`` takes.
+        name: What error messages call the function.
+
+    Returns:
+        Scalar tensor, shape ().
+
+    Raises:
+        ValueError: if the value is not a scalar tensor, or (on a CPU) not finite. On a GPU the
+            finiteness check would stall the device; there `hypergradient` checks its result.
+    """
+    value = loss(lam, theta, batch)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
+    if value.dim() != 0:
+        raise ValueError(
+            f"{name}: returned shape {tuple(value.shape)}, expected a scalar, shape (); "
+            "did you forget .mean() or .sum()?"
+        )
+    if value.device.type == "cpu" and not torch.isfinite(value):
+        raise ValueError(f"{name}: value is {value.item()}; {_culprit(lam, theta, batch)}")
+    return value
+
+
+def require_variable(name: str, value: Tensor) -> None:
+    """Refuse a lam or theta that cannot be differentiated.
+
+    Raises:
+        TypeError: if ``value`` is not a floating-point tensor.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
+
+
+def relative_size(batch: Any, unit: Any) -> float:
+    """Number of examples in ``batch`` over that in ``unit``; 1 where batches are not (x, y, ...).
+
+    Costs are counted in gradients on the inner batch, so work on a batch twice as large counts
+    twice.
+    """
+    sizes = [
+        len(b[0]) if isinstance(b, tuple | list) and b and isinstance(b[0], Tensor) else None
+        for b in (batch, unit)
+    ]
+    return 1.0 if None in sizes else sizes[0] / sizes[1]
+
+
+def _culprit(lam, theta, batch) -> str:
+    """Say which input of a loss holds NaN or infinity; looked at only once a value is bad."""
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    named = [("lam", lam), ("theta", theta)] + [(f"batch[{i}]", p) for i, p in enumerate(parts)]
+    for name, tensor in named:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return f"{name} has {bad} entries that are NaN or infinite"
+    return (
+        "lam, theta and batch are finite, so the loss itself overflowed (a step size too large?)"
+    )
+
+
+class WeightedRisk:
+    r"""A weighted empirical risk with an l2 term; call it like any loss.
+
+        g(lam, theta) = (1/n) sum_i sigma_i(lam) l(model(x_i; theta), y_i) + l2 ||theta||^2
+
+    The structure is kept (model, per-example losses, weights) because KFAC needs to see it; every
+    other solver treats it as a plain function.
+
+    Args:
+        model: Module with outputs of shape (n, C). Its own parameter values are not used.
+        loss: ``"cross_entropy"`` (y: integer labels, shape (n,)), or ``"mse"``
+            (l = 1/2 ||output - y||^2, y of shape (n, C), the Gaussian likelihood).
+        weight: ``weight(lam, batch)`` returns sigma, shape (n,); by default every weight is 1.
+            Data hypercleaning uses ``lambda lam, batch: lam[batch[2]]``.
+        l2: Coefficient of ||theta||^2 (its curvature is 2 * l2 on the diagonal).
+
+    Raises:
+        ValueError: for an unknown loss or a negative ``l2``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str = "cross_entropy",
+        weight: Callable[[Tensor, Any], Tensor] | None = None,
+        l2: float = 0.0,
+    ):
+        if loss not in ("cross_entropy", "mse"):
+            raise ValueError(f"loss: got {loss!r}, expected 'cross_entropy' or 'mse'")
+        if not l2 >= 0:
+            raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
+        self.model, self.loss, self.weight, self.l2 = model, loss, weight, l2
+
+    def outputs(self, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate the model on ``batch[0]``; shape (n, C)."""
+        x, y = batch[0], batch[1]
+        if x.shape[0] != y.shape[0]:
+            raise ValueError(
+                f"batch: x has {x.shape[0]} rows and y has {y.shape[0]}; expected the same number"
+            )
+        try:
+            return predict(self.model, theta, x)
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" in str(error) or "size" in str(error):
+                raise ValueError(
+                    f"batch: {type(self.model).__name__} cannot take x of shape "
+                    f"{tuple(x.shape)} ({error})"
+                ) from error
+            raise
+
+    def losses(self, theta: Tensor, batch: Any) -> Tensor:
+        """Return the unweighted loss of each example, shape (n,).
+
+        Raises:
+            ValueError: if x and y differ in length, x does not fit the model, or (checked on a
+                CPU; `bilevel_lite.data.Batches` checks once for any device) a label is out of
+                range.
+        """
+        outputs, y = self.outputs(theta, batch), batch[1]
+        if self.loss == "mse":
+            if outputs.shape != y.shape:
+                raise ValueError(
+                    f"batch: y has shape {tuple(y.shape)}, expected {tuple(outputs.shape)}, "
+                    "the shape of the model's output"
+                )
+            return 0.5 * (outputs - y).square().flatten(1).sum(1)
+        if y.dim() != 1 or y.is_floating_point():
+            raise ValueError(
+                f"batch: y has shape {tuple(y.shape)} and dtype {y.dtype}, "
+                "expected integer labels of shape (n,)"
+            )
+        if y.device.type == "cpu" and y.numel():
+            check_labels(y, outputs.shape[1])
+        return F.cross_entropy(outputs, y, reduction="none")
+
+    def weights(self, lam: Tensor, batch: Any) -> Tensor | None:
+        """Return sigma(lam) for the examples of the batch, shape (n,), or None for all ones.
+
+        Raises:
+            ValueError: if the weights do not come out as one number per example.
+        """
+        if self.weight is None:
+            return None
+        try:
+            sigma = self.weight(lam, batch)
+        except IndexError as error:
+            raise ValueError(
+                f"lam: has {lam.numel()} entries, too few for this batch ({error})"
+            ) from error
+        if sigma.shape != batch[1].shape[:1]:
+            raise ValueError(
+                f"weight: returned shape {tuple(sigma.shape)}, expected "
+                f"({batch[1].shape[0]},), one weight per example"
+            )
+        return sigma
+
+    def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate g(lam, theta) on the batch; a scalar."""
+        losses, sigma = self.losses(theta, batch), self.weights(lam, batch)
+        risk = losses.mean() if sigma is None else (sigma * losses).mean()
+        return risk + self.l2 * theta.square().sum() if self.l2 else risk
+
+
+def check_labels(y: Tensor, num_classes: int) -> None:
+    """Refuse labels outside 0..num_classes-1.
+
+    Raises:
+        ValueError: naming the offending label.
+    """
+    low, high = torch.aminmax(y)
+    if low < 0 or high >= num_classes:
+        bad = int(low) if low < 0 else int(high)
+        raise ValueError(f"labels: found {bad}, expected integers from 0 to {num_classes - 1}")

@@ -1,0 +1,246 @@
+"""Products with second derivatives, without ever forming a matrix.
+
+Costs are stated in gradient-equivalents: one forward and backward pass of the loss is 1. A product
+with a second derivative is counted as 2 (measured between 1 and 3, depending on the model and on
+what is kept). See `COST`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor
+
+from bilevel_lite.problem import Loss, evaluate
+
+__all__ = [
+    "COST",
+    "cross_vp",
+    "dot",
+    "gradient",
+    "hessian",
+    "hvp",
+    "hvp_operator",
+    "update_jvp",
+    "update_vjp",
+]
+
+# The package's unit of account, in gradient-equivalents.
+COST = {"gradient": 1, "hvp": 2, "cross": 2}
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
+    return (a * b).sum()
+
+
+def gradient(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the value and both gradients of a loss: (loss, grad_lam, grad_theta).
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable, any shape.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+        name: What error messages call the loss.
+
+    Returns:
+        The value, shape (); its gradient with respect to ``lam`` (zeros where the loss does not
+        depend on it); its gradient with respect to ``theta``. All detached.
+
+    Raises:
+        ValueError: if the value is not one finite number or does not depend on ``theta``.
+
+    Cost: 1 gradient.
+    """
+    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+    value = evaluate(loss, lam, theta, batch, name)
+    grad_lam, grad_theta = _grad(value, (lam, theta), name)
+    if grad_theta is None:
+        raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
+    if grad_lam is None:
+        grad_lam = torch.zeros_like(lam)
+    return value.detach(), grad_lam, grad_theta
+
+
+def _grad(value, inputs, name, **kwargs):
+    if not value.requires_grad:
+        raise ValueError(f"{name}: depends neither on lam nor on theta")
+    return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+
+
+def _gradient_graph(loss, lam, theta, batch, name):
+    """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
+    value = evaluate(loss, lam, theta, batch, name)
+    (grad,) = _grad(value, (theta,), name, create_graph=True)
+    if grad is None:
+        raise ValueError(f"{name}: does not depend on theta")
+    return grad
+
+
+def hvp_operator(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None
+) -> Callable[[Tensor], Tensor]:
+    r"""Return the function v -> H v, with H the Hessian of the loss in theta.
+
+        H v = grad_theta < grad_theta g(lam, theta), v >
+
+    The graph of the first gradient is built once and kept, so that each further product is one
+    backward pass through it. It lives as long as the returned function does.
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+
+    Returns:
+        A function that takes and gives a detached tensor like ``theta``.
+
+    Raises:
+        ValueError: if the loss is not one finite number or does not depend on ``theta``.
+
+    Cost: counted as 2 gradients per product.
+    """
+    theta = theta.detach().requires_grad_()
+    grad = _gradient_graph(loss, lam.detach(), theta, batch, "inner_loss")
+    if not grad.requires_grad:  # linear in theta: the Hessian is zero
+        return lambda v: torch.zeros_like(v)
+
+    def matvec(v: Tensor) -> Tensor:
+        (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if out is None else out
+
+    return matvec
+
+
+def hvp(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
+    """One Hessian-vector product H v, shape (d,); see `hvp_operator` for many at one point.
+
+    Cost: 2 gradients.
+    """
+    return hvp_operator(loss, lam, theta, batch)(v)
+
+
+def hessian(loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None) -> Tensor:
+    """The Hessian in theta as a matrix, shape (d, d), column by column; for small problems.
+
+    Cost: d products.
+    """
+    matvec = hvp_operator(loss, lam, theta, batch)
+    eye = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device)
+    columns = [matvec(e.view_as(theta)).reshape(-1) for e in eye]
+    matrix = torch.stack(columns, dim=1)
+    return 0.5 * (matrix + matrix.T)  # symmetric up to rounding; make it exactly so
+
+
+def cross_vp(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "dual"
+) -> Tensor:
+    r"""The cross-derivative product J v, with J = d2 g / (dlam dtheta), shaped like lam.
+
+        J v = grad_lam < grad_theta g(lam, theta), v >
+
+    Two ways, equal to rounding. ``"double_backward"`` is the formula as written. ``"dual"`` notes
+    that < grad_theta g, v > is the directional derivative of g along v: give theta the tangent v
+    (a dual number theta + eps v), evaluate g once, and differentiate the tangent of the value with
+    respect to lam only. The reverse pass then starts at lam and never reaches the network, which
+    makes it the cheaper way for deep models; for per-example weights it is one forward-mode pass.
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable, any shape.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+        v: Direction, shaped like ``theta``.
+        mode: ``"dual"`` or ``"double_backward"``. An operation without a forward-mode rule
+            raises NotImplementedError under ``"dual"``.
+
+    Returns:
+        Tensor like ``lam``, detached. Zeros where g depends on lam but not jointly with theta.
+
+    Raises:
+        ValueError: if the loss is not one finite number, does not depend on ``lam``, or ``mode``
+            is unknown.
+
+    Cost: counted as 2 gradients.
+    """
+    lam = lam.detach().requires_grad_()
+    if mode == "dual":
+        with fwad.dual_level():
+            value = evaluate(
+                loss, lam, fwad.make_dual(theta.detach(), v.detach()), batch, "inner_loss"
+            )
+            value, tangent = fwad.unpack_dual(value)
+        if not value.requires_grad:
+            raise ValueError("inner_loss: does not depend on lam")
+        along = tangent
+    elif mode == "double_backward":
+        theta = theta.detach().requires_grad_()
+        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        if grad_lam is None:
+            raise ValueError("inner_loss: does not depend on lam")
+        along = None if grad is None else dot(grad, v)
+    else:
+        raise ValueError(f"mode: got {mode!r}, expected 'dual' or 'double_backward'")
+    if along is None or not along.requires_grad:
+        return torch.zeros_like(lam)
+    (out,) = torch.autograd.grad(along, lam, allow_unused=True)
+    return torch.zeros_like(lam) if out is None else out
+
+
+def update_vjp(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both second-derivative products that one reverse step of unrolling needs: (J p, H p).
+
+    Returns:
+        J p like ``lam`` and H p like ``theta``, from one double backward pass.
+
+    Raises:
+        ValueError: if the loss does not depend on ``lam`` or on ``theta``.
+
+    Cost: counted as 2 gradients together.
+    """
+    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+    value = evaluate(loss, lam, theta, batch, "inner_loss")
+    grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+    for name, g in (("lam", grad_lam), ("theta", grad)):
+        if g is None:
+            raise ValueError(f"inner_loss: does not depend on {name}")
+    if not grad.requires_grad:
+        return torch.zeros_like(lam), torch.zeros_like(theta)
+    jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
+    return (
+        torch.zeros_like(lam) if jp is None else jp,
+        torch.zeros_like(theta) if hp is None else hp,
+    )
+
+
+def update_jvp(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, e: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What one forward step of unrolling needs: the gradient and its directional derivative.
+
+    Forward mode over reverse mode: with lam + eps e and theta + eps z the gradient in theta
+    becomes q + eps (H z + J^T e).
+
+    Returns:
+        q = grad_theta g and H z + J^T e, both like ``theta``, detached.
+
+    Raises:
+        ValueError: if the loss does not depend on ``theta``.
+
+    Cost: counted as 2 gradients (the gradient is a by-product).
+    """
+    with fwad.dual_level():
+        theta_dual = fwad.make_dual(theta.detach().requires_grad_(), z.detach())
+        lam_dual = fwad.make_dual(lam.detach(), e.detach())
+        grad = _gradient_graph(loss, lam_dual, theta_dual, batch, "inner_loss")
+        grad, tangent = fwad.unpack_dual(grad)
+        tangent = torch.zeros_like(grad) if tangent is None else tangent
+        return grad.detach(), tangent.detach()

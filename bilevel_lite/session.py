@@ -1,0 +1,63 @@
+"""What a notebook's first cell sets: seed, number type, device, figure style, progress bars."""
+
+import os
+
+import torch
+
+__all__ = ["pick_device", "progress", "setup"]
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the device to work on: ``name``, else $BILEVEL_LITE_DEVICE, else CUDA if there.
+
+    Raises:
+        ValueError: if the name is no device, or the device is not on this machine.
+    """
+    name = name or os.environ.get("BILEVEL_LITE_DEVICE") or None
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}, expected for example 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: got {name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return device
+
+
+def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
+    """Make a notebook reproducible: seed torch, set the default dtype, the figure style, the device.
+
+    Args:
+        seed: Seed of torch's global generator (layers' initial weights). Random draws in the
+            package take a ``torch.Generator`` of their own.
+        dtype: Default floating type. The theory chapters use float64 so that printed digits
+            hold on every machine; full-scale runs use float32.
+
+    Returns:
+        The device to put data and parameters on (see `pick_device`).
+    """
+    from bilevel_lite import plotting
+
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    # TF32 keeps ten bits of mantissa: figures made on a GPU would differ from those on a CPU.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    plotting.use_style()
+    return pick_device()
+
+
+def progress(iterable, **kwargs):
+    """Wrap ``iterable`` in a progress bar; return it untouched when BILEVEL_LITE_PROGRESS=0.
+
+    Under nbval and in stored notebooks the bar is off, because its text would never be the same.
+    Keyword arguments go to ``tqdm``.
+    """
+    if os.environ.get("BILEVEL_LITE_PROGRESS") == "0":
+        return iterable
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, leave=False, **kwargs)

@@ -1,0 +1,274 @@
+"""How v = H^-1 b is found: one small class for each choice of what stands for H and how to solve.
+
+Every solver is called the same way,
+
+    v, info = solver.solve(problem, lam, theta, batch, b)
+
+and says what it did. A solver may remember things between calls (its last v, for a warm start);
+`state_dict` and `load_state_dict` carry that across an interruption.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite import linsolve
+from bilevel_lite.products import COST, hessian, hvp_operator
+
+__all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
+
+
+@dataclass
+class SolveInfo:
+    """The diagnosis of one solve.
+
+    Attributes:
+        solver: Name of the solver.
+        iterations: Steps taken.
+        products: Curvature products spent on v (the one for a residual is not counted).
+        gradients: Cost of v in gradient-equivalents.
+        residual: ||b - (H + damping I) v||; None if ``diagnose=False`` and it is not free.
+        relative_residual: The same divided by ||b||: 0 is solved, 1 is no better than v = 0.
+        curvature: (smallest, largest) curvature met along the solver's directions, or None.
+        negative_curvature: True if one of them was zero or negative.
+        converged: True if the solver's tolerance was met, None if it has none.
+    """
+
+    solver: str
+    iterations: int
+    products: int
+    gradients: float
+    residual: float | None = None
+    relative_residual: float | None = None
+    curvature: tuple[float, float] | None = None
+    negative_curvature: bool = False
+    converged: bool | None = None
+
+
+class Solver:
+    """Base of the solvers: the operator, the residual, the remembered v."""
+
+    damping = 0.0
+    warm_start = False
+
+    def __init__(self):
+        self._v: Tensor | None = None
+
+    def __repr__(self):
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({options})"
+
+    def solve(
+        self,
+        problem: Any,
+        lam: Tensor,
+        theta: Tensor,
+        batch: Any,
+        b: Tensor,
+        diagnose: bool = True,
+    ) -> tuple[Tensor, SolveInfo]:
+        """Return v, an approximation of H^-1 b, and what it took.
+
+        Args:
+            problem: A `BilevelProblem`; only its ``inner_loss`` is used.
+            lam: Outer variable.
+            theta: Inner variable, the point where H is taken.
+            batch: The curvature batch.
+            b: Right-hand side, like ``theta``.
+            diagnose: Also compute the residual where it is not free (one more product,
+                not counted in the cost).
+
+        Returns:
+            v like ``b``, and a `SolveInfo`.
+
+        Raises:
+            ValueError: if ``b`` does not have theta's shape, or as the solver says.
+        """
+        if b.shape != theta.shape:
+            raise ValueError(
+                f"b: got shape {tuple(b.shape)}, expected {tuple(theta.shape)}, that of theta"
+            )
+        if self.warm_start and self._v is not None and self._v.shape != b.shape:
+            raise ValueError(
+                f"{type(self).__name__}: remembers a v of shape {tuple(self._v.shape)}, but b has "
+                f"shape {tuple(b.shape)}; use a new solver for a new problem"
+            )
+        matvec = _Lazy(lambda: hvp_operator(problem.inner_loss, lam, theta, batch))
+        done = self._solve(problem, lam, theta, batch, b, matvec)
+        v = done.solution.detach()
+        if self.warm_start:
+            self._v = v
+        if done.residual is None and diagnose:
+            done.residual = float((b - matvec(v) - self.damping * v).norm())
+            b_norm = float(b.norm())
+            done.relative_residual = done.residual / b_norm if b_norm else done.residual
+        return v, SolveInfo(
+            solver=type(self).__name__,
+            iterations=done.iterations,
+            products=done.products,
+            gradients=COST["hvp"] * done.products,
+            residual=done.residual,
+            relative_residual=done.relative_residual,
+            curvature=done.curvature,
+            negative_curvature=done.negative_curvature,
+            converged=done.converged,
+        )
+
+    def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """Return what is remembered between calls."""
+        return {"v": self._v}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
+        self._v = state["v"]
+
+
+class _Lazy:
+    """An operator built when it is first applied: `Identity` without a residual never needs it."""
+
+    def __init__(self, build):
+        self.build, self.matvec = build, None
+
+    def __call__(self, v):
+        if self.matvec is None:
+            self.matvec = self.build()
+        return self.matvec(v)
+
+
+def _check_curvature(curvature: str) -> str:
+    if curvature != "hessian":
+        raise ValueError(f"curvature: got {curvature!r}, expected 'hessian'")
+    return curvature
+
+
+class Direct(Solver):
+    """Form H and solve exactly, v = (H + damping I)^-1 b. The truth for small problems.
+
+    Args:
+        damping: Added to the diagonal.
+        curvature: What stands for H; ``"hessian"``.
+        max_dim: Refuse larger problems: H takes max_dim^2 numbers and d^3 operations.
+
+    Raises:
+        ValueError: in `solve`, if theta has more than ``max_dim`` entries or H is singular.
+
+    Cost: d products (2 d gradients) and a factorisation.
+    """
+
+    def __init__(self, damping: float = 0.0, curvature: str = "hessian", max_dim: int = 4000):
+        super().__init__()
+        self.damping, self.curvature = damping, _check_curvature(curvature)
+        self.max_dim = max_dim
+
+    def _solve(self, problem, lam, theta, batch, b, matvec):
+        if theta.numel() > self.max_dim:
+            raise ValueError(
+                f"theta: has {theta.numel()} entries, more than max_dim={self.max_dim} that "
+                "Direct will form a matrix for; use CG"
+            )
+        return linsolve.direct(hessian(problem.inner_loss, lam, theta, batch), b, self.damping)
+
+
+class Identity(Solver):
+    """v = step * b: H replaced by I / step. One unrolled step of size ``step`` (T1-T2, DARTS).
+
+    Args:
+        step: Step size, in units of 1 / curvature.
+
+    Raises:
+        ValueError: if ``step`` is not positive.
+
+    Cost: nothing. Source: Luketina et al. (2016).
+    """
+
+    def __init__(self, step: float):
+        super().__init__()
+        if not step > 0:
+            raise ValueError(f"step: got {step}, expected a positive number")
+        self.step = step
+
+    def _solve(self, problem, lam, theta, batch, b, matvec):
+        return linsolve.LinearSolve(self.step * b, iterations=0, products=0)
+
+
+class Neumann(Solver):
+    """v = step * sum over j < terms of (I - step H)^j b; see `bilevel_lite.linsolve.neumann`.
+
+    Args:
+        terms: Number of summands: 1 is `Identity`, K is K truncated steps of unrolling.
+        step: Step size; needs step < 2 / (largest curvature).
+        damping: Added to H's diagonal, once.
+        curvature: What stands for H; ``"hessian"``.
+
+    Raises:
+        ValueError: in `solve`, if the series diverges beyond the largest number.
+
+    Cost: terms - 1 products.
+    """
+
+    def __init__(
+        self, terms: int, step: float, damping: float = 0.0, curvature: str = "hessian"
+    ):
+        super().__init__()
+        linsolve._at_least("terms", terms, 1)
+        self.terms, self.step, self.damping = terms, step, damping
+        self.curvature = _check_curvature(curvature)
+
+    def _solve(self, problem, lam, theta, batch, b, matvec):
+        return linsolve.neumann(matvec, b, self.terms, self.step, self.damping)
+
+
+class CG(Solver):
+    """Conjugate gradients on (H + damping I) v = b; see `bilevel_lite.linsolve.cg`.
+
+    Args:
+        iters: Steps at most.
+        tol: Relative residual at which to stop.
+        damping: Added to H's diagonal, once.
+        curvature: What stands for H; ``"hessian"``.
+        warm_start: Start from the last call's v (one more product a call).
+
+    Raises:
+        ValueError: in `solve`, if a product is not finite.
+
+    Warns:
+        NegativeCurvatureWarning: if H is not positive definite along a direction.
+
+    Cost: ``iters`` products, one more with a warm start.
+    """
+
+    def __init__(
+        self,
+        iters: int,
+        tol: float = 1e-10,
+        damping: float = 0.0,
+        curvature: str = "hessian",
+        warm_start: bool = False,
+    ):
+        super().__init__()
+        linsolve._at_least("iters", iters, 1)
+        self.iters, self.tol, self.damping = iters, tol, damping
+        self.curvature, self.warm_start = _check_curvature(curvature), warm_start
+
+    _method = staticmethod(linsolve.cg)
+
+    def _solve(self, problem, lam, theta, batch, b, matvec):
+        x0 = self._v if self.warm_start else None
+        return self._method(matvec, b, self.iters, self.tol, self.damping, x0)
+
+
+class CGNormal(CG):
+    """CG on the normal equations; see `bilevel_lite.linsolve.cg_normal`.
+
+    The arguments are those of `CG`. Each step costs two products and the condition number is
+    squared; for a fair comparison with `CG` give both the same number of products.
+
+    Cost: 2 * iters + 1 products, one more with a warm start.
+    """
+
+    _method = staticmethod(linsolve.cg_normal)

@@ -1,0 +1,5 @@
+"""The bilevel tasks of the book."""
+
+from bilevel_lite.tasks import hypercleaning
+
+__all__ = ["hypercleaning"]
