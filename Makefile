@@ -1,0 +1,81 @@
+# Everything here works on a machine that has only Python (3.10 or newer) and make: .venv is set up when first needed.
+#   PYTHON=python3.12        the interpreter to make .venv with
+#   CPU=1                    on Linux without a GPU: fetch the small CPU build of torch, not the CUDA build
+#   TORCH_PREINSTALLED=1     on a GPU machine: keep the torch that is there (PYTHON must be the interpreter that has it)
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run lab html test quick execute check figures bench lint repo clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  make run CH=05, make execute CH=05 and make check CH=05 take one chapter; options: see the top of Makefile"
+
+setup: $(READY) ## create .venv (or bring it up to date) with everything the book needs
+
+# torch comes first, in a step of its own: no later step can then exchange it for another build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit( \
+	    'The book needs Python 3.10 or newer, and $(PYTHON) is ' + sys.version.split()[0] + \
+	    '. Name a newer one: make setup PYTHON=python3.12')"
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)."; exit 1; }
+ifeq ($(TORCH_PREINSTALLED),1)
+	@$(PYTHON) -c "import torch" || { echo "TORCH_PREINSTALLED=1, but $(PYTHON) has no torch."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	grep -v -E '^torch(vision)?==' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -c "import torch" || \
+	    { echo "$(VENV) does not see the torch of $(PYTHON): is that one a virtual environment itself?"; exit 1; }
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__)" >> $(VENV)/constraints.txt
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	    $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu) torch
+endif
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt -e ".[dev]"
+	@touch $@
+
+run: setup ## execute every chapter and render the linked book to _build/html (stored notebooks stay as they are)
+	$(BIN)/python chapters/book/book.py run $(CH)
+
+lab: setup ## open the chapters in JupyterLab
+	$(BIN)/python -m jupyterlab --notebook-dir=chapters
+
+html: setup ## render the book from the stored outputs, without running anything
+	$(BIN)/python chapters/book/book.py html
+
+test: setup ## everything: the package's tests, and every chapter compared with its stored outputs
+	$(BIN)/python -m pytest --nbval
+
+quick: setup ## the tests without the chapters
+	$(BIN)/python -m pytest tests
+
+execute: setup ## run chapters in place and store their outputs (FRESH=1: timings too, if nothing else changed)
+	$(BIN)/python chapters/book/book.py execute $(CH) $(if $(FRESH),--fresh)
+
+check: setup ## run chapters and compare with what is stored, change nothing
+	$(BIN)/python chapters/book/book.py check $(CH)
+
+figures: setup ## draw the figures from figures/data
+	$(BIN)/python -m bilevel_lite figures
+
+bench: setup ## measure what hypergradients cost on this machine
+	$(BIN)/python -m bilevel_lite bench
+
+lint: setup ## style of the code, the notebooks' too
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+repo: setup ## set the repository's address everywhere: make repo ADDRESS=owner/name
+	@test -n "$(ADDRESS)" || { echo "Say which: make repo ADDRESS=owner/name"; exit 1; }
+	$(BIN)/python chapters/book/book.py repo $(ADDRESS)
+
+clean: ## remove what was built (not .venv)
+	rm -rf _build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""Sphinx settings for the book; chapters/book/book.py prepares the sources and calls Sphinx."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import form  # noqa: E402
+
+project = "bilevel_lite"
+author = "The bilevel_lite authors"
+project_copyright = "The bilevel_lite authors. Text: CC BY 4.0, code: MIT"
+language = "en"
+
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+nb_execution_mode = "off"  # the notebooks bring their outputs
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # solutions go from the title to `### Exercise` at once
+
+html_theme = "furo"
+html_title = "bilevel_lite"
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {
+    "footer_icons": [
+        {"name": "Source", "url": f"https://github.com/{form.address()}", "html": "Source"}
+    ],
+}
+
+
+def setup(app):
+    # sphinx-mathjax-offline copies MathJax into _static and names the variant with web fonts, which
+    # some browsers refuse on pages opened from a folder. The SVG variant needs none.
+    app.config.mathjax_path = "mathjax/tex-svg.js"
