@@ -107,11 +107,7 @@ def hypergradient(
     v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose=return_info and diagnose)
     implicit = -cross_vp(problem.inner_loss, lam, theta, cross_batch, v, cross_mode)
     total = direct + implicit
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError(
-            f"hypergradient: {int((~torch.isfinite(total)).sum())} of {total.numel()} entries are "
-            f"NaN or infinite (||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g})"
-        )
+    _require_finite(total, f"||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g}")
     if not return_info:
         return total
     cost = (
@@ -120,6 +116,14 @@ def hypergradient(
         + COST["cross"] * relative_size(cross_batch, inner_batch)
     )
     return total, HypergradientInfo(outer_loss, direct, implicit, v, b, solve, cost)
+
+
+def _require_finite(h: Tensor, context: str) -> None:
+    bad = int((~torch.isfinite(h)).sum())
+    if bad:
+        raise ValueError(
+            f"hypergradient: {bad} of {h.numel()} entries are NaN or infinite ({context})"
+        )
 
 
 @dataclass
@@ -179,7 +183,8 @@ def unrolled_hypergradient(
     Raises:
         TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor.
         ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive, ``mode`` is
-            unknown, ``truncate`` is used in forward mode, or the descent diverges.
+            unknown, ``truncate`` is used in forward mode, or the descent or its derivative grows
+            beyond the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
     lam; 1 for f. Source: Franceschi et al. (2017), alg. 1 and 2; Shaban et al. (2019), truncated.
@@ -199,6 +204,7 @@ def unrolled_hypergradient(
     unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
     h, info = unroll(problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at,
                      outer_batch)
+    _require_finite(h, f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
     return (h, info) if return_info else h
 
 
@@ -220,6 +226,7 @@ def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_ba
 def _unroll_forward(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
     basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device)
     z = [torch.zeros_like(theta) for _ in basis]
+    update_vjp(problem.inner_loss, lam, theta, batch_at(0), theta)  # refuses a g without lam
     for t in range(steps):
         batch = batch_at(t)
         for j, e in enumerate(basis):
@@ -244,13 +251,14 @@ def finite_difference_hypergradient(
 
         dPhi/dlam_j ~ (Phi(lam + eps e_j) - Phi(lam - eps e_j)) / (2 eps)
 
-    The error is eps^2 times a third derivative, plus the inner solver's own error divided by eps:
-    solve the inner problem far below eps.
+    The error is eps^2 times a third derivative, plus rounding divided by eps, plus what the inner
+    solver adds: if it stops short in the same way each time (a fixed start and number of steps),
+    a floor that no eps removes; if its error varies between calls, that variation divided by eps.
 
     Args:
         problem: The two losses; only ``outer_loss`` is used.
         lam: Outer variable, any shape.
-        solve_inner: lam -> theta*(lam), from the same start each time.
+        solve_inner: lam -> theta*(lam), solved far below eps, from the same start each time.
         eps: Half the distance of the two evaluations, in lam's units.
         outer_batch: Batch of f.
         directions: Rows of directions like ``lam``, shape (k, *lam.shape); by default the

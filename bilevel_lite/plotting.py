@@ -1,9 +1,11 @@
 """One style for every figure of the book."""
 
+from pathlib import Path
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-__all__ = ["COLORS", "PALETTE", "figure", "use_style"]
+__all__ = ["COLORS", "PALETTE", "draw_hyperclean", "draw_stored", "figure", "use_style"]
 
 # Okabe-Ito: distinguishable with any common colour vision. One meaning each, in every chapter.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -14,6 +16,7 @@ COLORS = {
     "identity": "#999999",
     "kfac": "#009E73",
     "unrolled": "#CC79A7",
+    "forward": "#56B4E9",
     "differences": "#E69F00",
     "clean": "#0072B2",
     "corrupted": "#D55E00",
@@ -59,3 +62,80 @@ def figure(columns: int = 1, height: float = 2.8, **kwargs):
     """
     width = 5.0 if columns == 1 else 9.0
     return plt.subplots(1, columns, figsize=(width, height), **kwargs)
+
+
+def draw_hyperclean(result: dict):
+    """Draw hypercleaning runs: test loss against time and gradients, and the learned weights.
+
+    Args:
+        result: ``{"runs": [...]}`` with the results of one or more seeds of one method.
+
+    Returns:
+        The figure. The histogram is that of the first run.
+    """
+    first = result["runs"][0]
+    shades = {"noisy": PALETTE[1], "validation": PALETTE[7], "clean": PALETTE[2]}
+    with mpl.rc_context(STYLE):
+        fig, axes = figure(3, height=2.9)
+        for ax, key, label in (
+            (axes[0], "seconds", "seconds"),
+            (axes[1], "gradients", "gradient-equivalents"),
+        ):
+            for run in result["runs"]:
+                history = run["history"]
+                ax.plot(
+                    [row[key] for row in history],
+                    [row["test_loss"] for row in history],
+                    color=COLORS["cg"],
+                    label="learned weights" if run is first else None,
+                )
+            for name, colour in shades.items():
+                level = first["baselines"][name]["test_loss"]
+                ax.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{name} data")
+            ax.set_xlabel(label)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(mpl.ticker.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5]))
+            ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes[0].set_ylabel("test loss")
+        axes[0].legend(loc="upper right")
+        edges = first["weights"]["edges"]
+        for name in ("clean", "corrupted"):
+            counts = first["weights"][name]
+            axes[2].stairs(counts, edges, fill=True, alpha=0.6, color=COLORS[name], label=name)
+        axes[2].set(xlabel="learned weight", ylabel="training examples", yscale="log")
+        axes[2].legend(title="label is")
+        settings = first["settings"]
+        fig.suptitle(
+            f"Hypercleaning {settings['dataset']}, {settings['model']} model, {settings['method']}",
+            fontsize=10,
+        )
+    return fig
+
+
+def draw_stored(names: list[str] | None = None) -> list[Path]:
+    """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
+
+    Args:
+        names: Which; all by default.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: for an unknown name, or a result that no function here draws.
+    """
+    from bilevel_lite.experiment import stored
+
+    drawers = {"hyperclean": draw_hyperclean}
+    folder = Path(__file__).resolve().parent.parent / "figures"
+    written = []
+    for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
+        result = stored(name)
+        if result.get("kind") not in drawers:
+            raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
+        fig = drawers[result["kind"]](result)
+        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close(fig)
+        written.append(folder / f"{name}.svg")
+    return written

@@ -68,16 +68,22 @@ def gradient(
 
 def _grad(value, inputs, name, **kwargs):
     if not value.requires_grad:
-        raise ValueError(f"{name}: depends neither on lam nor on theta")
+        wanted = "theta" if len(inputs) == 1 else "lam or on theta"
+        raise ValueError(f"{name}: does not depend on {wanted}")
     return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
 
 
-def _gradient_graph(loss, lam, theta, batch, name):
+def _require_dependence(**depends: bool) -> None:
+    for name, it_does in depends.items():
+        if not it_does:
+            raise ValueError(f"inner_loss: does not depend on {name}")
+
+
+def _gradient_graph(loss, lam, theta, batch):
     """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
-    value = evaluate(loss, lam, theta, batch, name)
-    (grad,) = _grad(value, (theta,), name, create_graph=True)
-    if grad is None:
-        raise ValueError(f"{name}: does not depend on theta")
+    value = evaluate(loss, lam, theta, batch, "inner_loss")
+    (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
+    _require_dependence(theta=grad is not None)
     return grad
 
 
@@ -106,7 +112,7 @@ def hvp_operator(
     Cost: counted as 2 gradients per product.
     """
     theta = theta.detach().requires_grad_()
-    grad = _gradient_graph(loss, lam.detach(), theta, batch, "inner_loss")
+    grad = _gradient_graph(loss, lam.detach(), theta, batch)
     if not grad.requires_grad:  # linear in theta: the Hessian is zero
         return lambda v: torch.zeros_like(v)
 
@@ -175,19 +181,17 @@ def cross_vp(
                 loss, lam, fwad.make_dual(theta.detach(), v.detach()), batch, "inner_loss"
             )
             value, tangent = fwad.unpack_dual(value)
-        if not value.requires_grad:
-            raise ValueError("inner_loss: does not depend on lam")
+        _require_dependence(lam=value.requires_grad, theta=tangent is not None)
         along = tangent
     elif mode == "double_backward":
         theta = theta.detach().requires_grad_()
         value = evaluate(loss, lam, theta, batch, "inner_loss")
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-        if grad_lam is None:
-            raise ValueError("inner_loss: does not depend on lam")
-        along = None if grad is None else dot(grad, v)
+        _require_dependence(lam=grad_lam is not None, theta=grad is not None)
+        along = dot(grad, v)
     else:
         raise ValueError(f"mode: got {mode!r}, expected 'dual' or 'double_backward'")
-    if along is None or not along.requires_grad:
+    if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
         return torch.zeros_like(lam)
     (out,) = torch.autograd.grad(along, lam, allow_unused=True)
     return torch.zeros_like(lam) if out is None else out
@@ -209,9 +213,7 @@ def update_vjp(
     lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
     value = evaluate(loss, lam, theta, batch, "inner_loss")
     grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-    for name, g in (("lam", grad_lam), ("theta", grad)):
-        if g is None:
-            raise ValueError(f"inner_loss: does not depend on {name}")
+    _require_dependence(lam=grad_lam is not None, theta=grad is not None)
     if not grad.requires_grad:
         return torch.zeros_like(lam), torch.zeros_like(theta)
     jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
@@ -240,7 +242,7 @@ def update_jvp(
     with fwad.dual_level():
         theta_dual = fwad.make_dual(theta.detach().requires_grad_(), z.detach())
         lam_dual = fwad.make_dual(lam.detach(), e.detach())
-        grad = _gradient_graph(loss, lam_dual, theta_dual, batch, "inner_loss")
+        grad = _gradient_graph(loss, lam_dual, theta_dual, batch)
         grad, tangent = fwad.unpack_dual(grad)
         tangent = torch.zeros_like(grad) if tangent is None else tangent
         return grad.detach(), tangent.detach()

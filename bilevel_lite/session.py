@@ -60,4 +60,4 @@ def progress(iterable, **kwargs):
         return iterable
     from tqdm.auto import tqdm
 
-    return tqdm(iterable, leave=False, **kwargs)
+    return tqdm(iterable, leave=False, **kwargs)  # gone when done: a log keeps only results

@@ -56,9 +56,7 @@ def _inner_loss(answer):
     x = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (12,), generator=generator)
     batch, l2 = (x, y, index), 0.03
-    each = torch.stack(
-        [nn.functional.cross_entropy(model(x[i]), y[i]) for i in range(12)]
-    ).detach()
+    each = torch.stack([nn.functional.cross_entropy(model(x[i]), y[i]) for i in range(12)]).detach()
     penalty, weights = l2 * float(theta @ theta), lam[index]
     truth = (weights @ each) / 12 + penalty
     got = answer(lam, theta, batch, 3, l2)
@@ -121,8 +119,8 @@ def _projection(answer):
     _shape(got := answer(inside.clone()), inside)
     if not torch.equal(got.to(inside), inside):
         raise Wrong(
-            f"It moves {inside.tolist()} to {_short(got)}, though that lies in the box: the nearest "
-            "point of the box is the vector itself."
+            f"It moves {inside.tolist()} to {_short(got)}, though that lies in the box: the "
+            "nearest point of the box is the vector itself."
         )
     generator = torch.Generator().manual_seed(40)
     lam = 0.5 + torch.randn(50, generator=generator, dtype=torch.float64)
@@ -180,7 +178,8 @@ def _costs(answer):
 def _cost_of_a_step(solver):
     """What `AID` counts for one outer step with the sizes of 0.4, on a made-up problem."""
     generator = torch.Generator().manual_seed(50)
-    model = nn.Linear(4, 3, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(4, 3, dtype=torch.float64)
     risk = WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=1e-3)
     x = torch.rand(1200, 4, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (1200,), generator=generator)

@@ -1,5 +1,5 @@
 """The bilevel tasks of the book."""
 
-from bilevel_lite.tasks import hypercleaning
+from bilevel_lite.tasks import cleaning_run, hypercleaning
 
-__all__ = ["hypercleaning"]
+__all__ = ["cleaning_run", "hypercleaning"]

@@ -152,10 +152,13 @@ def train(
     tuning: tuple[Tensor, Tensor],
     l2: float = 0.0,
     iters: int = 200,
+    weights: Tensor | None = None,
+    patience: int = 3,
 ) -> Tensor:
-    """Train on unweighted data with L-BFGS and return the iterate that is best on ``tuning``.
+    """Train with fixed weights by L-BFGS and return the iterate that is best on ``tuning``.
 
-    For the baselines: the same model on noisy, on validation, on clean data.
+    For the baselines (the same model on noisy, on validation, on clean data) and for training
+    anew with learned weights.
 
     Args:
         model: The model.
@@ -163,27 +166,33 @@ def train(
         theta: Start, shape (d,).
         tuning: (x, y) that chooses the iterate.
         l2: Coefficient of ||theta||^2.
-        iters: L-BFGS iterations at most.
+        iters: L-BFGS iterations at most; ``tuning`` is looked at every ten.
+        weights: One per example of ``split``, shape (n,); all ones by default.
+        patience: Stop after this many looks without a lower loss on ``tuning``.
 
     Returns:
         theta, shape (d,).
 
     Cost: about 1.25 gradients on ``split`` an iteration.
     """
-    risk, none = WeightedRisk(model, l2=l2), torch.zeros(1, dtype=theta.dtype, device=theta.device)
+    # the weights take the place of lam, so that the loss is the same weighted risk
+    lam = torch.ones_like(split[1], dtype=theta.dtype) if weights is None else weights
+    risk = WeightedRisk(model, weight=lambda lam, batch: lam, l2=l2)
     theta = theta.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([theta], max_iter=10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        value = risk(none, theta, split)
+        value = risk(lam, theta, split)
         value.backward()
         return value
 
-    best, best_loss = theta.detach().clone(), float("inf")
+    best, best_loss, looks = theta.detach().clone(), float("inf"), 0
     for _ in range(iters // 10):
         optimizer.step(closure)
-        loss = evaluate(model, theta, tuning)["loss"]
+        loss, looks = evaluate(model, theta, tuning)["loss"], looks + 1
         if loss < best_loss:
-            best, best_loss = theta.detach().clone(), loss
+            best, best_loss, looks = theta.detach().clone(), loss, 0
+        if looks == patience:
+            break
     return best

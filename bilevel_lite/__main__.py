@@ -1,0 +1,71 @@
+"""Command line: ``python -m bilevel_lite hyperclean --dataset mnist --model linear ...``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bilevel_lite.data import DataError
+from bilevel_lite.experiment import RunError, collect
+from bilevel_lite.models import MODELS
+from bilevel_lite.tasks import cleaning_run
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser; every setting of a task is an option with its default shown."""
+    top = argparse.ArgumentParser(prog="python -m bilevel_lite", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser(
+        "hyperclean",
+        help="learn one weight per training example from a small clean set",
+        description="Data hypercleaning. Stop it at any moment; the same command resumes it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits")
+    run.add_argument("--model", choices=sorted(MODELS), default="linear")
+    run.add_argument("--method", choices=sorted(cleaning_run.METHODS), default="aid-cg")
+    run.add_argument("--seed", type=int, default=0, help="of split, noise, initial values, batches")
+    run.add_argument("--out", required=True, help="output folder; one run each")
+    run.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+    for name, (kind, meaning) in cleaning_run.OPTIONS.items():
+        run.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=None,
+            metavar=kind.__name__.upper(),
+            help=f"{meaning} (default: depends on the dataset)",
+        )
+
+    figures = commands.add_parser("figures", help="draw figures/*.svg from figures/data/*.json")
+    figures.add_argument("names", nargs="*", help="which; all if left out")
+    gather = commands.add_parser("collect", help="gather finished runs into figures/data/NAME.json")
+    gather.add_argument("folders", nargs="+", help="output folders of finished runs")
+    gather.add_argument("--name", required=True)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
+    options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        if command == "hyperclean":
+            cleaning_run.run(**options)
+        elif command == "collect":
+            print(collect(options["folders"], options["name"]).name)
+        else:
+            from bilevel_lite.plotting import draw_stored
+
+            for path in draw_stored(options["names"]):
+                print(Path(path).name)
+    except (DataError, RunError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""Long runs that lose nothing: a folder that can be stopped at any moment and resumed.
+
+A run writes into one folder: ``config.json`` (its settings), ``log.jsonl`` (a line per evaluation),
+``checkpoint.pt`` (everything that the next step depends on, replaced atomically), and at the end
+``result.json`` with its provenance. Resuming cuts the log back to the checkpoint and goes on; the
+numbers are those of a run that was never interrupted.
+"""
+
+import errno
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+__all__ = ["RunError", "RunFolder", "collect", "provenance", "stored"]
+
+FORMAT = 1  # of the folder; raised when an older folder can no longer be resumed
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class RunError(RuntimeError):
+    """A run cannot start, go on, or write; the message says why and what is kept."""
+
+
+class RunFolder:
+    """The output folder of one run, held by one process.
+
+    Args:
+        path: The folder; made if missing.
+        config: The settings, JSON values only. A folder made with other settings is refused.
+
+    Raises:
+        RunError: if the folder cannot be written, is in use by another process, was made with
+            other settings or by another version, or holds a file that cannot be read.
+    """
+
+    def __init__(self, path: str | Path, config: dict):
+        from filelock import FileLock, Timeout
+
+        self.path = Path(path)
+        self.config = json.loads(json.dumps({"format": FORMAT, **config}))
+        with self._writing("made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"{self.path} is in use by another process") from None
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self):
+        if (self.path / "config.json").exists():
+            self._compare(self._read_json("config.json"))
+        else:
+            self._write("config.json", _json(self.config))
+        self.state = self._read_checkpoint()
+        kept = self.state["log_bytes"] if self.state else 0
+        log = self.path / "log.jsonl"
+        size = log.stat().st_size if log.exists() else 0
+        if size < kept:
+            raise RunError(f"{log} is shorter than its checkpoint says: it was changed; start anew")
+        with self._writing("written"), open(log, "ab") as file:
+            file.truncate(kept)
+
+    def _compare(self, there: dict):
+        if there.get("format") != FORMAT:
+            raise RunError(
+                f"{self.path} was made by another version (format {there.get('format')!r}, this "
+                f"one writes {FORMAT}); use another folder"
+            )
+        differences = [
+            f"{key}: {there.get(key)!r} there, {self.config.get(key)!r} here"
+            for key in sorted(there.keys() | self.config.keys())
+            if there.get(key) != self.config.get(key)
+        ]
+        if differences:
+            raise RunError(
+                f"{self.path} was made with other settings ({'; '.join(differences)}); "
+                "give the same settings to resume it, or another folder"
+            )
+
+    def _read_json(self, name: str) -> dict:
+        try:
+            return json.loads((self.path / name).read_text("utf-8"))
+        except (ValueError, OSError) as error:
+            raise RunError(f"{self.path / name} cannot be read: {error}") from error
+
+    def _read_checkpoint(self) -> dict | None:
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise RunError(
+                f"{path} is damaged ({type(error).__name__}); remove it to start this run anew"
+            ) from error
+
+    def log(self, row: dict) -> None:
+        """Append one line to the log.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        with self._writing("written"), open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def checkpoint(self, state: dict) -> None:
+        """Replace the checkpoint by ``state``; after a crash there is the old one or the new one.
+
+        Args:
+            state: Tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            RunError: if it cannot be written; the previous checkpoint is kept.
+        """
+        log = self.path / "log.jsonl"
+        state = {**state, "log_bytes": log.stat().st_size}
+        with self._writing("written"):
+            temporary = self.path / "checkpoint.tmp"
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / "checkpoint.pt")
+
+    def rows(self) -> list[dict]:
+        """Read the log back."""
+        lines = (self.path / "log.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def read_result(self) -> dict:
+        """Read ``result.json`` of a finished run.
+
+        Raises:
+            RunError: if it cannot be read.
+        """
+        return self._read_json("result.json")
+
+    def finish(self, result: dict) -> None:
+        """Write ``result.json``."""
+        self._write("result.json", _json(result))
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        self._lock.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _write(self, name: str, text: str):
+        with self._writing("written"):
+            temporary = self.path / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+
+    def _writing(self, verb: str):
+        return _Writing(self.path, verb)
+
+
+class _Writing:
+    """Turn the operating system's refusals into one sentence."""
+
+    def __init__(self, path: Path, verb: str):
+        self.path, self.verb = path, verb
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        # torch.save reports a failed write as RuntimeError
+        if kind is None or issubclass(kind, RunError) or not issubclass(kind, OSError | RuntimeError):
+            return
+        if getattr(error, "errno", None) == errno.ENOSPC or "file write failed" in str(error):
+            reason = "the disk is full; the last checkpoint is kept, and the same command resumes"
+        else:
+            reason = str(error)
+        raise RunError(f"{self.path} cannot be {self.verb}: {reason}") from error
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def provenance(device: torch.device, seed: int, seconds: float) -> dict:
+    """Say where a number comes from: command, commit, device, versions, seed, date, wall time.
+
+    Args:
+        device: The device that was used.
+        seed: The seed.
+        seconds: Wall time, all parts of an interrupted run added up.
+    """
+    import numpy
+
+    import bilevel_lite
+
+    return {
+        "command": shlex.join(["python", "-m", "bilevel_lite", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "versions": {
+            "bilevel_lite": bilevel_lite.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
+        "seed": seed,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with "+" if tracked files were changed; None outside git."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=_REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Clock:
+    """Wall time of a run, added up over its interruptions; evaluation can be kept out of it."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self._since = seconds, None
+
+    def __enter__(self):
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self._since
+
+
+def stored(name: str) -> dict:
+    """Load a stored result of the book, ``figures/data/NAME.json``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    folders = [Path(__file__).parent / "_results", _REPOSITORY / "figures" / "data"]
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    for folder in folders:
+        path = folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text("utf-8"))
+    raise ValueError(f"name: there is no stored result {name!r}; known: {known}")
+
+
+def collect(folders: list[str], name: str) -> Path:
+    """Gather the results of several finished runs into ``figures/data/NAME.json``.
+
+    Args:
+        folders: Output folders that hold a ``result.json`` of the same kind.
+        name: Name of the stored result.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: if a folder holds no result, or the kinds differ.
+    """
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "result.json"
+        if not path.exists():
+            raise RunError(f"{folder} holds no result.json: is the run finished?")
+        runs.append(json.loads(path.read_text("utf-8")))
+    kinds = sorted({run.get("kind") for run in runs})
+    if len(kinds) != 1:
+        raise RunError(f"the runs are of different kinds: {kinds}")
+    target = _REPOSITORY / "figures" / "data" / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(_json({"kind": kinds[0], "runs": runs}), encoding="utf-8")
+    return target

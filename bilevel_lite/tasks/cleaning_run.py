@@ -1,0 +1,317 @@
+"""The hypercleaning job of the command line: baselines, the learned weights, a result, a figure."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel_lite import data, models
+from bilevel_lite.algorithms import AID
+from bilevel_lite.experiment import Clock, RunFolder, provenance
+from bilevel_lite.session import pick_device, progress
+from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
+from bilevel_lite.tasks import hypercleaning as hc
+
+__all__ = ["DEFAULTS", "METHODS", "OPTIONS", "Settings", "run"]
+
+# What the command line can change, with its type and meaning.
+OPTIONS = {
+    "outer_steps": (int, "outer iterations"),
+    "inner_steps": (int, "inner steps per outer iteration"),
+    "inner_lr": (float, "inner step size"),
+    "inner_momentum": (float, "inner momentum"),
+    "outer_lr": (float, "outer step size"),
+    "batch_size": (int, "inner batch"),
+    "curvature_batch_size": (int, "batch of the Hessian"),
+    "iters": (int, "CG iterations, or Neumann terms"),
+    "damping": (float, "added to the Hessian's diagonal"),
+    "step": (float, "step of the identity and Neumann solvers"),
+    "noise": (float, "fraction of training labels redrawn uniformly"),
+    "l2": (float, "coefficient of ||theta||^2 in the inner loss"),
+    "evaluate_every": (int, "outer iterations between evaluations and checkpoints"),
+}
+
+METHODS = {
+    "aid-cg": lambda s: CG(s.iters, damping=s.damping),
+    "aid-cg-normal": lambda s: CGNormal(s.iters, damping=s.damping),
+    "aid-neumann": lambda s: Neumann(s.iters, s.step, damping=s.damping),
+    "aid-identity": lambda s: Identity(s.step),
+}
+
+
+@dataclass
+class Settings:
+    """Every number that the result depends on; see `OPTIONS` for their meaning."""
+
+    dataset: str
+    model: str
+    method: str
+    seed: int
+    outer_steps: int = 240
+    inner_steps: int = 10
+    inner_lr: float = 0.1
+    inner_momentum: float = 0.9
+    outer_lr: float = 2000.0
+    batch_size: int = 1000
+    curvature_batch_size: int = 2000
+    iters: int = 3
+    damping: float = 0.1
+    step: float = 0.1
+    noise: float = 0.5
+    l2: float = 1e-5
+    evaluate_every: int = 10
+
+
+# Chosen on the tuning split (seed 0), never on the test set.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mnist": {},
+    "digits": {
+        "outer_steps": 100,
+        "inner_lr": 0.5,
+        "outer_lr": 20.0,
+        "batch_size": 250,
+        "curvature_batch_size": 1000,
+        "l2": 1e-4,
+    },
+}
+
+# The l2 coefficients among which each baseline chooses, on the tuning split.
+BASELINE_L2 = (1e-5, 1e-4, 1e-3)
+
+
+def run(
+    dataset: str,
+    model: str,
+    method: str,
+    seed: int,
+    out: str,
+    device: str | None = None,
+    **options: Any,
+) -> dict:
+    """Learn one weight per training example; write log, checkpoints, result and figure to ``out``.
+
+    Args:
+        dataset: ``"mnist"`` or ``"digits"``.
+        model: ``"linear"`` or ``"mlp"``.
+        method: One of `METHODS`.
+        seed: Of the split, the noise, the initial parameters and the batches.
+        out: The output folder. If it holds an unfinished run with the same settings, that run is
+            resumed; if it holds a finished one, its result is shown again.
+        device: Such as ``"cpu"``; CUDA if there, by default.
+        **options: Any of `OPTIONS`; None means the dataset's default.
+
+    Returns:
+        The result, as written to ``result.json``.
+
+    Raises:
+        ValueError: for an unknown name or a setting out of range.
+        DataError: if the dataset cannot be had.
+        RunError: if the folder cannot be used.
+    """
+    for name, value, known in (("dataset", dataset, DEFAULTS), ("method", method, METHODS)):
+        if value not in known:
+            raise ValueError(f"{name}: got {value!r}, expected one of {sorted(known)}")
+    chosen = {k: v for k, v in options.items() if v is not None}
+    settings = Settings(dataset, model, method, seed, **{**DEFAULTS[dataset], **chosen})
+    for name in ("outer_steps", "evaluate_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
+    place = pick_device(device)
+    with RunFolder(out, vars(settings)) as folder:
+        if (folder.path / "result.json").exists():
+            result = folder.read_result()
+            print(f"{folder.path} holds the finished run:")
+        else:
+            result = _run(settings, place, folder)
+        _draw(result, folder.path)
+    print(table(result))
+    return result
+
+
+def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
+    """Build the task, run or resume the job, and put the result together."""
+    task = _task(s, device)
+    method = _method(s, task)
+    state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
+    if state["method"] is not None:
+        method.load_state_dict(state["method"])
+        print(f"resuming {folder.path} after iteration {method.iteration}")
+    clock = Clock(state["seconds"])
+
+    def save():
+        folder.checkpoint(
+            {
+                "baselines": state["baselines"],
+                "best": state["best"],
+                "seconds": clock.seconds,
+                "method": method.state_dict(),
+            }
+        )
+
+    for name in BASELINES:
+        if name not in state["baselines"]:
+            state["baselines"][name] = _baseline(name, task)
+            save()
+
+    steps = range(method.iteration, s.outer_steps)
+    for _ in progress(steps, initial=method.iteration, total=s.outer_steps, desc=s.method):
+        with clock:
+            info = method.step()
+        if info.iteration % s.evaluate_every == 0 or info.iteration == s.outer_steps:
+            row = _evaluate(task, method, info, clock.seconds)
+            folder.log(row)
+            best = state["best"]
+            if best is None or row["tuning_loss"] < best["row"]["tuning_loss"]:
+                state["best"] = {
+                    "row": row,
+                    "lam": method.lam.cpu().clone(),
+                    "theta": method.theta.cpu().clone(),
+                }
+            save()
+
+    result = _result(s, task, folder, state)
+    result["provenance"] = provenance(device, s.seed, clock.seconds)
+    folder.finish(result)
+    return result
+
+
+def _task(s: Settings, device: torch.device) -> hc.Hypercleaning:
+    dataset = data.load(s.dataset, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
+        torch.manual_seed(s.seed)
+        model = models.build(s.model, dataset.x.shape[1], dataset.num_classes).float()
+    generator = torch.Generator().manual_seed(s.seed)
+    return hc.build(dataset, model, s.noise, s.l2, generator, device)
+
+
+def _method(s: Settings, task: hc.Hypercleaning) -> AID:
+    """AID with minibatches for theta and H, the validation set for f, all examples for J."""
+
+    def batches(size, salt):
+        generator = torch.Generator().manual_seed(1_000_003 * (salt + 1) + s.seed)
+        return data.Batches(*task.train, size, generator, task.num_classes)
+
+    inner = batches(s.batch_size, 0)
+    return AID(
+        task.problem,
+        task.lam0,
+        task.theta0,
+        solver=METHODS[s.method](s),
+        inner_steps=s.inner_steps,
+        inner_optimizer=lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum),
+        outer_lr=s.outer_lr,
+        inner_batch=inner,
+        outer_batch=task.validation,
+        curvature_batch=batches(s.curvature_batch_size, 1),
+        cross_batch=inner.all(),
+        projection=hc.project,
+    )
+
+
+BASELINES = {
+    "noisy": "noisy training labels + validation set",
+    "validation": "validation set only",
+    "clean": "clean training labels + validation set",
+}
+
+
+def _baseline(name: str, task: hc.Hypercleaning) -> dict:
+    """Train without weights; l2 and the iterate are chosen on the tuning split."""
+    x, y = task.validation
+    labels = {"noisy": task.train[1], "clean": task.y_clean}.get(name)
+    if labels is not None:
+        x, y = torch.cat([task.train[0], x]), torch.cat([labels, y])
+    return _best_fit(task, (x, y))
+
+
+def _best_fit(task: hc.Hypercleaning, split, weights=None) -> dict:
+    """Train once for each l2 of the grid and report the one that is best on the tuning split."""
+    fits = []
+    for l2 in BASELINE_L2:
+        theta = hc.train(task.model, split, task.theta0, task.tuning, l2, weights=weights)
+        fits.append((hc.evaluate(task.model, theta, task.tuning), l2, theta))
+    tuning, l2, theta = min(fits, key=lambda fit: fit[0]["loss"])
+    test = hc.evaluate(task.model, theta, task.test)
+    return {
+        "l2": l2,
+        "tuning_loss": tuning["loss"],
+        "tuning_accuracy": tuning["accuracy"],
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+    }
+
+
+def _evaluate(task: hc.Hypercleaning, method: AID, info, seconds: float) -> dict:
+    """One line of the log. The test columns are for the figure; nothing is chosen by them."""
+    row = {
+        "iteration": info.iteration,
+        "seconds": seconds,
+        "gradients": info.gradients,
+        "inner_loss": float(info.inner_loss),
+        "outer_loss": float(info.outer_loss),
+        "negative_curvature": info.solve.negative_curvature,
+    }
+    for name in ("tuning", "test"):
+        for key, value in hc.evaluate(task.model, method.theta, getattr(task, name)).items():
+            row[f"{name}_{key}"] = value
+    if 0 < int(task.wrong.sum()) < len(task.wrong):
+        row["auc"] = hc.auc(method.lam, task.wrong)
+    return row
+
+
+def _result(s: Settings, task: hc.Hypercleaning, folder: RunFolder, state: dict) -> dict:
+    """Everything that the table and the figure need, and no more."""
+    best = state["best"]
+    lam = best["lam"].to(task.lam0)
+    x = torch.cat([task.train[0], task.validation[0]])
+    y = torch.cat([task.train[1], task.validation[1]])
+    weights = torch.cat([lam, torch.ones_like(task.validation[1], dtype=lam.dtype)])
+    edges = torch.linspace(0, 1, 41)
+    wrong = task.wrong.cpu()
+    return {
+        "kind": "hyperclean",
+        "settings": vars(s),
+        "sizes": {
+            "train": len(task.train[1]),
+            "wrong": int(wrong.sum()),
+            "validation": len(task.validation[1]),
+            "tuning": len(task.tuning[1]),
+            "test": len(task.test[1]),
+        },
+        "baselines": state["baselines"],
+        "best": best["row"],
+        "retrained": _best_fit(task, (x, y), weights),
+        "weights": {
+            "edges": edges.tolist(),
+            "clean": torch.histogram(best["lam"][~wrong], edges).hist.int().tolist(),
+            "corrupted": torch.histogram(best["lam"][wrong], edges).hist.int().tolist(),
+        },
+        "history": folder.rows(),
+    }
+
+
+def _draw(result: dict, path) -> None:
+    from bilevel_lite import plotting
+
+    figure = plotting.draw_hyperclean({"kind": "hyperclean", "runs": [result]})
+    figure.savefig(path / "figure.png", dpi=150)
+    plotting.plt.close(figure)
+
+
+def table(result: dict) -> str:
+    """The result as text: baselines, the learned weights, and what was learned about labels."""
+    rows = [(text, result["baselines"][name]) for name, text in BASELINES.items()]
+    rows.append(("learned weights, as trained", result["best"]))
+    rows.append(("learned weights + validation, retrained", result["retrained"]))
+    lines = [f"{'trained on':<42} test loss  test accuracy"]
+    for text, row in rows:
+        lines.append(f"{text:<42} {row['test_loss']:9.4f}  {100 * row['test_accuracy']:10.2f} %")
+    best, s = result["best"], result["settings"]
+    lines.append(
+        f"{s['method']} on {s['dataset']}, seed {s['seed']}: best tuning loss "
+        f"{best['tuning_loss']:.4f} at iteration {best['iteration']}, after "
+        f"{best['gradients']:.0f} gradients and {best['seconds']:.0f} s"
+    )
+    if "auc" in best:
+        lines.append(f"corrupted or clean, told by the weight: AUC {best['auc']:.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,267 @@
+"""Bad input gives one clear sentence that names what came and what was expected."""
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite import data, linsolve, products
+from bilevel_lite.session import pick_device
+
+LAM, THETA = torch.tensor([0.1, 0.2]), torch.tensor([1.0, -1.0])
+
+
+def inner(lam, theta, batch):
+    return 0.5 * (lam.exp() * theta.square()).sum() - theta.sum()
+
+
+def outer(lam, theta, batch):
+    return 0.5 * theta.square().sum()
+
+
+def risk(**options):
+    return bl.WeightedRisk(torch.nn.Linear(3, 4), **options)
+
+
+def batch(n=5, x_rows=5, features=3):
+    return torch.ones(x_rows, features), torch.arange(n) % 4, torch.arange(n)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ((lambda lam, t, b: t, outer), r"inner_loss: returned shape \(2,\), expected a scalar"),
+        ((inner, lambda lam, t, b: t), r"outer_loss: returned shape \(2,\), expected a scalar"),
+        ((lambda lam, t, b: 1.0, outer), "inner_loss: returned float, expected a scalar tensor"),
+        ((lambda lam, t, b: t.square().sum(), outer), "inner_loss: does not depend on lam"),
+        ((lambda lam, t, b: lam.sum(), outer), "inner_loss: does not depend on theta"),
+        ((inner, lambda lam, t, b: lam.sum()), "outer_loss: does not depend on theta"),
+        ((inner, lambda lam, t, b: torch.tensor(1.0)), "outer_loss: does not depend on lam or on theta"),
+        ((lambda lam, t, b: inner(lam, t, b) / 0, outer), "inner_loss: value is -?(inf|nan)"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["dual", "double_backward"])
+@pytest.mark.parametrize("solver", [bl.Direct(), bl.CG(2), bl.Identity(0.1)])
+def test_losses(losses, message, mode, solver):
+    problem = bl.BilevelProblem(*losses)
+    with pytest.raises(ValueError, match=message):
+        bl.hypergradient(problem, LAM, THETA, solver=solver, cross_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_losses_in_unrolling(mode):
+    no_lam = bl.BilevelProblem(lambda lam, t, b: t.square().sum(), outer)
+    with pytest.raises(ValueError, match="inner_loss: does not depend on lam"):
+        bl.unrolled_hypergradient(no_lam, LAM, THETA, steps=2, lr=0.1, mode=mode)
+    problem = bl.BilevelProblem(inner, outer)
+    for steps in (400, 1100):  # the iterates overflow, or only their derivative
+        with pytest.raises(ValueError, match="value is (inf|nan)|hypergradient: .* NaN or inf"):
+            bl.unrolled_hypergradient(problem, LAM, THETA, steps=steps, lr=9.0, mode=mode)
+    fixed = bl.BilevelProblem(
+        lambda lam, t, b: (t**2 / 2 - lam * t).sum(), lambda lam, t, b: ((t - 1) ** 2).sum()
+    )
+    with pytest.raises(ValueError, match="NaN or infinite .* is lr above 2 / curvature"):
+        bl.unrolled_hypergradient(
+            fixed, torch.zeros(2), torch.zeros(2), steps=1100, lr=3.0, mode=mode
+        )
+
+
+def test_a_joint_dependence_that_is_zero_is_not_an_error():
+    separable = bl.BilevelProblem(
+        lambda lam, t, b: lam.square().sum() + 0.5 * t.square().sum(),
+        lambda lam, t, b: t.sum() + lam.sum(),
+    )
+    for mode in ("dual", "double_backward"):
+        h = bl.hypergradient(separable, LAM, THETA, cross_mode=mode)
+        assert torch.equal(h, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("lam", "theta", "message"),
+    [
+        (torch.tensor([1, 2]), THETA, "lam: got torch.int64, expected a floating-point tensor"),
+        ([0.1, 0.2], THETA, "lam: got list"),
+        (LAM, torch.tensor([True, False]), "theta: got torch.bool"),
+    ],
+)
+def test_variables(lam, theta, message):
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(TypeError, match=message):
+        bl.hypergradient(problem, lam, theta)
+    with pytest.raises(TypeError, match=message):
+        bl.AID(problem, lam, theta, bl.CG(1), inner_lr=0.1, outer_lr=0.1)
+
+
+def test_nan_is_traced_to_where_it_is():
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(ValueError, match="value is nan; theta has 1 entries that are NaN"):
+        bl.hypergradient(problem, LAM, torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="value is nan; lam has 2 entries"):
+        bl.hypergradient(problem, LAM * float("nan"), THETA, solver=bl.CG(1))
+    x, y, index = batch()
+    x[2, 1] = float("nan")
+    r = risk(weight=lambda lam, b: lam[b[2]])
+    with pytest.raises(ValueError, match=r"value is nan; batch\[0\] has 1 entries"):
+        products.gradient(r, torch.ones(5), bl.flatten(r.model), (x, y, index))
+
+
+def test_problem_needs_functions():
+    with pytest.raises(TypeError, match="outer_loss: got int, expected a function"):
+        bl.BilevelProblem(inner, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (batch(n=4), "x has 5 rows and y has 4"),
+        (batch(features=2), r"Linear cannot take x of shape \(5, 2\)"),
+        ((torch.ones(5, 3), torch.tensor([0, 1, 2, 3, 4])), "found 4, expected integers from 0 to 3"),
+        ((torch.ones(5, 3), torch.tensor([0, 1, -1, 3, 2])), "found -1, expected"),
+        ((torch.ones(5, 3), torch.rand(5)), "expected integer labels"),
+        ((torch.ones(5, 3), torch.ones(5, 4)), "expected integer labels"),
+    ],
+)
+def test_batches(bad, message):
+    r = risk()
+    with pytest.raises(ValueError, match=message):
+        r(LAM, bl.flatten(r.model), bad)
+
+
+def test_weighted_risk_options_and_weights():
+    with pytest.raises(ValueError, match="loss: got 'hinge'"):
+        risk(loss="hinge")
+    with pytest.raises(ValueError, match="l2: got -1"):
+        risk(l2=-1)
+    with pytest.raises(ValueError, match=r"y has shape \(5,\), expected \(5, 4\)"):
+        r = risk(loss="mse")
+        r(LAM, bl.flatten(r.model), batch())
+    r = risk(weight=lambda lam, b: lam[b[2]])
+    with pytest.raises(ValueError, match="lam: has 2 entries, too few for this batch"):
+        r(LAM, bl.flatten(r.model), batch())
+    r = risk(weight=lambda lam, b: lam)
+    with pytest.raises(ValueError, match=r"weight: returned shape \(2,\), expected \(5,\)"):
+        r(LAM, bl.flatten(r.model), batch())
+
+
+def test_params():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"theta: got shape \(5,\), expected \(6,\)"):
+        bl.unflatten(model, torch.zeros(5))
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        bl.flatten(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bl.CG(0), "iters: got 0, expected an integer of at least 1"),
+        (lambda: bl.CG(2.5), "iters: got 2.5"),
+        (lambda: bl.Neumann(0, 0.1), "terms: got 0"),
+        (lambda: bl.Identity(0), "step: got 0, expected a positive number"),
+        (lambda: bl.Identity(float("nan")), "step: got nan"),
+        (lambda: bl.CG(2, curvature="magic"), "curvature: got 'magic', expected"),
+    ],
+)
+def test_solver_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_solves():
+    problem = bl.BilevelProblem(inner, outer)
+    for solver in (bl.Direct(damping=-1), bl.CG(2, damping=-1), bl.Neumann(2, 0.1, damping=-1)):
+        with pytest.raises(ValueError, match="damping: got -1"):
+            bl.hypergradient(problem, LAM, THETA, solver=solver)
+    with pytest.raises(ValueError, match="step: got -1"):
+        bl.hypergradient(problem, LAM, THETA, solver=bl.Neumann(3, -1))
+    with pytest.raises(ValueError, match="theta: has 2 entries, more than max_dim=1"):
+        bl.hypergradient(problem, LAM, THETA, solver=bl.Direct(max_dim=1))
+    with pytest.raises(ValueError, match=r"b: got shape \(3,\), expected \(2,\)"):
+        bl.CG(1).solve(problem, LAM, THETA, None, torch.ones(3))
+    with pytest.raises(ValueError, match="is not finite"):
+        linsolve.cg(lambda v: v * float("nan"), torch.ones(2), 3)
+    with pytest.raises(ValueError, match="H: is singular to working precision"):
+        linsolve.direct(torch.ones(2, 2), torch.ones(2))
+    solver = bl.CG(1, warm_start=True)
+    solver.solve(problem, LAM, THETA, None, torch.ones(2))
+    with pytest.raises(ValueError, match=r"remembers a v of shape \(2,\)"):
+        solver.solve(problem, torch.ones(3), torch.ones(3), None, torch.ones(3))
+    with pytest.raises(ValueError, match="mode: got 'triple'"):
+        products.cross_vp(inner, LAM, THETA, None, THETA, "triple")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"steps": 2, "lr": 0}, "lr: got 0"),
+        ({"steps": 2, "mode": "sideways"}, "mode: got 'sideways'"),
+        ({"steps": 2, "truncate": 0}, "truncate: got 0"),
+        ({"steps": 2, "truncate": 1, "mode": "forward"}, "only reverse truncates"),
+    ],
+)
+def test_unrolling_options(options, message):
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(ValueError, match=message):
+        bl.unrolled_hypergradient(problem, LAM, THETA, **{"lr": 0.1, **options})
+
+
+def test_differences_and_check():
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(ValueError, match="eps: got 0"):
+        bl.finite_difference_hypergradient(problem, LAM, lambda lam: THETA, eps=0)
+    big = torch.zeros(4001)
+    cheap = bl.BilevelProblem(
+        lambda lam, t, b: 0.5 * (t - lam[0]).square().sum(), lambda lam, t, b: t.sum()
+    )
+    with pytest.raises(ValueError, match="solve_inner: is needed, since theta has 4001 entries"):
+        bl.check(cheap, LAM, big, solver=bl.CG(1))
+
+
+def test_aid_options_and_states():
+    problem = bl.BilevelProblem(inner, outer)
+
+    def make(**options):
+        given = {"inner_lr": 0.1, "outer_lr": 0.1, **options}
+        return bl.AID(problem, LAM, THETA, bl.CG(2), **given)
+
+    with pytest.raises(ValueError, match="inner_steps: got 0"):
+        make(inner_steps=0)
+    with pytest.raises(ValueError, match="outer_lr: got None, expected a positive step size"):
+        make(outer_lr=None)
+    state = make().state_dict()
+    with pytest.raises(ValueError, match="of method 'SOBA', expected 'AID'"):
+        make().load_state_dict({**state, "method": "SOBA"})
+    with pytest.raises(ValueError, match=r"lam has shape \(3,\), expected \(2,\)"):
+        make().load_state_dict({**state, "lam": torch.ones(3)})
+    method = make(inner_lr=1e6)
+    with pytest.raises(ValueError, match="inner_loss: value is (inf|nan)"):
+        for _ in range(50):
+            method.step()
+    assert bool(torch.isfinite(method.lam).all())
+
+
+def test_data(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"dataset: got 'mnits', expected one of \['digits'"):
+        data.load("mnits")
+    g = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="rate: got 1.5"):
+        data.corrupt_labels(torch.zeros(3, dtype=torch.long), 1.5, 10, g)
+    with pytest.raises(ValueError, match="labels: found 12"):
+        data.corrupt_labels(torch.tensor([12]), 0.5, 10, g)
+    with pytest.raises(ValueError, match="need 11 examples, but there are 10"):
+        data.split(10, (5, 6), g)
+    x, y = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)
+    for bad, message in (
+        ((x, y[:3], 2), "x has 4 rows and y has 3"),
+        ((x, y, 5), "batch_size: got 5, expected 1 to 4"),
+        ((x * float("inf"), y, 2), "x: 8 entries are NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.Batches(*bad, generator=g)
+    with pytest.raises(ValueError, match="labels: found 7"):
+        data.Batches(x, y + 7, 2, g, num_classes=7)
+    with pytest.raises(ValueError, match="device: got 'gpu'"):
+        pick_device("gpu")
+    monkeypatch.setenv("BILEVEL_LITE_DEVICE", "cuda:99")
+    with pytest.raises(ValueError, match="cuda:99.*CUDA device"):
+        pick_device()

@@ -1,0 +1,139 @@
+"""Datasets, downloads that go wrong, label noise, samplers."""
+
+import gzip
+import os
+import struct
+
+import pytest
+import torch
+
+from bilevel_lite import data
+
+REAL = os.environ.get("BILEVEL_LITE_DATA")
+needs_mnist = pytest.mark.skipif(
+    not REAL or not os.path.exists(os.path.join(REAL, "mnist")), reason="no local MNIST"
+)
+
+
+@needs_mnist
+def test_mnist_is_mnist():
+    d = data.load("mnist", dtype=torch.float32, download=False)
+    assert d.x.shape == (60_000, 784) and d.x_test.shape == (10_000, 784)
+    assert d.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]  # as everybody's MNIST starts
+    assert torch.bincount(d.y_test).tolist() == [
+        980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
+    ]  # fmt: skip
+    assert float(d.x.mean()) == pytest.approx(0.1307, abs=1e-4)  # the published mean and spread
+    assert float(d.x.std()) == pytest.approx(0.3081, abs=1e-4)
+    assert float(d.x.min()) == 0 and float(d.x.max()) == 1
+
+
+def test_digits_are_scikit_learns():
+    d = data.load("digits")
+    assert d.x.dtype == torch.float64 and d.x.shape == (1437, 64)
+    assert len(d.x_test) == 360 and float(d.x.max()) == 1
+    assert torch.bincount(torch.cat([d.y, d.y_test])).tolist() == [
+        178, 182, 177, 183, 181, 182, 181, 179, 174, 180,
+    ]  # fmt: skip
+    assert data.available("digits") == "digits"
+
+
+def idx(shape, values=None):
+    size = 1
+    for n in shape:
+        size *= n
+    header = b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+    return header + (bytes(range(size)) if values is None else values)
+
+
+def test_idx_is_read_row_major_and_refused_when_damaged():
+    array = data.read_idx(idx((2, 3)))
+    assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
+    for bad, message in (
+        (b"PK\x03\x04....", "not an IDX file"),
+        (idx((2, 3))[:9], "cut short in its header"),
+        (idx((2, 3))[:-1], r"holds 5 values, its header says \(2, 3\); is it truncated"),
+        (idx((2, 3)) + b"\0", "holds 7 values"),
+    ):
+        with pytest.raises(data.DataError, match=message):
+            data.read_idx(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(idx((2, 3))), "is damaged: its content has sha256"),
+        (gzip.compress(idx((2, 3)))[:-9], "is damaged: it does not unzip"),
+        (b"<html>sign in to continue</html>", "is damaged: it does not unzip"),
+    ],
+)
+@pytest.mark.parametrize("place", ["BILEVEL_LITE_DATA", "BILEVEL_LITE_CACHE"])
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch, content, message, place):
+    monkeypatch.delenv("BILEVEL_LITE_DATA", raising=False)
+    monkeypatch.setenv(place, str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / "mnist" / f"{name}.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load("mnist", download=False)
+
+
+def test_without_network_one_line_says_what_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("BILEVEL_LITE_DATA", raising=False)
+    monkeypatch.setenv("BILEVEL_LITE_CACHE", str(tmp_path))
+    import pooch
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(pooch, "retrieve", refuse)
+    with pytest.raises(data.DataError, match="no network and no local copy of train-images"):
+        data.load("mnist")
+    assert data.available("mnist") == "digits"
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_label_noise_redraws_the_rate_and_marks_only_wrong_labels():
+    y = torch.arange(10).repeat(10_000)
+    noisy, wrong = data.corrupt_labels(y, 0.5, 10, torch.Generator().manual_seed(0))
+    assert torch.equal(wrong, noisy != y)
+    assert float(wrong.double().mean()) == pytest.approx(0.45, abs=0.005)  # 0.5 * (1 - 1/10)
+    shares = torch.bincount(noisy[wrong] * 10 + y[wrong], minlength=100).view(10, 10)
+    off_diagonal = shares[~torch.eye(10, dtype=torch.bool)].double()
+    assert float(off_diagonal.std() / off_diagonal.mean()) < 0.1  # uniform over wrong classes
+    same, _ = data.corrupt_labels(y, 0.5, 10, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy, same)
+    clean, none = data.corrupt_labels(y, 0.0, 10, torch.Generator())
+    assert torch.equal(clean, y) and not none.any()
+
+
+def test_splits_are_disjoint():
+    parts = data.split(100, (60, 30, 5), torch.Generator().manual_seed(0))
+    assert [len(p) for p in parts] == [60, 30, 5]
+    assert len(set(torch.cat(parts).tolist())) == 95
+
+
+def batches(seed=0, n=10, size=3):
+    x = torch.arange(n, dtype=torch.float64)[:, None]
+    return data.Batches(x, torch.arange(n), size, torch.Generator().manual_seed(seed))
+
+
+def test_a_pass_visits_every_example_at_most_once_and_in_a_new_order():
+    b = batches()
+    passes = [torch.cat([b.draw()[2] for _ in range(3)]) for _ in range(2)]
+    assert all(len(set(p.tolist())) == 9 for p in passes)
+    assert not torch.equal(*passes)
+    x, y, index = b.draw()
+    assert torch.equal(x[:, 0], index.double()) and torch.equal(y, index)
+    assert torch.equal(b.all()[2], torch.arange(10))
+
+
+@pytest.mark.parametrize("drawn", [0, 2, 3, 7])
+def test_a_resumed_sampler_draws_the_same_batches(drawn):
+    first = batches()
+    for _ in range(drawn):
+        first.draw()
+    second = batches(seed=5)
+    second.load_state_dict(first.state_dict())
+    for _ in range(8):
+        assert torch.equal(first.draw()[2], second.draw()[2])

@@ -1,0 +1,59 @@
+"""Every check accepts right answers, refuses wrong ones, and knows a stub when it sees one."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from bilevel_lite import exercises
+
+ANSWERS = {}
+for path in sorted((Path(__file__).parent / "exercise_answers").glob("ch*.py")):
+    spec = importlib.util.spec_from_file_location(f"exercise_answers.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    importlib.import_module(f"bilevel_lite.exercises.{path.stem}")
+    for number in module.RIGHT.keys() | module.WRONG.keys():
+        ANSWERS[number] = (module.RIGHT.get(number), module.WRONG.get(number, []))
+
+WRONG = [(n, i) for n, (_, wrong) in sorted(ANSWERS.items()) for i in range(len(wrong))]
+
+
+def stub(*args, **kwargs):
+    raise NotImplementedError
+
+
+def test_every_exercise_has_answers_to_test_it_with():
+    assert set(ANSWERS) == set(exercises._CHECKS)
+    short = [n for n, (right, wrong) in ANSWERS.items() if right is None or len(wrong) < 2]
+    assert not short, f"a right and two wrong answers are needed for {short}"
+
+
+@pytest.mark.parametrize("number", sorted(ANSWERS))
+def test_right_is_correct(number, capsys):
+    assert exercises.check(number, ANSWERS[number][0])
+    assert capsys.readouterr().out == f"Exercise {number}: correct.\n"
+
+
+@pytest.mark.parametrize(("number", "index"), WRONG)
+def test_wrong_is_refused_with_a_sentence(number, index, capsys):
+    assert not exercises.check(number, ANSWERS[number][1][index])
+    out = capsys.readouterr().out
+    assert out.startswith(f"Exercise {number}: not yet. ")
+    assert len(out) > len(f"Exercise {number}: not yet. ") + 15
+    assert "Your code raised" not in out  # a wrong answer here, not a broken one
+
+
+@pytest.mark.parametrize("number", sorted(ANSWERS))
+def test_stubs_are_not_attempted(number, capsys):
+    answers = [None, ...]
+    if callable(ANSWERS[number][0]):
+        answers += [stub, lambda *args, **kwargs: None]
+    for answer in answers:
+        assert not exercises.check(number, answer)
+        assert capsys.readouterr().out == f"Exercise {number}: not attempted yet.\n"
+
+
+def test_unknown_number():
+    with pytest.raises(ValueError, match="no exercise '99.1'"):
+        exercises.check("99.1", 1)

@@ -1,0 +1,466 @@
+"""Every hypergradient against an independent truth, in float64.
+
+The problem is ridge regression with per-feature penalties exp(lam_j), an outer loss with a direct
+term in lam, and theta*(lam) in closed form: autograd through the closed form is the truth.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite import linsolve, products
+
+class Ridge:
+    """Ridge regression with m = d per-feature penalties; n rows for training, n for validation."""
+
+    def __init__(self, d=12, n=60, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.x, self.y = torch.randn(n, d, generator=g), torch.randn(n, generator=g)
+        self.xv, self.yv = torch.randn(n, d, generator=g), torch.randn(n, generator=g)
+        self.lam = torch.randn(d, generator=g) - 1
+        self.v = torch.randn(d, generator=g)
+        self.problem = bl.BilevelProblem(self.inner, self.outer)
+        self.theta = self.solution(self.lam)
+        self.h = self.x.T @ self.x / n + torch.diag(self.lam.exp())  # the Hessian, by hand
+        eigenvalues = torch.linalg.eigvalsh(self.h)
+        self.low, self.high = float(eigenvalues[0]), float(eigenvalues[-1])
+        lam = self.lam.clone().requires_grad_()
+        phi = self.outer(lam, self.solution(lam), None)
+        (self.truth,) = torch.autograd.grad(phi, lam)
+
+    def inner(self, lam, theta, batch):
+        return 0.5 * (self.x @ theta - self.y).square().mean() + 0.5 * (
+            lam.exp() * theta.square()
+        ).sum()
+
+    def outer(self, lam, theta, batch):
+        return 0.5 * (self.xv @ theta - self.yv).square().mean() + 0.1 * lam.square().sum()
+
+    def solution(self, lam):
+        n = len(self.y)
+        return torch.linalg.solve(
+            self.x.T @ self.x / n + torch.diag(lam.exp()), self.x.T @ self.y / n
+        )
+
+
+@pytest.fixture(scope="module")
+def ridge():
+    return Ridge()
+
+
+def error(got, truth):
+    return float((got - truth).detach().norm() / truth.detach().norm())
+
+
+# ---------------------------------------------------------------- products
+
+
+def test_products_equal_the_matrices_written_by_hand(ridge):
+    r = ridge
+    assert error(products.hessian(r.inner, r.lam, r.theta), r.h) < 1e-13
+    assert error(products.hvp(r.inner, r.lam, r.theta, None, r.v), r.h @ r.v) < 1e-13
+    jv = r.lam.exp() * r.theta * r.v  # d2g / (dlam_j dtheta_j) = exp(lam_j) theta_j
+    for mode in ("dual", "double_backward"):
+        assert error(products.cross_vp(r.inner, r.lam, r.theta, None, r.v, mode), jv) < 1e-13
+    jp, hp = products.update_vjp(r.inner, r.lam, r.theta, None, r.v)
+    assert error(jp, jv) < 1e-13 and error(hp, r.h @ r.v) < 1e-13
+    e = torch.linspace(-1, 1, 12)
+    q, along = products.update_jvp(r.inner, r.lam, 2 * r.theta, None, e, r.v)
+    assert error(q, r.h @ (2 * r.theta) - r.x.T @ r.y / 60) < 1e-13
+    assert error(along, r.h @ r.v + r.lam.exp() * 2 * r.theta * e) < 1e-13
+
+
+def mlp_risk(loss, classes=3):
+    g = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, classes)
+        ).double()
+    x = torch.randn(20, 4, generator=g)
+    y = (
+        torch.randint(classes, (20,), generator=g)
+        if loss == "cross_entropy"
+        else torch.randn(20, classes, generator=g)
+    )
+    batch = (x, y, torch.arange(20))
+    risk = bl.WeightedRisk(model, loss, weight=lambda lam, b: lam[b[2]].sigmoid(), l2=0.01)
+    return risk, torch.randn(20, generator=g), bl.flatten(model), batch
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_cross_product_by_dual_numbers_equals_double_backward_on_a_network(loss):
+    risk, lam, theta, batch = mlp_risk(loss)
+    v = torch.linspace(-1, 1, len(theta))
+    dual = products.cross_vp(risk, lam, theta, batch, v, "dual")
+    double = products.cross_vp(risk, lam, theta, batch, v, "double_backward")
+    assert error(dual, double) < 1e-12
+    # and both equal sigma'(lam_n) <grad l_n, v> / N
+    losses = torch.func.jvp(lambda t: risk.losses(t, batch), (theta,), (v,))[1]
+    s = lam.sigmoid()
+    assert error(dual, s * (1 - s) * losses / 20) < 1e-12
+
+
+def test_hvp_equals_curvlinops_and_differences_of_the_gradient():
+    curvlinops = pytest.importorskip("curvlinops")
+    risk, lam, theta, batch = mlp_risk("cross_entropy")
+    model = risk.model
+    unweighted = bl.WeightedRisk(model)
+    v = torch.linspace(-1, 1, len(theta))
+    params = [p for p in model.parameters() if p.requires_grad]
+    operator = curvlinops.HessianLinearOperator(
+        model,
+        torch.nn.CrossEntropyLoss(),
+        params,
+        [(batch[0], batch[1])],
+        check_deterministic=False,
+    )
+    theirs = torch.as_tensor(np.asarray(operator.to_scipy() @ v.numpy()))
+    assert error(products.hvp(unweighted, lam, theta, batch, v), theirs) < 1e-12
+    eps = 1e-5
+    up = products.gradient(risk, lam, theta + eps * v, batch)[2]
+    down = products.gradient(risk, lam, theta - eps * v, batch)[2]
+    assert error(products.hvp(risk, lam, theta, batch, v), (up - down) / (2 * eps)) < 1e-8
+
+
+def test_weighted_risk_is_the_formula():
+    risk, lam, theta, batch = mlp_risk("mse")
+    outputs = torch.func.functional_call(risk.model, bl.unflatten(risk.model, theta), batch[0])
+    by_hand = (
+        sum(
+            float(lam[i].sigmoid()) * 0.5 * float((outputs[i] - batch[1][i]).square().sum())
+            for i in range(20)
+        )
+        / 20
+        + 0.01 * float(theta @ theta)
+    )
+    assert float(risk(lam, theta, batch)) == pytest.approx(by_hand, rel=1e-13)
+
+
+def test_flatten_and_unflatten_are_inverse_and_skip_frozen_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    theta = bl.flatten(model)
+    assert theta.shape == (14,)
+    for name, view in bl.unflatten(model, theta).items():
+        assert torch.equal(view, model.get_parameter(name))
+    model[0].weight.requires_grad_(False)
+    assert bl.flatten(model).shape == (8,)
+    tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    assert bl.flatten(tied).shape == (8,)
+
+
+# ---------------------------------------------------------------- implicit solvers
+
+
+@pytest.mark.parametrize("make", [
+    lambda r: bl.Direct(),
+    lambda r: bl.CG(12),
+    lambda r: bl.CG(100, warm_start=True),
+    lambda r: bl.CGNormal(100),
+    lambda r: bl.Neumann(math.ceil(40 * r.high / r.low), 1 / r.high),
+])  # fmt: skip
+def test_every_implicit_solver_reaches_autograd_through_the_closed_form(ridge, make):
+    r = ridge
+    for mode in ("dual", "double_backward"):
+        h, info = bl.hypergradient(
+            r.problem, r.lam, r.theta, solver=make(r), return_info=True, cross_mode=mode
+        )
+        assert error(h, r.truth) < 1e-8
+        assert error(info.direct, 0.2 * r.lam) < 1e-12  # the direct term is there
+        assert info.solve.relative_residual < 1e-8
+    assert error(info.implicit, r.truth) > 0.1  # and it matters here
+
+
+def test_damping_is_added_once(ridge):
+    r = ridge
+    b = products.gradient(r.outer, r.lam, r.theta)[2]
+    v = torch.linalg.solve(r.h + 0.3 * torch.eye(12), b)
+    for solver in (
+        bl.Direct(damping=0.3),
+        bl.CG(12, damping=0.3),
+        bl.CGNormal(60, damping=0.3),
+        bl.Neumann(2000, 1 / (r.high + 0.3), damping=0.3),
+    ):
+        got, info = solver.solve(r.problem, r.lam, r.theta, None, b)
+        assert error(got, v) < 1e-9, solver
+        assert info.residual < 1e-9
+
+
+def test_the_reported_residual_and_cost_are_true(ridge):
+    r = ridge
+    b = products.gradient(r.outer, r.lam, r.theta)[2]
+    for solver, spent in (
+        (bl.Identity(0.2), 0),
+        (bl.Neumann(4, 0.2), 3),
+        (bl.CG(3), 3),
+        (bl.CGNormal(3), 7),
+        (bl.Direct(), 12),
+    ):
+        counted = CountCalls(r.h)
+        v, info = solver.solve(r.problem, r.lam, r.theta, None, b)
+        residual = float((b - r.h @ v).norm())
+        assert info.residual == pytest.approx(residual, rel=1e-6, abs=1e-12)
+        assert info.relative_residual == pytest.approx(residual / float(b.norm()), abs=1e-9)
+        assert info.products == spent and info.gradients == 2 * spent
+        if isinstance(solver, bl.CG | bl.Neumann):  # the count is that of real calls
+            method = {bl.CG: linsolve.cg, bl.CGNormal: linsolve.cg_normal}.get(type(solver))
+            if method is None:
+                linsolve.neumann(counted, b, solver.terms, solver.step)
+            else:
+                method(counted, b, solver.iters)
+            assert counted.calls == spent
+
+
+class CountCalls:
+    """An operator that counts its products."""
+
+    def __init__(self, matrix):
+        self.matrix, self.calls = matrix, 0
+
+    def __call__(self, v):
+        self.calls += 1
+        return self.matrix @ v
+
+
+def test_warm_start_continues_where_the_last_call_stopped(ridge):
+    r = ridge
+    b = products.gradient(r.outer, r.lam, r.theta)[2]
+    solver = bl.CG(4, warm_start=True)
+    residuals = [
+        solver.solve(r.problem, r.lam, r.theta, None, b)[1].relative_residual for _ in range(6)
+    ]
+    assert all(after < before for before, after in zip(residuals, residuals[1:], strict=False))
+    assert residuals[-1] < 1e-6
+    other = bl.CG(4, warm_start=True)
+    other.load_state_dict(solver.state_dict())
+    a, _ = solver.solve(r.problem, r.lam, r.theta, None, b)
+    c, _ = other.solve(r.problem, r.lam, r.theta, None, b)
+    assert torch.equal(a, c)
+
+
+def test_lam_of_any_shape_and_scalar_unknowns():
+    problem = bl.BilevelProblem(
+        lambda lam, theta, batch: 0.5 * lam.exp().sum() * theta**2 - theta,
+        lambda lam, theta, batch: 0.5 * (theta - 2) ** 2,
+    )
+    lam = torch.tensor([[0.3, -0.2]])
+    a = float(lam.exp().sum())
+    theta = torch.tensor(1 / a)
+    expected = (1 / a - 2) * (-1 / a**2) * lam.exp()
+    for solver in (bl.CG(5), bl.Direct(), bl.CGNormal(5)):
+        h = bl.hypergradient(problem, lam, theta, solver=solver)
+        assert h.shape == lam.shape
+        assert error(h, expected) < 1e-12
+
+
+# ---------------------------------------------------------------- CG, the bugs of others
+
+
+def test_cg_ends_exactly_on_the_identity_and_on_early_convergence():
+    b = torch.arange(1.0, 6.0)
+    done = linsolve.cg(lambda v: v, b, iters=10)
+    assert torch.equal(done.solution, b)
+    assert (done.iterations, done.products, done.converged) == (1, 1, True)
+    assert linsolve.cg_normal(lambda v: v, b, iters=10).solution.allclose(b, atol=1e-15)
+    h = torch.diag(torch.tensor([1.0, 1.0, 2.0, 2.0, 5.0]))  # three distinct eigenvalues
+    done = linsolve.cg(lambda v: h @ v, b, iters=50)
+    assert done.iterations == 3
+    assert error(done.solution, b / h.diagonal()) < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_cg_on_a_scalar_unknown(shape):
+    b = torch.full(shape, 3.0)
+    assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)
+
+
+def test_cg_on_a_zero_right_hand_side_is_zero():
+    b = torch.zeros(4)
+    for solve in (linsolve.cg, linsolve.cg_normal):
+        done = solve(lambda v: 2 * v, b, iters=5)
+        assert torch.equal(done.solution, b) and done.iterations == 0 and done.residual == 0
+
+
+def test_cg_is_scipys_cg_step_by_step(ridge):
+    r = ridge
+    for iters in (1, 3, 7):
+        theirs, _ = scipy.sparse.linalg.cg(
+            r.h.numpy(), r.v.numpy(), rtol=0, atol=0, maxiter=iters
+        )
+        ours = linsolve.cg(lambda v: r.h @ v, r.v, iters).solution
+        assert error(ours, torch.as_tensor(theirs)) < 1e-10
+    inverse_diagonal = 1 / r.h.diagonal()
+    theirs, _ = scipy.sparse.linalg.cg(
+        r.h.numpy(), r.v.numpy(), rtol=0, atol=0, maxiter=4, M=np.diag(inverse_diagonal.numpy())
+    )
+    ours = linsolve.cg(
+        lambda v: r.h @ v, r.v, 4, precondition=lambda x: inverse_diagonal * x
+    ).solution
+    assert error(ours, torch.as_tensor(theirs)) < 1e-10
+
+
+def test_cg_normal_is_cg_on_the_squared_system(ridge):
+    r = ridge
+    for iters in (1, 3, 6):
+        theirs = linsolve.cg(lambda v: r.h @ (r.h @ v), r.h @ r.v, iters).solution
+        ours = linsolve.cg_normal(lambda v: r.h @ v, r.v, iters)
+        assert error(ours.solution, theirs) < 1e-8
+        assert ours.products == 2 * iters + 1
+
+
+def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
+    h = torch.diag(torch.tensor([3.0, 2.0, -1.0]))
+    b = torch.tensor([1.0, 1.0, 0.8])
+    with pytest.warns(bl.NegativeCurvatureWarning, match="not positive definite"):
+        done = linsolve.cg(lambda v: h @ v, b, iters=10)
+    assert done.negative_curvature and not done.converged
+    assert done.curvature[0] <= 0
+    before = linsolve.cg(lambda v: h @ v, b, iters=done.iterations).solution
+    assert torch.equal(done.solution, before)
+    done = linsolve.cg_normal(lambda v: h @ v, b, iters=10)  # the squared system is definite
+    assert error(done.solution, b / h.diagonal()) < 1e-10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = linsolve.cg(lambda v: h @ v, b, iters=10, damping=1.5)
+    assert error(done.solution, b / (h.diagonal() + 1.5)) < 1e-12
+
+
+def test_neumann_error_per_eigenvalue():
+    mu = torch.tensor([0.01, 0.3, 1.0, 1.9])
+    b = torch.ones(4)
+    for terms in (1, 2, 5, 20):
+        done = linsolve.neumann(lambda v: mu * v, b, terms, step=0.9)
+        assert error(1 - mu * done.solution, (1 - 0.9 * mu) ** terms) < 1e-13
+        assert done.products == terms - 1
+    with pytest.raises(ValueError, match="diverge"):
+        linsolve.neumann(lambda v: mu * v, b, 5000, step=1.5)
+
+
+# ---------------------------------------------------------------- unrolling
+
+
+def graph_unroll(r, theta, steps, lr):
+    """Autograd through the kept graph: the plain truth for T steps."""
+    lam = r.lam.clone().requires_grad_()
+    theta = theta.clone().requires_grad_()
+    for _ in range(steps):
+        (g,) = torch.autograd.grad(r.inner(lam, theta, None), theta, create_graph=True)
+        theta = theta - lr * g
+    (h,) = torch.autograd.grad(r.outer(lam, theta, None), lam)
+    return h, theta
+
+
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_reverse_and_forward_equal_autograd_through_the_graph(ridge, steps):
+    r, lr = ridge, 0.2
+    truth, last = graph_unroll(r, 0.1 * r.v, steps, lr)
+    for mode in ("reverse", "forward"):
+        h, info = bl.unrolled_hypergradient(
+            r.problem, r.lam, 0.1 * r.v, steps=steps, lr=lr, mode=mode, return_info=True
+        )
+        assert error(h, truth) < 1e-10
+        assert error(info.theta, last) < 1e-12
+    assert info.stored == 12 * 12
+
+
+def test_batches_that_change_with_the_step_are_the_same_on_the_way_back(ridge):
+    r = ridge
+    rows = [torch.arange(t, 60, 4) for t in range(4)]
+    problem = bl.BilevelProblem(
+        lambda lam, theta, i: 0.5 * (r.x[i] @ theta - r.y[i]).square().mean()
+        + 0.5 * (lam.exp() * theta.square()).sum(),
+        r.outer,
+    )
+    options = dict(steps=9, lr=0.1, inner_batch=lambda t: rows[t % 4])
+    h = bl.unrolled_hypergradient(problem, r.lam, torch.zeros(12), **options)
+    f = bl.unrolled_hypergradient(problem, r.lam, torch.zeros(12), mode="forward", **options)
+
+    def descend(lam):
+        theta = torch.zeros(12)
+        for t in range(9):
+            theta = theta - 0.1 * products.gradient(problem.inner_loss, lam, theta, rows[t % 4])[2]
+        return theta
+
+    differences = bl.finite_difference_hypergradient(problem, r.lam, descend)
+    assert error(h, f) < 1e-12
+    assert error(h, differences) < 1e-7
+
+
+def test_unrolling_converges_to_the_implicit_value_at_the_predicted_rate(ridge):
+    r = ridge
+    lr = 1 / r.high
+    rho = 1 - lr * r.low
+    errors = {
+        steps: error(
+            bl.unrolled_hypergradient(r.problem, r.lam, r.theta, steps=steps, lr=lr), r.truth
+        )
+        for steps in (20, 40, 60)
+    }
+    for steps in (20, 40):  # from theta*, the slowest mode falls by rho a step
+        slope = math.log(errors[steps + 20] / errors[steps]) / 20
+        assert slope == pytest.approx(math.log(rho), rel=0.05)
+    far = bl.unrolled_hypergradient(r.problem, r.lam, torch.zeros(12), steps=2000, lr=lr)
+    assert error(far, r.truth) < 1e-10
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 10, 40])
+def test_neumann_with_k_terms_is_k_truncated_steps_at_a_fixed_point(ridge, terms):
+    r = ridge
+    lr = 1 / r.high
+    neumann = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Neumann(terms, lr))
+    unrolled = bl.unrolled_hypergradient(
+        r.problem, r.lam, r.theta, steps=50, lr=lr, truncate=terms
+    )
+    assert error(neumann, unrolled) < 1e-12
+    if terms == 1:
+        identity = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Identity(lr))
+        assert torch.equal(identity, neumann)
+        one_step = bl.unrolled_hypergradient(r.problem, r.lam, r.theta, steps=1, lr=lr)
+        assert error(identity, one_step) < 1e-12
+
+
+def test_unrolled_costs_are_counted():
+    r = Ridge(d=3)
+    _, info = bl.unrolled_hypergradient(
+        r.problem, r.lam, r.theta, steps=10, lr=0.1, truncate=4, return_info=True
+    )
+    assert (info.gradients, info.stored) == (10 + 1 + 2 * 4, 4 * 3)
+
+
+# ---------------------------------------------------------------- differences, check
+
+
+def test_finite_differences_have_second_order_error(ridge):
+    r = ridge
+    errors = [
+        error(bl.finite_difference_hypergradient(r.problem, r.lam, r.solution, eps), r.truth)
+        for eps in (1e-2, 1e-3)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)
+    rows = torch.eye(12)[:3]
+    some = bl.finite_difference_hypergradient(r.problem, r.lam, r.solution, directions=rows)
+    assert error(some, r.truth[:3]) < 1e-7
+
+
+def test_check_passes_the_right_and_fails_the_wrong(ridge, capsys):
+    r = ridge
+    good = bl.check(r.problem, r.lam, r.theta, solver=bl.CG(12), solve_inner=r.solution)
+    assert good.passed and good.relative_error_differences < 1e-7
+    assert "agrees" in capsys.readouterr().out
+    bad = bl.check(r.problem, r.lam, r.theta, solver=bl.Identity(1.0), solve_inner=r.solution)
+    assert not bad.passed
+    assert "DOES NOT AGREE" in capsys.readouterr().out
+    dropped = bl.BilevelProblem(r.inner, lambda lam, theta, b: r.outer(lam.detach(), theta, b))
+    truth_without = error(bl.hypergradient(dropped, r.lam, r.theta), r.truth)
+    assert truth_without > 0.1  # forgetting the direct term is visible
+    few = bl.check(
+        r.problem, r.lam, r.theta, solver=bl.CG(12), solve_inner=r.solution, verbose=False,
+        num_directions=3, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert few.passed and few.relative_error_differences < 1e-6
