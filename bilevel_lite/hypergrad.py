@@ -251,14 +251,15 @@ def finite_difference_hypergradient(
 
         dPhi/dlam_j ~ (Phi(lam + eps e_j) - Phi(lam - eps e_j)) / (2 eps)
 
-    The error is eps^2 times a third derivative, plus rounding divided by eps, plus what the inner
+    The error is eps^2 / 6 times a third derivative, plus rounding divided by eps, plus what the inner
     solver adds: if it stops short in the same way each time (a fixed start and number of steps),
     a floor that no eps removes; if its error varies between calls, that variation divided by eps.
 
     Args:
         problem: The two losses; only ``outer_loss`` is used.
         lam: Outer variable, any shape.
-        solve_inner: lam -> theta*(lam), solved far below eps, from the same start each time.
+        solve_inner: lam -> theta*(lam), from the same start and with the same number of steps
+            each time, far enough for the accuracy that is asked of the differences.
         eps: Half the distance of the two evaluations, in lam's units.
         outer_batch: Batch of f.
         directions: Rows of directions like ``lam``, shape (k, *lam.shape); by default the
@@ -353,7 +354,8 @@ def check(
         rtol: Relative error up to which the verdict is good.
         eps: Step of the finite differences.
         num_directions: Difference along this many random unit directions instead of every
-            coordinate; for a long lam.
+            coordinate; for a long lam. The error and cosine then compare the projections onto
+            these directions only, a rough guide with few of them.
         generator: Source of those directions.
         verbose: Print the report.
 

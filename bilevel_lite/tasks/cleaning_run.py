@@ -1,5 +1,6 @@
 """The hypercleaning job of the command line: baselines, the learned weights, a result, a figure."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ def run(
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
     place = pick_device(device)
-    with RunFolder(out, vars(settings)) as folder:
+    with _float32(), RunFolder(out, vars(settings)) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
             print(f"{folder.path} holds the finished run:")
@@ -126,6 +127,17 @@ def run(
         _draw(result, folder.path)
     print(table(result))
     return result
+
+
+@contextmanager
+def _float32():
+    """The same numbers whatever default a notebook has set: layers draw in the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
@@ -176,10 +188,10 @@ def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
 
 
 def _task(s: Settings, device: torch.device) -> hc.Hypercleaning:
-    dataset = data.load(s.dataset, dtype=torch.float32)
+    dataset = data.load(s.dataset)
     with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
         torch.manual_seed(s.seed)
-        model = models.build(s.model, dataset.x.shape[1], dataset.num_classes).float()
+        model = models.build(s.model, dataset.x.shape[1], dataset.num_classes)
     generator = torch.Generator().manual_seed(s.seed)
     return hc.build(dataset, model, s.noise, s.l2, generator, device)
 

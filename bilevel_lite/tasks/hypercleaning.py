@@ -151,7 +151,7 @@ def train(
     theta: Tensor,
     tuning: tuple[Tensor, Tensor],
     l2: float = 0.0,
-    iters: int = 200,
+    iters: int = 100,
     weights: Tensor | None = None,
     patience: int = 3,
 ) -> Tensor:

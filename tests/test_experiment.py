@@ -1,0 +1,286 @@
+"""Runs that are stopped, killed, resumed, refused; the command line; stored results and figures."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite import experiment, plotting
+from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import RunError, RunFolder
+from bilevel_lite.tasks import cleaning_run
+
+REAL = os.environ.get("BILEVEL_LITE_DATA")
+needs_mnist = pytest.mark.skipif(
+    not REAL or not os.path.exists(os.path.join(REAL, "mnist")), reason="no local MNIST"
+)
+SMALL = [
+    "hyperclean", "--dataset", "digits", "--outer-steps", "30", "--evaluate-every", "3",
+    "--device", "cpu",
+]  # fmt: skip
+
+
+def timeless(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def numbers(folder):
+    """Everything in a finished run but time and provenance."""
+    result = json.loads((folder / "result.json").read_text())
+    history = [timeless(row) for row in result.pop("history")]
+    result.pop("provenance")
+    result["best"] = timeless(result["best"])
+    return result, history
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_writes_all_that_it_promises(whole, capsys):
+    result, history = numbers(whole)
+    assert [row["iteration"] for row in history] == list(range(3, 31, 3))
+    assert (whole / "figure.png").stat().st_size > 10_000
+    full = json.loads((whole / "result.json").read_text())
+    assert set(full["provenance"]) == {
+        "command", "commit", "device", "versions", "seed", "date", "seconds",
+    }  # fmt: skip
+    assert sum(result["weights"]["clean"]) + sum(result["weights"]["corrupted"]) == 1000
+    assert sum(result["weights"]["corrupted"]) == result["sizes"]["wrong"]
+    assert set(result["baselines"]) == {"noisy", "validation", "clean"}
+    best = min(history, key=lambda row: row["tuning_loss"])
+    assert timeless(result["best"]) == best  # chosen on the tuning split
+    assert result["best"]["auc"] > 0.9
+    # a finished run shows its result again and computes nothing
+    before = (whole / "checkpoint.pt").stat().st_mtime_ns
+    assert main([*SMALL, "--out", str(whole)]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+    assert (whole / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_resumes_bit_equal(whole, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "bilevel_lite", *SMALL, "--out", str(out)]
+    environment = {**os.environ, "BILEVEL_LITE_PROGRESS": "0"}
+    for _ in range(3):  # killed without warning, wherever it happens to be
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        rows, deadline = count_lines(out / "log.jsonl"), time.monotonic() + 120
+        while count_lines(out / "log.jsonl") < rows + 2 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if (out / "log.jsonl").exists():  # and killed while writing
+        with open(out / "log.jsonl", "a") as file:
+            file.write('{"iteration": 99, "tuning_l')
+    (out / "checkpoint.tmp").write_bytes(b"half a checkpoint")
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert numbers(out) == numbers(whole)
+
+
+def count_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on_afterwards(
+    whole, tmp_path, monkeypatch, capsys
+):
+    out, real, calls = tmp_path / "full", os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*SMALL, "--out", str(out)]) == 1
+    assert "the disk is full; the last checkpoint is kept" in capsys.readouterr().err
+    monkeypatch.setattr(os, "fsync", real)
+    assert main([*SMALL, "--out", str(out)]) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert numbers(out) == numbers(whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_really_full(tmp_path):
+    with RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        folder.checkpoint({"x": torch.ones(3)})
+        (folder.path / "checkpoint.tmp").unlink(missing_ok=True)
+        (folder.path / "checkpoint.tmp").symlink_to("/dev/full")
+        with pytest.raises(RunError, match="the disk is full; the last checkpoint is kept"):
+            folder.checkpoint({"x": torch.zeros(100_000)})
+    (tmp_path / "run" / "checkpoint.tmp").unlink()
+    with RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        assert torch.equal(folder.state["x"], torch.ones(3))
+
+
+def test_stopped_by_the_keyboard(tmp_path, monkeypatch, capsys):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bl.AID, "step", stop)
+    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "1"], "was made with other settings (seed: 0 there, 1 here)"),
+        (["--outer-lr", "7"], "outer_lr: 20.0 there, 7.0 here"),
+        (["--model", "mlp"], "model: 'linear' there, 'mlp' here"),
+    ],
+)
+def test_a_folder_made_with_other_settings_is_refused(whole, arguments, message, capsys):
+    assert main([*SMALL, "--out", str(whole), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_two_processes_on_one_folder(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    code = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    try:
+        assert main([*SMALL, "--out", str(tmp_path / "run")]) == 1
+        assert "is in use by another process" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_folders_that_cannot_be_used(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*SMALL, "--out", str(tmp_path / "file")]) == 1
+    assert "cannot be made" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    RunFolder(folder, {"a": 1}).close()
+    (folder / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(RunError, match="checkpoint.pt is damaged"):
+        RunFolder(folder, {"a": 1})
+    (folder / "checkpoint.pt").unlink()
+    (folder / "config.json").write_text('{"format": 0, "a": 1}')
+    with pytest.raises(RunError, match="made by another version"):
+        RunFolder(folder, {"a": 1})
+    (folder / "config.json").write_text("{")
+    with pytest.raises(RunError, match="config.json cannot be read"):
+        RunFolder(folder, {"a": 1})
+
+
+def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path):
+    with RunFolder(tmp_path, {}) as folder:
+        folder.log({"a": 1})
+        folder.checkpoint({})
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(RunError, match="it was changed"):
+        RunFolder(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnits"], "invalid choice: 'mnits'"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--outer-steps", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_words_that_the_command_line_does_not_know(tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main([*SMALL, *arguments, "--out", str(tmp_path / "run")])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "device: got 'gpu'"),
+        (["--outer-steps", "0"], "outer_steps: got 0"),
+        (["--inner-steps", "0"], "inner_steps: got 0"),
+        (["--outer-lr", "-1"], "outer_lr: got -1.0"),
+        (["--noise", "2"], "rate: got 2.0"),
+        (["--batch-size", "2000"], "batch_size: got 2000, expected 1 to 1000"),
+        (["--l2", "-1"], "l2: got -1.0"),
+        (["--iters", "0"], "iters: got 0"),
+        (["--inner-lr", "1e30"], "inner_loss: value is"),
+    ],
+)
+def test_settings_out_of_range(tmp_path, arguments, message, capsys):
+    assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["aid-identity", "aid-neumann", "aid-cg-normal"])
+def test_the_other_methods_run(tmp_path, method):
+    short = ["--outer-steps", "3", "--evaluate-every", "3"]
+    assert main([*SMALL, *short, "--method", method, "--out", str(tmp_path / "run")]) == 0
+
+
+def test_mlp_and_noise_free_run(tmp_path):
+    short = ["--outer-steps", "2", "--evaluate-every", "2", "--model", "mlp", "--noise", "0"]
+    assert main([*SMALL, *short, "--out", str(tmp_path / "run")]) == 0
+    assert "auc" not in numbers(tmp_path / "run")[0]["best"]  # nothing to tell apart
+
+
+@needs_mnist
+@pytest.mark.slow
+def test_mnist_for_a_few_iterations(tmp_path, monkeypatch):
+    monkeypatch.setattr(cleaning_run, "BASELINE_L2", (1e-4,))
+    out = tmp_path / "mnist"
+    few = ["--outer-steps", "20", "--evaluate-every", "20", "--out", str(out)]
+    assert main(["hyperclean", "--dataset", "mnist", "--device", "cpu", *few]) == 0
+    result, _ = numbers(out)
+    assert result["sizes"] == {
+        "train": 50_000, "wrong": result["sizes"]["wrong"], "validation": 5_000,
+        "tuning": 5_000, "test": 10_000,
+    }  # fmt: skip
+    assert result["sizes"]["wrong"] / 50_000 == pytest.approx(0.45, abs=0.01)
+    assert result["best"]["auc"] > 0.97
+    assert result["baselines"]["validation"]["test_accuracy"] > 0.895
+    assert result["baselines"]["clean"]["test_accuracy"] > 0.92
+
+
+def test_stored_results_have_provenance_and_are_drawn(tmp_path):
+    folder = Path(experiment._REPOSITORY) / "figures" / "data"
+    for path in sorted(folder.glob("*.json")):
+        result = experiment.stored(path.stem)
+        for run in result["runs"]:
+            p = run["provenance"]
+            assert re.fullmatch(r"[0-9a-f]{12}", p["commit"]), "made from a committed tree"
+            assert p["command"].startswith("python -m bilevel_lite ") and "/" not in p["device"]
+            assert not re.search(r"/(tmp|home|root|work)/", p["command"])
+        if result["kind"] == "hyperclean":
+            plotting.plt.close(plotting.draw_hyperclean(result))
+        assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"
+    with pytest.raises(ValueError, match="there is no stored result 'nothing'"):
+        experiment.stored("nothing")
+
+
+def test_collect(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    path = experiment.collect([str(whole)], "some")
+    assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
+    assert experiment.stored("some")["kind"] == "hyperclean"
+    with pytest.raises(RunError, match="holds no result.json"):
+        experiment.collect([str(tmp_path)], "some")
