@@ -1,8 +1,8 @@
 """Hypergradients for bilevel optimisation, in the notation of the textbook.
 
-    min over lam of  Phi(lam) = f(lam, theta*(lam)),    theta*(lam) = argmin over theta of g(lam, theta)
+    min over lam of  Phi(lam) = f(lam, theta*(lam)),   theta*(lam) = argmin over theta of g
 
-    b = grad_theta f      H = hess_theta g      v = H^-1 b      dPhi/dlam = grad_lam f - (d2 g / dlam dtheta) v
+    b = grad_theta f,  H = hess_theta g,  v = H^-1 b,  dPhi/dlam = grad_lam f - (d2g/dlam dtheta) v
 
 One module for each choice made in that line; see the table in the README.
 """

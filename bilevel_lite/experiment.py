@@ -183,7 +183,7 @@ class _Writing:
 
     def __exit__(self, kind, error, _):
         # torch.save reports a failed write as RuntimeError
-        if kind is None or issubclass(kind, RunError) or not issubclass(kind, OSError | RuntimeError):
+        if kind is None or kind is RunError or not issubclass(kind, OSError | RuntimeError):
             return
         if getattr(error, "errno", None) == errno.ENOSPC or "file write failed" in str(error):
             reason = "the disk is full; the last checkpoint is kept, and the same command resumes"

@@ -1,8 +1,8 @@
 """The hypergradient: implicit, by unrolling, by finite differences; and a check of one by another.
 
-    implicit     dPhi/dlam = grad_lam f - J v,  H v = b        (at theta ~ theta*)
-    unrolled     the derivative of f(lam, theta_T(lam)) through T steps of gradient descent
-    differences  (Phi(lam + eps e) - Phi(lam - eps e)) / (2 eps)
+implicit     dPhi/dlam = grad_lam f - J v,  H v = b        (at theta ~ theta*)
+unrolled     the derivative of f(lam, theta_T(lam)) through T steps of gradient descent
+differences  (Phi(lam + eps e) - Phi(lam - eps e)) / (2 eps)
 """
 
 from collections import deque
@@ -95,7 +95,7 @@ def hypergradient(
             finite.
 
     Cost: 1 gradient (b and the direct term), the solver's products, 1 cross product.
-    Source: Pedregosa (2016), eq. 2; Lorraine et al. (2020), eq. 2.
+    Source: Bengio (2000); Pedregosa (2016); Lorraine et al. (2020).
     """
     require_variable("lam", lam)
     require_variable("theta", theta)
@@ -104,7 +104,8 @@ def hypergradient(
     cross_batch = inner_batch if cross_batch is None else cross_batch
 
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose=return_info and diagnose)
+    diagnose = return_info and diagnose
+    v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose)
     implicit = -cross_vp(problem.inner_loss, lam, theta, cross_batch, v, cross_mode)
     total = direct + implicit
     _require_finite(total, f"||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g}")
@@ -160,7 +161,8 @@ def unrolled_hypergradient(
 
         reverse:  p = grad_theta f(theta_T);  for t = T-1, ..., T-K:
                       h <- h - lr J_t p,   p <- p - lr H_t p
-        forward:  Z_0 = 0;  Z_{t+1} = Z_t - lr (H_t Z_t + J_t^T);   h = grad_lam f + Z_T^T grad_theta f
+        forward:  Z_0 = 0;  Z_{t+1} = Z_t - lr (H_t Z_t + J_t^T);
+                      h = grad_lam f + Z_T^T grad_theta f
 
     Reverse mode stores the iterates (K of them) and recomputes everything else, so it holds one
     graph at a time. Forward mode stores one column of Z per entry of lam, whatever T is.
@@ -187,7 +189,7 @@ def unrolled_hypergradient(
             beyond the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
-    lam; 1 for f. Source: Franceschi et al. (2017), alg. 1 and 2; Shaban et al. (2019), truncated.
+    lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
     """
     require_variable("lam", lam)
     require_variable("theta0", theta0)
@@ -202,8 +204,9 @@ def unrolled_hypergradient(
         raise ValueError(f"truncate: got {truncate} with mode='forward'; only reverse truncates")
     batch_at = inner_batch if callable(inner_batch) else (lambda t: inner_batch)
     unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
-    h, info = unroll(problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at,
-                     outer_batch)
+    h, info = unroll(
+        problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at, outer_batch
+    )
     _require_finite(h, f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
     return (h, info) if return_info else h
 
@@ -251,9 +254,9 @@ def finite_difference_hypergradient(
 
         dPhi/dlam_j ~ (Phi(lam + eps e_j) - Phi(lam - eps e_j)) / (2 eps)
 
-    The error is eps^2 / 6 times a third derivative, plus rounding divided by eps, plus what the inner
-    solver adds: if it stops short in the same way each time (a fixed start and number of steps),
-    a floor that no eps removes; if its error varies between calls, that variation divided by eps.
+    The error is eps^2 / 6 times a third derivative, plus rounding divided by eps, plus what the
+    inner solver adds: if it stops short in the same way each time (a fixed start and number of
+    steps), a floor that no eps removes; if its error varies between calls, that variation over eps.
 
     Args:
         problem: The two losses; only ``outer_loss`` is used.
@@ -369,9 +372,7 @@ def check(
     Cost: one hypergradient, one direct solve (d products) where d allows, two inner solves per
     direction.
     """
-    h, info = hypergradient(
-        problem, lam, theta, inner_batch, outer_batch, solver, return_info=True
-    )
+    h, info = hypergradient(problem, lam, theta, inner_batch, outer_batch, solver, return_info=True)
     exact = differences = None
     if theta.numel() <= Direct().max_dim:
         exact = _compare(h, hypergradient(problem, lam, theta, inner_batch, outer_batch))
@@ -382,9 +383,7 @@ def check(
             rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
             projected = rows @ h.reshape(-1)
             rows = rows.view(-1, *lam.shape)
-        slopes = finite_difference_hypergradient(
-            problem, lam, solve_inner, eps, outer_batch, rows
-        )
+        slopes = finite_difference_hypergradient(problem, lam, solve_inner, eps, outer_batch, rows)
         differences = _compare(projected, slopes)
     if exact is None and differences is None:
         raise ValueError(

@@ -237,7 +237,8 @@ def neumann(
         ValueError: for a step that is not positive, fewer than one term, or a series that has
             grown beyond the largest number (a diverging step).
 
-    Cost: terms - 1 products, fewer once a summand is exactly zero. Source: Lorraine et al. (2020), eq. 9.
+    Cost: terms - 1 products, fewer once a summand is exactly zero.
+    Source: Lorraine et al. (2020).
     """
     _at_least("terms", terms, 1)
     if not step > 0:

@@ -104,7 +104,7 @@ def draw_hyperclean(result: dict):
             counts = first["weights"][name]
             axes[2].stairs(counts, edges, fill=True, alpha=0.6, color=COLORS[name], label=name)
         axes[2].set(xlabel="learned weight", ylabel="training examples", yscale="log")
-        axes[2].legend(title="label is")
+        axes[2].legend(title="label is", loc="upper center")
         settings = first["settings"]
         fig.suptitle(
             f"Hypercleaning {settings['dataset']}, {settings['model']} model, {settings['method']}",

@@ -104,9 +104,7 @@ def _culprit(lam, theta, batch) -> str:
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 return f"{name} has {bad} entries that are NaN or infinite"
-    return (
-        "lam, theta and batch are finite, so the loss itself overflowed (a step size too large?)"
-    )
+    return "lam, theta and batch are finite, so the loss itself overflowed (a step size too large?)"
 
 
 class WeightedRisk:

@@ -28,7 +28,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
-    """Make a notebook reproducible: seed torch, set the default dtype, the figure style, the device.
+    """Make a notebook reproducible: seed, default dtype, figure style, device.
 
     Args:
         seed: Seed of torch's global generator (layers' initial weights). Random draws in the

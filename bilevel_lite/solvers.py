@@ -11,7 +11,6 @@ and says what it did. A solver may remember things between calls (its last v, fo
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel_lite import linsolve
@@ -211,9 +210,7 @@ class Neumann(Solver):
     Cost: terms - 1 products.
     """
 
-    def __init__(
-        self, terms: int, step: float, damping: float = 0.0, curvature: str = "hessian"
-    ):
+    def __init__(self, terms: int, step: float, damping: float = 0.0, curvature: str = "hessian"):
         super().__init__()
         linsolve._at_least("terms", terms, 1)
         self.terms, self.step, self.damping = terms, step, damping

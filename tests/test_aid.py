@@ -117,7 +117,7 @@ def test_import_is_light_and_silent():
         "print(sorted(heavy & set(sys.modules) - before))"
     )
     before = (
-        "import torch, sys; import torch.func, torch.autograd.forward_ad; before = set(sys.modules);"
+        "import torch, sys; import torch.func, torch.autograd.forward_ad;before = set(sys.modules);"
     )
     out = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True)
     assert (out.returncode, out.stdout.strip(), out.stderr) == (0, "[]", "")

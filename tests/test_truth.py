@@ -15,6 +15,7 @@ import torch
 import bilevel_lite as bl
 from bilevel_lite import linsolve, products
 
+
 class Ridge:
     """Ridge regression with m = d per-feature penalties; n rows for training, n for validation."""
 
@@ -34,9 +35,10 @@ class Ridge:
         (self.truth,) = torch.autograd.grad(phi, lam)
 
     def inner(self, lam, theta, batch):
-        return 0.5 * (self.x @ theta - self.y).square().mean() + 0.5 * (
-            lam.exp() * theta.square()
-        ).sum()
+        return (
+            0.5 * (self.x @ theta - self.y).square().mean()
+            + 0.5 * (lam.exp() * theta.square()).sum()
+        )
 
     def outer(self, lam, theta, batch):
         return 0.5 * (self.xv @ theta - self.yv).square().mean() + 0.1 * lam.square().sum()
@@ -131,14 +133,10 @@ def test_hvp_equals_curvlinops_and_differences_of_the_gradient():
 def test_weighted_risk_is_the_formula():
     risk, lam, theta, batch = mlp_risk("mse")
     outputs = torch.func.functional_call(risk.model, bl.unflatten(risk.model, theta), batch[0])
-    by_hand = (
-        sum(
-            float(lam[i].sigmoid()) * 0.5 * float((outputs[i] - batch[1][i]).square().sum())
-            for i in range(20)
-        )
-        / 20
-        + 0.01 * float(theta @ theta)
-    )
+    by_hand = sum(
+        float(lam[i].sigmoid()) * 0.5 * float((outputs[i] - batch[1][i]).square().sum())
+        for i in range(20)
+    ) / 20 + 0.01 * float(theta @ theta)
     assert float(risk(lam, theta, batch)) == pytest.approx(by_hand, rel=1e-13)
 
 
@@ -290,9 +288,7 @@ def test_cg_on_a_zero_right_hand_side_is_zero():
 def test_cg_is_scipys_cg_step_by_step(ridge):
     r = ridge
     for iters in (1, 3, 7):
-        theirs, _ = scipy.sparse.linalg.cg(
-            r.h.numpy(), r.v.numpy(), rtol=0, atol=0, maxiter=iters
-        )
+        theirs, _ = scipy.sparse.linalg.cg(r.h.numpy(), r.v.numpy(), rtol=0, atol=0, maxiter=iters)
         ours = linsolve.cg(lambda v: r.h @ v, r.v, iters).solution
         assert error(ours, torch.as_tensor(theirs)) < 1e-10
     inverse_diagonal = 1 / r.h.diagonal()
@@ -373,8 +369,10 @@ def test_batches_that_change_with_the_step_are_the_same_on_the_way_back(ridge):
     r = ridge
     rows = [torch.arange(t, 60, 4) for t in range(4)]
     problem = bl.BilevelProblem(
-        lambda lam, theta, i: 0.5 * (r.x[i] @ theta - r.y[i]).square().mean()
-        + 0.5 * (lam.exp() * theta.square()).sum(),
+        lambda lam, theta, i: (
+            0.5 * (r.x[i] @ theta - r.y[i]).square().mean()
+            + 0.5 * (lam.exp() * theta.square()).sum()
+        ),
         r.outer,
     )
     options = dict(steps=9, lr=0.1, inner_batch=lambda t: rows[t % 4])
@@ -414,9 +412,7 @@ def test_neumann_with_k_terms_is_k_truncated_steps_at_a_fixed_point(ridge, terms
     r = ridge
     lr = 1 / r.high
     neumann = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Neumann(terms, lr))
-    unrolled = bl.unrolled_hypergradient(
-        r.problem, r.lam, r.theta, steps=50, lr=lr, truncate=terms
-    )
+    unrolled = bl.unrolled_hypergradient(r.problem, r.lam, r.theta, steps=50, lr=lr, truncate=terms)
     assert error(neumann, unrolled) < 1e-12
     if terms == 1:
         identity = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Identity(lr))

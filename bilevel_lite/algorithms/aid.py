@@ -174,7 +174,9 @@ class AID:
             "outer_optimizer": self.outer_optimizer.state_dict(),
             "solver": self.solver.state_dict(),
             "batches": {
-                role: batch.state_dict() for role, batch in self.batches.items() if _has_state(batch)
+                role: batch.state_dict()
+                for role, batch in self.batches.items()
+                if _has_state(batch)
             },
         }
 

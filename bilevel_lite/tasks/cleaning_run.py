@@ -48,11 +48,11 @@ class Settings:
     model: str
     method: str
     seed: int
-    outer_steps: int = 240
+    outer_steps: int = 400
     inner_steps: int = 10
     inner_lr: float = 0.1
     inner_momentum: float = 0.9
-    outer_lr: float = 2000.0
+    outer_lr: float = 1000.0
     batch_size: int = 1000
     curvature_batch_size: int = 2000
     iters: int = 3
