@@ -1,0 +1,54 @@
+"""What the README says is what is there: numbers, chapters, modules, commands."""
+
+import re
+from statistics import mean
+
+import form
+import pytest
+
+from bilevel_lite import experiment
+from bilevel_lite.tasks.cleaning_run import BASELINES
+
+README = (form.ROOT / "README.md").read_text("utf-8")
+
+
+def result_rows() -> list[str]:
+    """The table of results, from the stored runs."""
+    runs = experiment.stored("hyperclean_mnist_linear")["runs"]
+    sources = {text: [run["baselines"][name] for run in runs] for name, text in BASELINES.items()}
+    sources["learned weights, as trained"] = [run["best"] for run in runs]
+    sources["learned weights + validation set, retrained"] = [run["retrained"] for run in runs]
+    rows = []
+    for text, fits in sources.items():
+        loss = mean(fit["test_loss"] for fit in fits)
+        accuracies = [100 * fit["test_accuracy"] for fit in fits]
+        low, high = min(accuracies), max(accuracies)
+        rows.append(f"| {text} | {loss:.3f} | {mean(accuracies):.1f} % ({low:.1f} to {high:.1f}) |")
+    return rows
+
+
+def test_the_numbers_are_the_stored_ones():
+    for row in result_rows():
+        assert row in README, f"README lacks: {row}"
+    runs = experiment.stored("hyperclean_mnist_linear")["runs"]
+    aucs = [run["best"]["auc"] for run in runs]
+    assert f"AUC of {mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f})" in README
+    seconds = [run["provenance"]["seconds"] for run in runs]
+    assert f"{min(seconds):.0f} to {max(seconds):.0f} s of training" in README
+
+
+@pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)
+def test_every_chapter_is_in_the_table(path):
+    assert f"](chapters/{path.name})" in README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (form.ROOT / target).exists(), target
+
+
+def test_commands_exist():
+    makefile = (form.ROOT / "Makefile").read_text("utf-8")
+    for name in re.findall(r"`?make ([a-z]+)", README):
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE) or name in ("sure", "no"), name
