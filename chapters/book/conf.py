@@ -21,6 +21,8 @@ suppress_warnings = ["myst.header"]  # solutions go from the title to `### Exerc
 html_theme = "furo"
 html_title = "bilevel_lite"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["book.css"]
 html_show_sphinx = False
 html_theme_options = {
     "footer_icons": [
