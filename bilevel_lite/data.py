@@ -148,7 +148,7 @@ def _fetch(folder: str, file: _File, download: bool) -> bytes:
     if cached.exists():
         return _verified(cached, file)
     if not download:
-        raise DataError(f"no local copy of {file.name}: downloading is switched off")
+        raise DataError(f"no local copy of {file.name}, and no download: it is switched off")
     problems = []
     for host in _MNIST_HOSTS:
         try:
@@ -160,11 +160,13 @@ def _fetch(folder: str, file: _File, download: bool) -> bytes:
                 downloader=pooch.HTTPDownloader(timeout=10, progressbar=_progress_bar()),
             )
             return _verified(Path(path), file)
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            problems.append(f"{host}: {type(error).__name__}")
+        except ValueError:  # pooch has deleted it: its hash is not the known one
+            problems.append(f"{host} sent a file that is damaged or not the original")
+        except OSError as error:  # requests' errors are among them
+            problems.append(f"{host} could not be read ({type(error).__name__})")
     raise DataError(
-        f"no network and no local copy of {file.name}: tried {'; '.join(problems)}. Put the four "
-        f"files in a folder mnist/ and name its parent in BILEVEL_LITE_DATA"
+        f"no local copy of {file.name}, and no download: {'; '.join(problems)}. Put the four files "
+        f"in a folder {folder}/ and name its parent in BILEVEL_LITE_DATA"
     )
 
 

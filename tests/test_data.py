@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,10 +88,27 @@ def test_without_network_one_line_says_what_is_used(tmp_path, monkeypatch, capsy
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(pooch, "retrieve", refuse)
-    with pytest.raises(data.DataError, match="no network and no local copy of train-images"):
+    with pytest.raises(data.DataError, match="no local copy of train-images.* could not be read"):
         data.load("mnist")
     assert data.available("mnist") == "digits"
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out == (
+        "mnist is not at hand here (no local copy of train-images-idx3-ubyte, and no download); "
+        "using digits.\n"
+    )
+
+
+def test_a_download_that_is_cut_short_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("BILEVEL_LITE_DATA", raising=False)
+    monkeypatch.setenv("BILEVEL_LITE_CACHE", str(tmp_path))
+    import pooch
+
+    def cut_short(url, output_file, *args, **kwargs):
+        Path(output_file).write_bytes(gzip.compress(idx((2, 3)))[:-9])
+
+    monkeypatch.setattr(pooch, "HTTPDownloader", lambda **kwargs: cut_short)
+    with pytest.raises(data.DataError, match="sent a file that is damaged or not the original"):
+        data.load("mnist")
+    assert not list(tmp_path.rglob("*.gz"))  # nothing half-done is left behind
 
 
 def test_label_noise_redraws_the_rate_and_marks_only_wrong_labels():
