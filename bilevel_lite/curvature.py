@@ -3,9 +3,9 @@
 Every matrix here but the Hessian has the form  J^T C J  (J the Jacobian of the model's outputs in
 theta, C a matrix on the outputs) plus the l2 term; they differ in C only:
 
-    GGN = exact Fisher       C = (1/n) blockdiag sigma_i h_i,  h_i the loss's Hessian in the outputs
-    Monte-Carlo Fisher       C = (1/(n M)) sum_m s s^T,  s drawn so that E[s s^T] = sigma_i h_i
-    empirical Fisher         C = (1/n) s s^T,  s the loss's gradient at the true label, times sqrt(sigma_i)
+    GGN = exact Fisher   C = (1/n) blockdiag sigma_i h_i,  h_i the loss's Hessian in the outputs
+    Monte-Carlo Fisher   C = (1/(n M)) sum_m s s^T,  s drawn so that E[s s^T] = sigma_i h_i
+    empirical Fisher     C = (1/n) s s^T,  s = sqrt(sigma_i) times the gradient at the true label
 
 The square-root rule: an output-gradient column carries sqrt(sigma_i), so that its second moment
 carries sigma_i exactly once. It holds in all three.
@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import WeightedRisk
+from bilevel_lite.problem import WeightedRisk, check_labels
 from bilevel_lite.products import hvp_operator
 
 __all__ = [
@@ -204,7 +204,8 @@ def output_probes(
 
         sum over probes of s_i s_i^T  =  sigma_i h_i   (exactly, or in expectation)
 
-        "exact"      one probe a class c:  sqrt(sigma_i) sqrt(p_ic) (e_c - p_i);   mse: sqrt(sigma_i) e_c
+        "exact"      one probe a class c:  sqrt(sigma_i) sqrt(p_ic) (e_c - p_i);
+                     mse: sqrt(sigma_i) e_c
         "mc"         M draws, each over sqrt(M):  sqrt(sigma_i) (p_i - e_y), y ~ Cat(p_i);
                      mse: sqrt(sigma_i) eps, eps ~ N(0, I)
         "empirical"  sqrt(sigma_i) (p_i - e_{y_i});   mse: sqrt(sigma_i) (outputs_i - y_i)
@@ -240,7 +241,7 @@ def output_probes(
     elif fisher == "mc":
         columns = [_draw(outputs, p, generator) / math.sqrt(samples) for _ in range(samples)]
     else:
-        columns = [p - _one_hot(y, p) if classification else outputs - y]
+        columns = [_true_gradient(outputs, p, y)]
     root = None if sigma is None else sigma.sqrt()
     return [_times(s, root) for s in columns]
 
@@ -265,6 +266,20 @@ def _exact_columns(outputs, p):
         return [e.view_as(outputs[0]).expand_as(outputs) for e in flat]
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
     return [p[:, c : c + 1].sqrt() * (eye[c] - p) for c in range(p.shape[1])]
+
+
+def _true_gradient(outputs, p, y):
+    """The loss's gradient at the data's own target."""
+    if p is None:
+        if y.shape != outputs.shape:
+            raise ValueError(
+                f"batch: y has shape {tuple(y.shape)}, expected {tuple(outputs.shape)}, "
+                "the shape of the model's output"
+            )
+        return outputs - y
+    if y.device.type == "cpu":
+        check_labels(y, p.shape[1])
+    return p - _one_hot(y, p)
 
 
 def _draw(outputs, p, generator):

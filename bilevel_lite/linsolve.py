@@ -237,7 +237,7 @@ def neumann(
         ValueError: for a step that is not positive, fewer than one term, or a series that has
             grown beyond the largest number (a diverging step).
 
-    Cost: terms - 1 products, fewer once a summand is exactly zero.
+    Cost: terms - 1 products, fewer once the summands vanish.
     Source: Lorraine et al. (2020).
     """
     _at_least("terms", terms, 1)
@@ -249,7 +249,7 @@ def neumann(
     low, high, products = float("inf"), -float("inf"), 0
     for _ in range(terms - 1):
         pp = float(dot(p, p))
-        if pp == 0:  # converged to the last bit: the remaining summands are zero
+        if pp < torch.finfo(p.dtype).tiny:  # the remaining summands vanish in this precision
             break
         hp = apply(p)
         products += 1

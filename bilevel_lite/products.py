@@ -17,6 +17,7 @@ from bilevel_lite.problem import Loss, evaluate
 __all__ = [
     "COST",
     "cross_vp",
+    "dense",
     "dot",
     "gradient",
     "hessian",
@@ -136,7 +137,14 @@ def hessian(loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None) -> Tensor
 
     Cost: d products.
     """
-    matvec = hvp_operator(loss, lam, theta, batch)
+    return dense(hvp_operator(loss, lam, theta, batch), theta)
+
+
+def dense(matvec: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    """A symmetric operator on tensors like theta as a matrix, shape (d, d), column by column.
+
+    Cost: d products.
+    """
     eye = torch.eye(theta.numel(), dtype=theta.dtype, device=theta.device)
     columns = [matvec(e.view_as(theta)).reshape(-1) for e in eye]
     matrix = torch.stack(columns, dim=1)

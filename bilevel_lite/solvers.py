@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from bilevel_lite import linsolve
-from bilevel_lite.products import COST, hessian, hvp_operator
+from bilevel_lite.curvature import GGN
+from bilevel_lite.products import COST, dense, hvp_operator
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
 
@@ -51,6 +52,7 @@ class Solver:
 
     damping = 0.0
     warm_start = False
+    curvature = "hessian"
 
     def __init__(self):
         self._v: Tensor | None = None
@@ -94,7 +96,8 @@ class Solver:
                 f"{type(self).__name__}: remembers a v of shape {tuple(self._v.shape)}, but b has "
                 f"shape {tuple(b.shape)}; use a new solver for a new problem"
             )
-        matvec = _Lazy(lambda: hvp_operator(problem.inner_loss, lam, theta, batch))
+        operator = GGN if self.curvature == "ggn" else hvp_operator
+        matvec = _Lazy(lambda: operator(problem.inner_loss, lam, theta, batch))
         done = self._solve(problem, lam, theta, batch, b, matvec)
         v = done.solution.detach()
         if self.warm_start:
@@ -140,8 +143,8 @@ class _Lazy:
 
 
 def _check_curvature(curvature: str) -> str:
-    if curvature != "hessian":
-        raise ValueError(f"curvature: got {curvature!r}, expected 'hessian'")
+    if curvature not in ("hessian", "ggn"):
+        raise ValueError(f"curvature: got {curvature!r}, expected 'hessian' or 'ggn'")
     return curvature
 
 
@@ -150,7 +153,8 @@ class Direct(Solver):
 
     Args:
         damping: Added to the diagonal.
-        curvature: What stands for H; ``"hessian"``.
+        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
+            positive semi-definite, so that CG never breaks down on it).
         max_dim: Refuse larger problems: H takes max_dim^2 numbers and d^3 operations.
 
     Raises:
@@ -170,7 +174,7 @@ class Direct(Solver):
                 f"theta: has {theta.numel()} entries, more than max_dim={self.max_dim} that "
                 "Direct will form a matrix for; use CG"
             )
-        return linsolve.direct(hessian(problem.inner_loss, lam, theta, batch), b, self.damping)
+        return linsolve.direct(dense(matvec, theta), b, self.damping)
 
 
 class Identity(Solver):
@@ -202,7 +206,8 @@ class Neumann(Solver):
         terms: Number of summands: 1 is `Identity`, K is K truncated steps of unrolling.
         step: Step size; needs step < 2 / (largest curvature).
         damping: Added to H's diagonal, once.
-        curvature: What stands for H; ``"hessian"``.
+        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
+            positive semi-definite, so that CG never breaks down on it).
 
     Raises:
         ValueError: in `solve`, if the series diverges beyond the largest number.
@@ -227,7 +232,8 @@ class CG(Solver):
         iters: Steps at most.
         tol: Relative residual at which to stop.
         damping: Added to H's diagonal, once.
-        curvature: What stands for H; ``"hessian"``.
+        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
+            positive semi-definite, so that CG never breaks down on it).
         warm_start: Start from the last call's v (one more product a call).
 
     Raises:

@@ -460,3 +460,30 @@ def test_check_passes_the_right_and_fails_the_wrong(ridge, capsys):
         num_directions=3, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert few.passed and few.relative_error_differences < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_solvers_on_the_ggn_solve_with_the_dense_ggn(loss):
+    risk, lam, theta, batch = mlp_risk(loss)
+    problem = bl.BilevelProblem(risk, bl.WeightedRisk(risk.model, loss))
+    b = torch.linspace(-1, 1, len(theta))
+    jacobian = torch.func.jacrev(lambda t: risk.outputs(t, batch))(theta)
+    p = risk.outputs(theta, batch).softmax(1)
+    g = 2 * 0.01 * torch.eye(len(theta))
+    for i in range(20):
+        h = torch.diag(p[i]) - torch.outer(p[i], p[i]) if loss == "cross_entropy" else torch.eye(3)
+        g = g + lam[i].sigmoid() / 20 * jacobian[i].T @ h @ jacobian[i]
+    v = torch.linalg.solve(g, b)
+    step = 1 / float(torch.linalg.eigvalsh(g)[-1])
+    for solver in (
+        bl.Direct(curvature="ggn"),
+        bl.CG(200, curvature="ggn"),
+        bl.CGNormal(400, curvature="ggn"),
+        bl.Neumann(20_000 if loss == "cross_entropy" else 4_000, step, curvature="ggn"),
+    ):
+        got, info = solver.solve(problem, lam, theta, batch, b)
+        assert error(got, v) < 1e-7, solver
+        assert info.relative_residual < 1e-7 and not info.negative_curvature
+    with pytest.raises(TypeError, match="give a bilevel_lite.WeightedRisk"):
+        plain = bl.BilevelProblem(lambda lam, t, b: risk(lam, t, b), risk)
+        bl.CG(2, curvature="ggn").solve(plain, lam, theta, batch, b)
