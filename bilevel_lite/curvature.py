@@ -78,9 +78,7 @@ class Operator:
         Cost: d products.
         """
         if self.size > max_dim:
-            raise ValueError(
-                f"dense: the matrix has {self.size} rows, more than max_dim={max_dim}"
-            )
+            raise ValueError(f"dense: the matrix has {self.size} rows, more than max_dim={max_dim}")
         matrix = self @ torch.eye(self.size, dtype=self.dtype, device=self.device)
         return 0.5 * (matrix + matrix.T)
 

@@ -109,6 +109,18 @@ def test_costs_count_batches_by_their_size():
     assert info.gradients == 3 + 1 + 2 * 2 * (16 / 8) + 2 * (16 / 8)
 
 
+@pytest.mark.parametrize(("own", "draws"), [([], 4), (["curvature"], 4), (["cross"], 4),
+                                            (["curvature", "cross"], 3)])  # fmt: skip
+def test_the_linear_system_gets_a_fresh_inner_batch_unless_it_has_its_own(own, draws):
+    method = supervised()
+    for role in {"curvature", "cross"} - set(own):
+        method.batches[role] = None
+    counted, draw = [], method.batches["inner"].draw
+    method.batches["inner"].draw = lambda: counted.append(1) or draw()
+    method.step()  # three inner steps
+    assert len(counted) == draws
+
+
 def test_import_is_light_and_silent():
     code = (
         "import sys, torch; dtype = torch.get_default_dtype(); import bilevel_lite;"

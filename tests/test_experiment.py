@@ -71,6 +71,21 @@ def test_a_run_writes_all_that_it_promises(whole, capsys):
     assert (whole / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate(model, theta, split):  # tuning gets worse and test gets better, call by call
+        calls.append(len(split[1]))
+        loss = len(calls) if len(split[1]) == 237 else 1 / len(calls)
+        return {"loss": float(loss), "accuracy": 0.5}
+
+    monkeypatch.setattr(cleaning_run.hc, "evaluate", evaluate)
+    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    result, history = numbers(tmp_path / "run")
+    assert timeless(result["best"]) == history[0]
+    assert 360 in calls  # the test set was looked at all the same, for the figure
+
+
 def test_a_killed_run_resumes_bit_equal(whole, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "bilevel_lite", *SMALL, "--out", str(out)]

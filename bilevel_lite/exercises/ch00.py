@@ -117,7 +117,7 @@ def _fraction(answer):
 def _projection(answer):
     inside = torch.tensor([0.2, 0.4, 0.9, 0.1], dtype=torch.float64)
     _shape(got := answer(inside.clone()), inside)
-    if not torch.equal(got.to(inside), inside):
+    if not torch.allclose(got.detach().to(inside), inside, rtol=0, atol=1e-6):
         raise Wrong(
             f"It moves {inside.tolist()} to {_short(got)}, though that lies in the box: the "
             "nearest point of the box is the vector itself."
