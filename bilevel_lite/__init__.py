@@ -10,12 +10,14 @@ One module for each choice made in that line; see the table in the README.
 from importlib import import_module
 
 from bilevel_lite.algorithms import AID
+from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import (
     check,
     finite_difference_hypergradient,
     hypergradient,
     unrolled_hypergradient,
 )
+from bilevel_lite.kfac import KFAC, KFACRichardson
 from bilevel_lite.linsolve import NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
 from bilevel_lite.problem import BilevelProblem, WeightedRisk
@@ -33,7 +35,10 @@ __all__ = [
     "CG",
     "CGNormal",
     "Direct",
+    "EKFAC",
     "Identity",
+    "KFAC",
+    "KFACRichardson",
     "NegativeCurvatureWarning",
     "Neumann",
     "WeightedRisk",

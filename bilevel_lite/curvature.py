@@ -224,7 +224,7 @@ def output_probes(
         A list of tensors of shape (n, C).
 
     Raises:
-        ValueError: for an unknown ``fisher`` or fewer than one sample.
+        ValueError: for an unknown ``fisher``, fewer than one sample, or outputs not finite.
 
     Cost: negligible; each probe then costs one backward pass.
     Source: Martens and Grosse (2015); the weights: arXiv 2603.29108, app. A.2.
@@ -232,6 +232,7 @@ def output_probes(
     require_fisher(fisher, samples)
     require_batch(outputs)
     outputs = outputs.detach()
+    _require_finite_outputs(outputs)
     classification = risk.loss == "cross_entropy"
     p = outputs.softmax(1) if classification else None
     if fisher == "exact":
@@ -242,6 +243,16 @@ def output_probes(
         columns = [_true_gradient(outputs, p, y)]
     root = None if sigma is None else sigma.sqrt()
     return [_times(s, root) for s in columns]
+
+
+def _require_finite_outputs(outputs: Tensor) -> None:
+    if not bool(torch.isfinite(outputs.sum())):
+        bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
+        raise ValueError(
+            f"model: its outputs are NaN or infinite for {bad} of {len(outputs)} examples, so "
+            "their curvature is undefined; look for NaN in theta and in the batch, or a step size "
+            "too large"
+        )
 
 
 def require_fisher(fisher: str, samples: int) -> None:

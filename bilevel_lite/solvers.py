@@ -235,9 +235,11 @@ class CG(Solver):
         curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
             positive semi-definite, so that CG never breaks down on it).
         warm_start: Start from the last call's v (one more product a call).
+        precondition: A `KFAC` or `EKFAC`, whose inverse preconditions the steps.
 
     Raises:
-        ValueError: in `solve`, if a product is not finite.
+        ValueError: in `solve`, if a product is not finite, or as the preconditioner says.
+        TypeError: if ``precondition`` has no ``inverse`` method.
 
     Warns:
         NegativeCurvatureWarning: if H is not positive definite along a direction.
@@ -252,26 +254,62 @@ class CG(Solver):
         damping: float = 0.0,
         curvature: str = "hessian",
         warm_start: bool = False,
+        precondition: Any = None,
     ):
         super().__init__()
         linsolve._at_least("iters", iters, 1)
+        if precondition is not None and not hasattr(precondition, "inverse"):
+            raise TypeError(
+                f"precondition: got {type(precondition).__name__}, expected a KFAC or an EKFAC"
+            )
         self.iters, self.tol, self.damping = iters, tol, damping
         self.curvature, self.warm_start = _check_curvature(curvature), warm_start
+        self.precondition = precondition
 
-    _method = staticmethod(linsolve.cg)
+    def solve(self, problem, lam, theta, batch, b, diagnose: bool = True):
+        """Return v and a `SolveInfo`, the preconditioner's cost counted; see `Solver.solve`."""
+        v, info = super().solve(problem, lam, theta, batch, b, diagnose)
+        if self.precondition is not None:
+            info.gradients += self.precondition.last_cost
+        return v, info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         x0 = self._v if self.warm_start else None
-        return self._method(matvec, b, self.iters, self.tol, self.damping, x0)
+        m = self.precondition and self.precondition.inverse(problem.inner_loss, lam, theta, batch)
+        return linsolve.cg(matvec, b, self.iters, self.tol, self.damping, x0, m)
+
+    def state_dict(self) -> dict:
+        """Return the last v and what the preconditioner remembers."""
+        own = super().state_dict()
+        return {**own, "precondition": self.precondition.state_dict()} if self.precondition else own
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.precondition:
+            self.precondition.load_state_dict(state["precondition"])
 
 
 class CGNormal(CG):
     """CG on the normal equations; see `bilevel_lite.linsolve.cg_normal`.
 
-    The arguments are those of `CG`. Each step costs two products and the condition number is
-    squared; for a fair comparison with `CG` give both the same number of products.
+    The arguments are those of `CG`, less ``precondition``. Each step costs two products and the
+    condition number is squared; for a fair comparison with `CG` give both the same number of
+    products.
 
     Cost: 2 * iters + 1 products, one more with a warm start.
     """
 
-    _method = staticmethod(linsolve.cg_normal)
+    def __init__(
+        self,
+        iters: int,
+        tol: float = 1e-10,
+        damping: float = 0.0,
+        curvature: str = "hessian",
+        warm_start: bool = False,
+    ):
+        super().__init__(iters, tol, damping, curvature, warm_start)
+
+    def _solve(self, problem, lam, theta, batch, b, matvec):
+        x0 = self._v if self.warm_start else None
+        return linsolve.cg_normal(matvec, b, self.iters, self.tol, self.damping, x0)

@@ -8,7 +8,9 @@ import torch
 
 from bilevel_lite import data, models
 from bilevel_lite.algorithms import AID
+from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.experiment import Clock, RunFolder, provenance
+from bilevel_lite.kfac import KFAC
 from bilevel_lite.session import pick_device, progress
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 from bilevel_lite.tasks import hypercleaning as hc
@@ -37,6 +39,8 @@ METHODS = {
     "aid-cg-normal": lambda s: CGNormal(s.iters, damping=s.damping),
     "aid-neumann": lambda s: Neumann(s.iters, s.step, damping=s.damping),
     "aid-identity": lambda s: Identity(s.step),
+    "aid-kfac": lambda s: KFAC(s.damping, seed=s.seed),
+    "aid-ekfac": lambda s: EKFAC(s.damping, seed=s.seed),
 }
 
 
