@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test quick execute check figures bench lint repo clean
+.PHONY: help setup run lab html test quick execute check figures lint repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -64,9 +64,6 @@ check: setup ## run chapters and compare with what is stored, change nothing
 
 figures: setup ## draw the figures from figures/data
 	$(BIN)/python -m bilevel_lite figures
-
-bench: setup ## measure what hypergradients cost on this machine
-	$(BIN)/python -m bilevel_lite bench
 
 lint: setup ## style of the code, the notebooks' too
 	$(BIN)/python -m ruff check .
