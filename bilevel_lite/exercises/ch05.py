@@ -1,0 +1,216 @@
+"""Checks of chapter 5, KFAC."""
+
+import torch
+
+from bilevel_lite.exercises import Wrong, close, exercise
+
+
+def _draw(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _positive(generator, d):
+    """A random symmetric positive definite matrix, shape (d, d)."""
+    root = _draw(generator, d + 3, d)
+    return root.T @ root / d
+
+
+def _numbers(answer, count):
+    try:
+        values = [float(value) for value in answer]
+    except (TypeError, ValueError):
+        raise Wrong(f"The answer should be {count} numbers.") from None
+    if len(values) != count:
+        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
+    return values
+
+
+def _compare(got, truth, mistakes, what, rtol=1e-8):
+    """Compare with the truth; name the mistake if the answer is a known wrong one."""
+    try:
+        value = torch.as_tensor(got).detach().to(truth)
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is not None and value.shape == truth.shape:
+        size = float(truth.norm())
+        if not float((value - truth).norm()) <= rtol * size:
+            for sentence, wrong in mistakes:
+                if wrong.shape == value.shape and float((value - wrong).norm()) <= 1e-6 * size:
+                    raise Wrong(sentence)
+    close(got, truth, what, rtol)
+
+
+@exercise("5.1")
+def check_by_hand(answer):
+    """The 4 x 4 Kronecker product, written out."""
+    values = torch.tensor(_numbers(answer, 4), dtype=torch.float64)
+    A = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    B = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    V = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    truth = torch.kron(B, A) @ V.flatten()
+    _compare(
+        values,
+        truth,
+        [
+            ("These are the right numbers, column by column; write them row by row.",
+             truth.view(2, 2).T.flatten()),
+            ("That is A V B: B multiplies from the left.", (A @ V @ B).flatten()),
+            ("That is B V: A is missing on the right.", (B @ V).flatten()),
+            ("That is V transposed: vec reads V row by row.", (B @ V.T @ A).flatten()),
+            ("That is B V A entry by entry; use matrix products.", (B * V * A).flatten()),
+        ],
+        "The vector",
+    )  # fmt: skip
+
+
+@exercise("5.2")
+def check_shapes(answer):
+    """Counted from the shapes that the exercise gives."""
+    values = _numbers(answer, 4)
+    d2, d1 = 16 * 5 * 5 + 1, 32
+    if values[0] == d1 and values[1] == d2:
+        raise Wrong("A belongs to the inputs, B to the outputs; they are swapped.")
+    rows = (
+        ("A", d2, "A patch has 16 * 5 * 5 entries, and a 1 is appended."),
+        ("B", d1, "B has one row for each output channel, at whatever position."),
+        ("The entries of both factors", d1**2 + d2**2, "Each factor is square."),
+        ("The entries of the GGN block", (d1 * d2) ** 2, "The block has d1 d2 rows and columns."),
+    )
+    for value, (name, truth, hint) in zip(values, rows, strict=True):
+        if value != truth:
+            raise Wrong(f"{name}: {value:.10g} is not right. {hint}")
+
+
+@exercise("5.3")
+def check_inverse(kfac_inverse_scratch):
+    """A dense solve with the Kronecker product of the damped factors."""
+    generator = torch.Generator().manual_seed(53)
+    for d1, d2, delta in ((3, 5, 0.2), (4, 4, 1e-3), (6, 2, 1.5)):
+        A, B = 7 * _positive(generator, d2), 0.3 * _positive(generator, d1)
+        V = _draw(generator, d1, d2)
+        pi, root = ((A.trace() / d2) / (B.trace() / d1)).sqrt(), delta**0.5
+
+        def solve(on_a, on_b, A=A, B=B, V=V):
+            eye_a, eye_b = torch.eye(len(A)).to(A), torch.eye(len(B)).to(B)
+            dense = torch.kron(B + on_b * eye_b, A + on_a * eye_a)
+            return torch.linalg.solve(dense, V.flatten()).view_as(V)
+
+        traces = (A.trace() / B.trace()).sqrt()
+        _compare(
+            kfac_inverse_scratch(A.clone(), B.clone(), V.clone(), delta),
+            solve(pi * root, root / pi),
+            [
+                ("pi is the wrong way round: A gets pi sqrt(delta), B sqrt(delta) / pi.",
+                 solve(root / pi, pi * root)),
+                ("The square root of delta is missing.", solve(pi * delta, delta / pi)),
+                ("pi is missing, which balances the two factors.", solve(root, root)),
+                ("delta itself was added to both factors.", solve(delta, delta)),
+                ("pi is missing its square root.", solve(pi**2 * root, root / pi**2)),
+                ("Each trace is divided by the size of its matrix.",
+                 solve(traces * root, root / traces)),
+                ("There is no damping: neither factor got its delta.", solve(0.0, 0.0)),
+            ],
+            f"The result for V of shape {d1} x {d2}",
+        )  # fmt: skip
+
+
+@exercise("5.4")
+def check_mc_factor(mc_factor):
+    """The exact expectation, within the noise of many draws."""
+    generator = torch.Generator().manual_seed(54)
+    logits, sigma = 1.5 * _draw(generator, 40, 3), 0.2 + 3 * _draw(generator, 40).square()
+    p, n, samples = logits.softmax(1), 40, 4000
+    h = torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
+
+    def mean(weight, moment):
+        return torch.einsum("n,nij->ij", weight, moment) / n
+
+    def estimate(samples):
+        seeded = torch.Generator().manual_seed(5)
+        got = mc_factor(logits.clone(), sigma.clone(), samples, seeded)
+        if not isinstance(got, torch.Tensor) or got.shape != (3, 3):
+            shape = tuple(getattr(got, "shape", ()))
+            raise Wrong(f"B has shape {shape}, expected (3, 3), one row for each class.")
+        return got.detach().to(h)
+
+    got, truth = estimate(samples), mean(sigma, h)
+    size = float(truth.norm())
+
+    def near(matrix):
+        return float((got - matrix).norm()) <= 0.03 * float(matrix.norm())
+
+    if not near(truth):
+        uniform = torch.einsum("ni,nj->nij", p, p) - torch.einsum("ni,j->nij", p, p.new_ones(3)) / 3
+        uniform = uniform - torch.einsum("i,nj->nij", p.new_ones(3), p) / 3
+        uniform = uniform + torch.eye(3).to(p) / 3
+        top = p - torch.eye(3).to(p)[p.argmax(1)]
+        for sentence, wrong in (
+            ("sigma enters squared: scale the probe by sqrt(sigma).", mean(sigma**2, h)),
+            ("sigma is missing, the weight of each example.", mean(torch.ones_like(sigma), h)),
+            ("sigma enters by its square root: it should enter B once.", mean(sigma.sqrt(), h)),
+            ("Divide by the number of samples, too.", samples * truth),
+            ("That divides by the number of samples twice.", truth / samples),
+            ("Divide by n, too: B is a mean over examples.", n * truth),
+            ("That divides by n twice.", truth / n),
+            ("Draw the labels from p, not uniformly.", mean(sigma, uniform)),
+            ("Draw the labels; the most likely one is not a draw.",
+             mean(sigma, torch.einsum("ni,nj->nij", top, top))),
+            ("Subtract the unit vector of the label: s = p - e.",
+             mean(sigma, torch.einsum("ni,nj->nij", p, p))),
+        ):  # fmt: skip
+            if near(wrong):
+                raise Wrong(sentence)
+        off = float((got - truth).norm()) / size
+        raise Wrong(f"With {samples} draws B is off by a relative error of {off:.2f}; expect 0.02.")
+    few = estimate(1)
+    if float((few - truth).norm()) < 1e-3 * size:
+        raise Wrong("With one draw B is exact: draw labels instead of taking the expectation.")
+    close(few.sum(1) + 1, torch.ones(3).to(few), "The row sum of B, plus 1,", rtol=1e-9)
+
+
+@exercise("5.5")
+def check_repaired(repaired):
+    """A dense solve; every mixture of the three mistakes is known."""
+    generator = torch.Generator().manual_seed(55)
+    n, d1, d2, delta = 12, 3, 5, 0.1
+    a, gamma = _draw(generator, n, d2), 2 * _draw(generator, n, d1)
+    sigma, b = 0.1 + _draw(generator, n).square(), _draw(generator, d1 * d2)
+
+    def solve(power, twice, transposed):
+        A = a.T @ a / n + delta * torch.eye(d2).to(a)
+        B = gamma.T @ (sigma[:, None] ** power * gamma) / (n * (n**2 if twice else 1))
+        B = B + delta * torch.eye(d1).to(a)
+        V = b.view(d2, d1).T if transposed else b.view(d1, d2)
+        return torch.linalg.solve(torch.kron(B, A), V.flatten())
+
+    weight = "sigma enters B squared, since gamma occurs twice."
+    divide = "B is divided by n too often."
+    order = "b is stored row by row: V has shape (d1, d2) as it is."
+    mistakes = []
+    for power in (2, 1, 0.5, 0):
+        for twice in (True, False):
+            for transposed in (True, False):
+                found = [order] * transposed + [divide] * twice
+                if power != 1:
+                    found.insert(0, weight if power == 2 else "sigma should enter B exactly once.")
+                if found:
+                    mistakes.append((" ".join(found), solve(power, twice, transposed)))
+    got = repaired(a.clone(), gamma.clone(), sigma.clone(), b.clone(), delta)
+    _compare(got, solve(1, False, False), mistakes, "The solution")
+
+
+@exercise("5.6")
+def check_cost(answer):
+    """Ten products of 2 gradients each; (1 + probes) / 2 for KFAC."""
+    values = _numbers(answer, 4)
+    if values[0] == 10:
+        raise Wrong("CG: a product costs 2 gradients.")
+    rows = (
+        ("CG", 20, "From zero, ten steps take ten products of 2 gradients each."),
+        ("KFAC exact", 500.5, "Half a gradient for the forward pass, half for each probe."),
+        ("KFAC with four draws", 2.5, "Each draw is a probe with its own backward pass."),
+        ("KFAC empirical", 1.0, "One forward pass and one backward pass."),
+    )
+    for value, (name, truth, hint) in zip(values, rows, strict=True):
+        if not abs(value - truth) < 1e-9:
+            raise Wrong(f"{name}: {value:.6g} is not right. {hint}")

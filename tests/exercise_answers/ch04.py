@@ -1,0 +1,160 @@
+"""Right and wrong answers to the exercises of chapter 4."""
+
+import torch
+from torch.func import jacrev, jvp, vjp
+
+
+def logistic(X, theta, sigma, gamma, power=1, l2=2.0):
+    q = (X @ theta).sigmoid()
+    eye = torch.eye(X.shape[1], dtype=X.dtype)
+    return (X.T * (sigma**power * q * (1 - q))) @ X / len(X) + l2 * gamma * eye
+
+
+def logistic_squared_weights(X, theta, sigma, gamma):
+    return logistic(X, theta, sigma, gamma, power=2)
+
+
+def logistic_unweighted(X, theta, sigma, gamma):
+    return logistic(X, theta, sigma, gamma, power=0)
+
+
+def logistic_no_l2(X, theta, sigma, gamma):
+    return logistic(X, theta, sigma, gamma, l2=0.0)
+
+
+def logistic_half_l2(X, theta, sigma, gamma):
+    return logistic(X, theta, sigma, gamma, l2=1.0)
+
+
+def logistic_sum(X, theta, sigma, gamma):
+    return len(X) * logistic(X, theta, sigma, gamma, l2=0.0) + 2 * gamma * torch.eye(X.shape[1])
+
+
+def logistic_product(X, theta, sigma, gamma):  # the squared gradients multiplied, not averaged
+    q = (X @ theta).sigmoid()
+    eye = torch.eye(X.shape[1], dtype=X.dtype)
+    return (X.T * (sigma * q**2 * (1 - q) ** 2)) @ X / len(X) + 2 * gamma * eye
+
+
+def ggn(outputs, theta, v, sigma, gamma, power=1, l2=2.0, middle="logistic"):
+    o, u = jvp(outputs, (theta,), (v,))
+    q = o.softmax(1) if middle == "softmax" else o.sigmoid()
+    w = q * (1 - q) * u
+    if middle == "softmax":
+        w = q * u - q * (q * u).sum(1, keepdim=True)
+    if middle == "none":
+        w = u
+    w = sigma[:, None] ** power * w / len(o)
+    return vjp(outputs, theta)[1](w)[0] + l2 * gamma * v
+
+
+def variant(function, **options):
+    """The function with other options: a plausible mistake."""
+
+    def changed(*args):
+        return function(*args, **options)
+
+    return changed
+
+
+def ggn_sum(outputs, theta, v, sigma, gamma):
+    return len(sigma) * ggn(outputs, theta, v, sigma, gamma, l2=0.0) + 2 * gamma * v
+
+
+def empirical(losses, theta, sigma, gamma, power=0.5, l2=2.0):
+    g = sigma[:, None] ** power * jacrev(losses)(theta)
+    return g.T @ g / len(sigma) + l2 * gamma * torch.eye(len(theta), dtype=theta.dtype)
+
+
+def empirical_slip(losses, theta, sigma, gamma):
+    g = jacrev(lambda t: sigma * losses(t) + gamma * t.square().sum())(theta)
+    return g.T @ g / len(sigma)
+
+
+def empirical_l2_inside(losses, theta, sigma, gamma):  # only the weights repaired
+    g = jacrev(lambda t: sigma.sqrt() * losses(t) + gamma * t.square().sum())(theta)
+    return g.T @ g / len(sigma)
+
+
+def monte_carlo(g, p, sigma, samples, root=0.5, weight=2, centred=True, rate=1.0):
+    fourth = (p * g.square().sum(2).square()).sum(1)
+    mean = torch.einsum("nc,nci,ncj->nij", p, g, g)
+    variance = fourth - centred * mean.square().sum((1, 2))
+    return ((sigma**weight * variance).sum() / len(g) ** 2) ** root / samples ** (rate * root)
+
+
+def misleading(small=0.1, b=(1.0, 0.05)):
+    X = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    return X, torch.tensor([1.0, -1.0, small, -small]), torch.tensor(b)
+
+
+def misleading_no_minimum():
+    X, r, b = misleading()
+    return X, r.abs(), b
+
+
+def misleading_singular():
+    return misleading(small=1e-3)
+
+
+def misleading_mild():
+    return misleading(b=(1.0, 1.0))
+
+
+RIGHT = {
+    "4.1": logistic,
+    "4.2": (True, True, False, False, True, True),
+    "4.3": ggn,
+    "4.4": empirical,
+    "4.5": monte_carlo,
+    "4.6": lambda: misleading(small=0.02, b=(1.0, 0.01)),
+}
+
+WRONG = {
+    "4.1": [
+        logistic_squared_weights,
+        logistic_unweighted,
+        logistic_no_l2,
+        logistic_half_l2,
+        logistic_sum,
+        logistic_product,
+    ],
+    "4.2": [
+        (True, True, True, False, True, True),
+        (True, True, False, True, True, True),
+        (True, True, False, False, True, False),
+        (True, False),
+        True,
+    ],
+    "4.3": [
+        variant(ggn, power=2),
+        variant(ggn, power=0),
+        variant(ggn, l2=0.0),
+        variant(ggn, l2=1.0),
+        variant(ggn, middle="softmax"),
+        variant(ggn, middle="none"),
+        ggn_sum,
+    ],
+    "4.4": [
+        empirical_slip,
+        empirical_l2_inside,
+        variant(empirical, power=1),
+        variant(empirical, power=0),
+        variant(empirical, l2=0.0),
+        variant(empirical, l2=1.0),
+    ],
+    "4.5": [
+        variant(monte_carlo, root=1),
+        variant(monte_carlo, weight=1),
+        variant(monte_carlo, weight=0),
+        variant(monte_carlo, centred=False),
+        variant(monte_carlo, rate=2.0),
+        variant(monte_carlo, rate=0.0),
+    ],
+    "4.6": [
+        misleading_no_minimum,
+        misleading_singular,
+        misleading_mild,
+        lambda: (torch.ones(3, 2), torch.ones(2), torch.ones(2)),
+    ],
+}
