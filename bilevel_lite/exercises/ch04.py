@@ -227,6 +227,8 @@ def _misleading(function):
         raise Wrong("Expected shapes (n, 2), (n,) and (2,).")
     if not float((X.T @ r).norm()) <= 1e-9 * float(X.norm() * r.norm()):
         raise Wrong("X^T r is not zero, so this is no minimum of the least-squares loss.")
+    if not float(b.norm()) > 0:
+        raise Wrong("b is zero, so it has no direction.")
     n = len(r)
     fisher, empirical = X.T @ X / n, (X.T * r.square()) @ X / n
     for name, matrix in (("F", fisher), ("E", empirical)):

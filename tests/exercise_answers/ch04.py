@@ -155,6 +155,7 @@ WRONG = {
         misleading_no_minimum,
         misleading_singular,
         misleading_mild,
+        lambda: misleading(small=0.02, b=(0.0, 0.0)),
         lambda: (torch.ones(3, 2), torch.ones(2), torch.ones(2)),
     ],
 }
