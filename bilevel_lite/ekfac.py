@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.curvature import Operator
-from bilevel_lite.kfac import KFAC, Block, Estimate, _require_bias, _require_rest, estimate
+from bilevel_lite.kfac import KFAC, Block, Estimate, estimate, require_bias, require_rest
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
 from bilevel_lite.problem import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
@@ -163,8 +163,8 @@ def ekfac_operator(
 
     Cost: as an `EKFAC` solve.
     """
-    _require_bias(bias)
-    _require_rest(rest)
+    require_bias(bias)
+    require_rest(rest)
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True
     )

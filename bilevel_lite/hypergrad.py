@@ -189,7 +189,8 @@ def unrolled_hypergradient(
             beyond the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
-    lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
+    lam; 1 for f. Forward mode also looks at the first step once, uncounted, to refuse a g without
+    lam. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
     """
     require_variable("lam", lam)
     require_variable("theta0", theta0)

@@ -11,18 +11,11 @@ The probes s carry sqrt(sigma_i) (`bilevel_lite.curvature.output_probes`), A is 
 Conventions are those of curvlinops ("expand" for convolutions).
 
 Damping. The inner problem's own l2 ||theta||^2 adds 2 l2 I to the curvature, exactly as damping
-adds delta I. Both enter as one number tau = delta + 2 l2, in every rule:
-
-    heuristic   (A + pi sqrt(tau) I) (x) (B + sqrt(tau)/pi I),  pi^2 = (tr A / d2) / (tr B / d1)
-    factored    the same with pi = 1
-    exact       A (x) B + tau I, in the eigenbases of A and B
-    diagonal    d + tau, for parameters without a Kronecker block
+adds delta I. Both enter as one number tau = delta + 2 l2, by one of the rules of
+`bilevel_lite.kronecker`; parameters without a Kronecker block have a diagonal d, damped d + tau.
 
 A block whose A or B is zero (all weights zero, say) is the zero matrix, so its damped inverse is
 I / tau under every rule.
-
-A factor of rank R < d is never formed: the Woodbury identity solves it in its R columns
-(`Columns`).
 """
 
 import math
@@ -51,7 +44,7 @@ from bilevel_lite.kronecker import (
     heuristic_damping,
     kronecker_inverse,
 )
-from bilevel_lite.linsolve import LinearSolve, _at_least
+from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
 from bilevel_lite.problem import WeightedRisk
 from bilevel_lite.products import COST
@@ -195,7 +188,7 @@ def kfac_factors(
     Source: Martens and Grosse (2015); Grosse and Martens (2016); the weights: arXiv 2603.29108,
     app. A.2.
     """
-    _require_bias(bias)
+    require_bias(bias)
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False
     )
@@ -220,8 +213,8 @@ def kfac_operator(
 
     Cost: a product costs B V A per layer; the build costs what `kfac_factors` costs.
     """
-    _require_bias(bias)
-    _require_rest(rest)
+    require_bias(bias)
+    require_rest(rest)
     done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
     factors = {layer.name: (done.a(layer), done.b[layer.name]) for layer in done.tape.layers}
 
@@ -240,12 +233,12 @@ def kfac_operator(
     return Operator(matvec, theta)
 
 
-def _require_bias(bias: str) -> None:
+def require_bias(bias: str) -> None:
     if bias not in ("joint", "separate"):
         raise ValueError(f"bias: got {bias!r}, expected 'joint' or 'separate'")
 
 
-def _require_rest(rest: str) -> None:
+def require_rest(rest: str) -> None:
     if rest not in ("diagonal", "damping", "drop"):
         raise ValueError(f"rest: got {rest!r}, expected 'diagonal', 'damping' or 'drop'")
 
@@ -363,13 +356,13 @@ class KFAC(Solver):
         require_fisher(fisher, samples)
         if not 0 <= ema < 1:
             raise ValueError(f"ema: got {ema}, expected a number from 0 up to, not including, 1")
-        _at_least("every", every, 1)
+        at_least("every", every, 1)
         if damping_rule not in RULES:
             raise ValueError(
                 f"damping_rule: got {damping_rule!r}, expected one of {', '.join(RULES)}"
             )
-        _require_bias(bias)
-        _require_rest(rest)
+        require_bias(bias)
+        require_rest(rest)
         self.damping, self.fisher, self.samples = damping, fisher, samples
         self.ema, self.every, self.damping_rule = ema, every, damping_rule
         self.bias, self.rest, self.fixed_batch = bias, rest, fixed_batch
@@ -621,7 +614,7 @@ class KFACRichardson(Solver):
         warm_start: bool = True,
     ):
         super().__init__()
-        _at_least("iters", iters, 1)
+        at_least("iters", iters, 1)
         if not step > 0:
             raise ValueError(f"step: got {step}, expected a positive number")
         if not damping >= 0:

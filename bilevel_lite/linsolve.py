@@ -55,7 +55,7 @@ def _damped(matvec: Operator, damping: float) -> Operator:
     return matvec if damping == 0 else (lambda v: matvec(v) + damping * v)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
 
@@ -99,7 +99,7 @@ def cg(
 
     Cost: one product per step, plus one with ``x0``. Source: Hestenes and Stiefel (1952).
     """
-    _at_least("iters", iters, 1)
+    at_least("iters", iters, 1)
     apply = _damped(matvec, damping)
     precondition = precondition or (lambda r: r)
     b_norm = float(b.norm())
@@ -177,7 +177,7 @@ def cg_normal(
 
     Cost: 2 products per step plus 1, as in the released code of arXiv 2603.29108.
     """
-    _at_least("iters", iters, 1)
+    at_least("iters", iters, 1)
     apply = _damped(matvec, damping)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
@@ -240,7 +240,7 @@ def neumann(
     Cost: terms - 1 products, fewer once the summands vanish.
     Source: Lorraine et al. (2020).
     """
-    _at_least("terms", terms, 1)
+    at_least("terms", terms, 1)
     if not step > 0:
         raise ValueError(f"step: got {step}, expected a positive number")
     apply = _damped(matvec, damping)

@@ -217,7 +217,7 @@ class Neumann(Solver):
 
     def __init__(self, terms: int, step: float, damping: float = 0.0, curvature: str = "hessian"):
         super().__init__()
-        linsolve._at_least("terms", terms, 1)
+        linsolve.at_least("terms", terms, 1)
         self.terms, self.step, self.damping = terms, step, damping
         self.curvature = _check_curvature(curvature)
 
@@ -257,7 +257,7 @@ class CG(Solver):
         precondition: Any = None,
     ):
         super().__init__()
-        linsolve._at_least("iters", iters, 1)
+        linsolve.at_least("iters", iters, 1)
         if precondition is not None and not hasattr(precondition, "inverse"):
             raise TypeError(
                 f"precondition: got {type(precondition).__name__}, expected a KFAC or an EKFAC"
