@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test quick execute check figures lint repo clean
+.PHONY: help setup run lab html test quick execute check bench figures lint repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ execute: setup ## run chapters in place and store their outputs (FRESH=1: timing
 
 check: setup ## run chapters and compare with what is stored, change nothing
 	$(BIN)/python chapters/book/book.py check $(CH)
+
+bench: setup ## what a hypergradient costs, beside curvlinops; options: BENCH="--device cuda"
+	$(BIN)/python -m bilevel_lite bench $(BENCH)
 
 figures: setup ## draw the figures from figures/data
 	$(BIN)/python -m bilevel_lite figures

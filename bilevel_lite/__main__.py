@@ -4,9 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from bilevel_lite import bench
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, collect
 from bilevel_lite.models import MODELS
+from bilevel_lite.plotting import draw_stored
+from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_run
 
 
@@ -36,6 +39,19 @@ def parser() -> argparse.ArgumentParser:
             help=f"{meaning} (default: depends on the dataset)",
         )
 
+    speed = commands.add_parser(
+        "bench",
+        help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
+        description="Stores figures/data/bench_DEVICE.json and draws it. Stopped, it resumes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    speed.add_argument("--models", nargs="+", choices=sorted(bench.CASES), default=bench.MODELS)
+    speed.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+    speed.add_argument("--rounds", type=int, default=15, help="each runs every row once")
+    speed.add_argument("--seconds", type=float, default=60.0, help="at most, for one row")
+    speed.add_argument("--threads", type=int, default=1, help="on a CPU")
+    speed.add_argument("--out", default=None, help="output folder (default: runs/bench-DEVICE)")
+
     figures = commands.add_parser("figures", help="draw figures/*.svg from figures/data/*.json")
     figures.add_argument("names", nargs="*", help="which; all if left out")
     gather = commands.add_parser("collect", help="gather finished runs into figures/data/NAME.json")
@@ -51,11 +67,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "hyperclean":
             cleaning_run.run(**options)
+        elif command == "bench":
+            device = pick_device(options["device"])
+            out = options["out"] or f"runs/bench-{device.type}"
+            names = list(options["models"])
+            bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
+            name = f"bench_{device.type}"
+            print(collect([out], name).name)
+            draw_stored([name])
         elif command == "collect":
             print(collect(options["folders"], options["name"]).name)
         else:
-            from bilevel_lite.plotting import draw_stored
-
             for path in draw_stored(options["names"]):
                 print(Path(path).name)
     except (DataError, RunError, ValueError) as error:

@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import WeightedRisk, check_labels
+from bilevel_lite.problem import WeightedRisk
 from bilevel_lite.products import hvp_operator
 
 __all__ = [
@@ -240,7 +240,7 @@ def output_probes(
     elif fisher == "mc":
         columns = [_draw(outputs, p, generator) / math.sqrt(samples) for _ in range(samples)]
     else:
-        columns = [_true_gradient(outputs, p, y)]
+        columns = [risk.output_gradient(outputs, y)]
     root = None if sigma is None else sigma.sqrt()
     return [_times(s, root) for s in columns]
 
@@ -275,20 +275,6 @@ def _exact_columns(outputs, p):
         return [e.view_as(outputs[0]).expand_as(outputs) for e in flat]
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
     return [p[:, c : c + 1].sqrt() * (eye[c] - p) for c in range(p.shape[1])]
-
-
-def _true_gradient(outputs, p, y):
-    """The loss's gradient at the data's own target."""
-    if p is None:
-        if y.shape != outputs.shape:
-            raise ValueError(
-                f"batch: y has shape {tuple(y.shape)}, expected {tuple(outputs.shape)}, "
-                "the shape of the model's output"
-            )
-        return outputs - y
-    if y.device.type == "cpu":
-        check_labels(y, p.shape[1])
-    return p - _one_hot(y, p)
 
 
 def _draw(outputs, p, generator):

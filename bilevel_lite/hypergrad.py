@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem, evaluate, relative_size, require_variable
-from bilevel_lite.products import COST, cross_vp, dot, gradient, update_jvp, update_vjp
+from bilevel_lite.products import (
+    COST,
+    cross_vp,
+    dot,
+    gradient,
+    theta_gradient,
+    update_jvp,
+    update_vjp,
+)
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
 
 __all__ = [
@@ -63,7 +71,7 @@ def hypergradient(
     curvature_batch: Any = None,
     return_info: bool = False,
     diagnose: bool = True,
-    cross_mode: str = "dual",
+    cross_mode: str = "shared",
 ) -> Tensor | tuple[Tensor, HypergradientInfo]:
     r"""The implicit-function-theorem hypergradient at (lam, theta).
 
@@ -84,7 +92,9 @@ def hypergradient(
         return_info: Also return a `HypergradientInfo`.
         diagnose: With ``return_info``, have the residual computed even where it costs a product
             (not counted in the cost).
-        cross_mode: How J v is computed; see `bilevel_lite.products.cross_vp`.
+        cross_mode: How J v is computed: ``"dual"`` or ``"double_backward"``, see
+            `bilevel_lite.products.cross_vp`; ``"shared"`` is dual, but where H and J are of one
+            batch KFAC and EKFAC give J v from their own pass. All are equal to rounding.
 
     Returns:
         A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
@@ -105,10 +115,15 @@ def hypergradient(
 
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     diagnose = return_info and diagnose
-    v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose)
-    implicit = -cross_vp(problem.inner_loss, lam, theta, cross_batch, v, cross_mode)
+    if cross_mode == "shared" and cross_batch is curvature_batch:
+        v, jv, solve = solver.solve_and_cross(problem, lam, theta, curvature_batch, b, diagnose)
+    else:
+        v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose)
+        mode = "dual" if cross_mode == "shared" else cross_mode
+        jv = cross_vp(problem.inner_loss, lam, theta, cross_batch, v, mode)
+    implicit = -jv
     total = direct + implicit
-    _require_finite(total, f"||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g}")
+    _require_finite(total, lambda: f"||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g}")
     if not return_info:
         return total
     cost = (
@@ -119,11 +134,11 @@ def hypergradient(
     return total, HypergradientInfo(outer_loss, direct, implicit, v, b, solve, cost)
 
 
-def _require_finite(h: Tensor, context: str) -> None:
+def _require_finite(h: Tensor, context: Callable[[], str]) -> None:
     bad = int((~torch.isfinite(h)).sum())
     if bad:
         raise ValueError(
-            f"hypergradient: {bad} of {h.numel()} entries are NaN or infinite ({context})"
+            f"hypergradient: {bad} of {h.numel()} entries are NaN or infinite ({context()})"
         )
 
 
@@ -208,7 +223,7 @@ def unrolled_hypergradient(
     h, info = unroll(
         problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at, outer_batch
     )
-    _require_finite(h, f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
+    _require_finite(h, lambda: f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
     return (h, info) if return_info else h
 
 
@@ -216,7 +231,8 @@ def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_ba
     kept = deque(maxlen=steps if truncate is None else min(truncate, steps))
     for t in range(steps):
         kept.append((t, theta))
-        theta = theta - lr * gradient(problem.inner_loss, lam, theta, batch_at(t), "inner_loss")[2]
+        _, step = theta_gradient(problem.inner_loss, lam, theta, batch_at(t), "inner_loss")
+        theta = theta - lr * step
     outer_loss, h, p = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(kept)
     info = UnrollInfo(theta, outer_loss, len(kept) * theta.numel(), cost)

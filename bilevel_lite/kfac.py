@@ -47,7 +47,7 @@ from bilevel_lite.kronecker import (
 from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
 from bilevel_lite.problem import WeightedRisk
-from bilevel_lite.products import COST
+from bilevel_lite.products import COST, cross_from_slopes, cross_vp
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.tape import (
     Layer,
@@ -82,6 +82,7 @@ class Estimate:
     probes: int
     gradients: list[dict[str, Tensor]]
     dual: bool
+    true: dict[str, list[Tensor]] | None = None  # gradients of the examples' own losses
 
     def a(self, layer: Layer) -> Factor | None:
         """Factor A of one layer, from its inputs; formed when asked for, one layer at a time."""
@@ -103,6 +104,7 @@ def estimate(
     rest: str = "diagonal",
     dual: bool = True,
     keep: bool = False,
+    true: bool = False,
 ) -> Estimate:
     """One forward pass, one backward pass a probe; see `kfac_factors` for the arguments.
 
@@ -118,6 +120,7 @@ def estimate(
         rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
         dual: Keep factors of low rank as columns.
         keep: Keep the layers' output gradients of every probe (EKFAC needs them).
+        true: Also keep those of the examples' unweighted losses (the shared J v needs them).
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
@@ -128,8 +131,15 @@ def estimate(
     b: dict[str, Any] = {}
     diagonal = {name: 0.0 for name in tape.rest} if rest == "diagonal" else {}
     kept = []
+    own, share = None, true and fisher == "empirical"
+    if true:
+        s = risk.output_gradient(tape.outputs.detach(), batch[1])
+        own = tape.backward(s, keep=not share)
     for i, probe in enumerate(probes):
-        grads = tape.backward(probe, keep=i + 1 < len(probes))
+        if share:  # the probe is sqrt(sigma_i) s_i, and so are its gradients
+            grads = {name: [_weighted(g, sigma) for g in gs] for name, gs in own.items()}
+        else:
+            grads = tape.backward(probe, keep=i + 1 < len(probes))
         for layer in tape.layers:
             (g,) = grads[layer.name]
             if g is None:  # the outputs do not depend on this layer
@@ -141,7 +151,11 @@ def estimate(
             diagonal[name] = diagonal[name] + squared_gradients(tape, name, grads, params) / tape.n
         if keep:
             kept.append({layer.name: grads[layer.name][0] for layer in tape.layers})
-    return Estimate(tape, b, diagonal, len(probes), kept, dual)
+    return Estimate(tape, b, diagonal, len(probes), kept, dual, own)
+
+
+def _weighted(g: Tensor | None, sigma: Tensor | None) -> Tensor | None:
+    return g if g is None or sigma is None else g * sigma.sqrt().view(-1, *[1] * (g.dim() - 1))
 
 
 def _no_gradient(tape: Tape, layer: Layer) -> Tensor:
@@ -367,6 +381,8 @@ class KFAC(Solver):
         self.ema, self.every, self.damping_rule = ema, every, damping_rule
         self.bias, self.rest, self.fixed_batch = bias, rest, fixed_batch
         self._generator = generator or torch.Generator().manual_seed(seed)
+        self._sharing = False  # during `solve_and_cross`: what is built is left in _shared
+        self._shared: Estimate | None = None
         self._reset()
 
     def _reset(self):
@@ -386,6 +402,7 @@ class KFAC(Solver):
         done = estimate(
             risk, lam, theta, batch, self.fisher, self.samples, self._generator,
             self.bias, self.rest, dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients,
+            true=self._sharing,
         )  # fmt: skip
         self._report = (0, 0.0, tuple(done.tape.rest), (1 + done.probes) / 2)
         old, new = self._factors or {}, {}
@@ -394,13 +411,16 @@ class KFAC(Solver):
             if self.every > 1 or self.ema:
                 new[layer.name] = factors
             yield self._block(layer, factors, tau)
-            del done.tape.calls[layer.name], factors  # streaming: its input is needed no more
+            del factors
+            if not self._sharing:
+                del done.tape.calls[layer.name]  # streaming: its input is needed no more
         diagonal = {
             name: self._mix(self._diagonal.get(name), d) for name, d in done.diagonal.items()
         }
         yield from self._rest_blocks(done.tape.rest, diagonal, tau)
         if self.every > 1 or self.ema:
             self._factors, self._diagonal = new, diagonal
+        self._shared = done if self._sharing else None
 
     def _rebuild(self, risk) -> Iterator[Any]:
         """The blocks of factors that `load_state_dict` brought back."""
@@ -507,6 +527,29 @@ class KFAC(Solver):
         return v, KFACInfo(
             **known, staleness=staleness, drift=drift, without_block=without, rest=self.rest
         )
+
+    def solve_and_cross(self, problem, lam, theta, batch, b, diagnose: bool = True):
+        r"""Return v, J v on the same batch, and the diagnosis; J v from the pass that built G.
+
+            J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+            < grad_theta l_i, v > = sum over layers of g_i . (V a_i)
+
+        with the inputs a_i of that pass and one more backward pass for g_i. Where factors were
+        reused, or a layer is not of this kind, J v is `bilevel_lite.products.cross_vp`.
+        """
+        risk = problem.inner_loss
+        self._sharing = type(risk) is WeightedRisk and risk.weight is not None
+        try:
+            v, info = self.solve(problem, lam, theta, batch, b, diagnose)
+            done, slopes = self._shared, None
+        finally:
+            self._sharing, self._shared = False, None
+        if done is not None:
+            parts = (unflatten(risk.model, t.detach()) for t in (theta, v))
+            slopes = done.tape.slopes(done.true, *parts)
+        if slopes is None:
+            return v, cross_vp(risk, lam, theta, batch, v), info
+        return v, cross_from_slopes(risk, lam, batch, slopes), info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         risk = require_risk(problem.inner_loss, type(self).__name__)

@@ -52,7 +52,7 @@ class LinearSolve:
 def _damped(matvec: Operator, damping: float) -> Operator:
     if not damping >= 0:
         raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
-    return matvec if damping == 0 else (lambda v: matvec(v) + damping * v)
+    return matvec if damping == 0 else (lambda v: torch.add(matvec(v), v, alpha=damping))
 
 
 def at_least(name: str, value: int, least: int) -> None:
@@ -129,12 +129,12 @@ def cg(
             )
             break
         alpha = rz / php
-        v = v + alpha * p
-        r = r - alpha * hp
+        v.addcmul_(alpha, p)
+        r.addcmul_(-alpha, hp)
         steps += 1
         z = precondition(r)
         rz, rz_old = dot(r, z), rz
-        p = z + (rz / rz_old) * p
+        p = torch.addcmul(z, rz / rz_old, p)
     residual = float(r.norm())
     return LinearSolve(
         solution=v,
@@ -192,8 +192,8 @@ def cg_normal(
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
         low, high = min(low, hphp / pp), max(high, hphp / pp)
         alpha = ss / hphp
-        v = v + alpha * p
-        r = r - alpha * hp
+        v.addcmul_(alpha, p)
+        r.addcmul_(-alpha, hp)
         s = apply(r)
         steps += 1
         ss, ss_old = dot(s, s), ss
@@ -255,8 +255,8 @@ def neumann(
         products += 1
         quotient = float(dot(p, hp)) / pp
         low, high = min(low, quotient), max(high, quotient)
-        p = p - step * hp
-        total = total + p
+        p.sub_(hp, alpha=step)
+        total.add_(p)
     if not bool(torch.isfinite(total).all()):
         raise ValueError(
             f"step: {step} makes the Neumann series diverge (curvature up to {high:.3g} was met; "

@@ -5,7 +5,15 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-__all__ = ["COLORS", "PALETTE", "draw_hyperclean", "draw_stored", "figure", "use_style"]
+__all__ = [
+    "COLORS",
+    "PALETTE",
+    "draw_bench",
+    "draw_hyperclean",
+    "draw_stored",
+    "figure",
+    "use_style",
+]
 
 # Okabe-Ito: distinguishable with any common colour vision. One meaning each, in every chapter.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -113,6 +121,60 @@ def draw_hyperclean(result: dict):
     return fig
 
 
+# row of the benchmark -> (its name in the figure, the curvlinops row that does the same work)
+BENCH_ROWS = {
+    "hvp": ("Hessian product", "curvlinops hvp"),
+    "ggn": ("GGN product", "curvlinops ggn"),
+    "identity": ("identity", None),
+    "cg-3": ("CG, 3 steps", "curvlinops cg-3"),
+    "cg-10": ("CG, 10 steps", None),
+    "neumann-10": ("Neumann, 10 terms", None),
+    "kfac-mc": ("KFAC", "curvlinops kfac-mc"),
+    "kfac-mc, first factor kept": ("KFAC, first A kept", None),
+    "ekfac-mc": ("EKFAC", "curvlinops ekfac-mc"),
+    "aid step, kfac-mc": ("outer iteration, KFAC", "aid step, curvlinops kfac-mc"),
+}
+
+
+def draw_bench(result: dict):
+    """Draw the benchmark: cost of each row in gradients, beside curvlinops and the operation count.
+
+    Args:
+        result: ``{"runs": [one run of ``python -m bilevel_lite bench``]}``.
+
+    Returns:
+        The figure, an axis per model.
+    """
+    (run,) = result["runs"]
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            1, len(run["cases"]), figsize=(9.0, 3.3), sharey=True, squeeze=False
+        )
+        heights = range(len(BENCH_ROWS))
+        for ax, case in zip(axes[0], run["cases"], strict=True):
+            for y, (row, (_, other)) in zip(heights, BENCH_ROWS.items(), strict=True):
+                ours = case["rows"][row]
+                theirs = case["rows"].get(other, {}).get("ratio")
+                if theirs is not None:
+                    ax.plot([ours["ratio"], theirs], [y, y], color="0.8", zorder=1)
+                    ax.plot(theirs, y, "o", color=PALETTE[1], mfc="white", label="curvlinops")
+                ax.plot(ours["flops"], y, "|", color="0.3", ms=9, label="operations counted")
+                ax.plot(ours["ratio"], y, "o", color=PALETTE[2], label="bilevel_lite")
+            ax.set(xscale="log", xlabel="gradients")
+            ax.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+            ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            ax.set_title(
+                f"{case['model']}\n{case['examples']} examples, "
+                f"gradient {case['gradient_ms']:.3g} ms"
+            )
+        axes[0, 0].set_yticks(heights, [name for name, _ in BENCH_ROWS.values()])
+        axes[0, 0].invert_yaxis()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        fig.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3)
+    return fig
+
+
 def draw_stored(names: list[str] | None = None) -> list[Path]:
     """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
 
@@ -127,7 +189,7 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
     """
     from bilevel_lite.experiment import stored
 
-    drawers = {"hyperclean": draw_hyperclean}
+    drawers = {"hyperclean": draw_hyperclean, "bench": draw_bench}
     folder = Path(__file__).resolve().parent.parent / "figures"
     written = []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):

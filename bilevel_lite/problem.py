@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -166,21 +167,63 @@ class WeightedRisk:
                 range.
         """
         outputs, y = self.outputs(theta, batch), batch[1]
+        self._check_targets(outputs, y)
+        if self.loss == "mse":
+            return 0.5 * (outputs - y).square().flatten(1).sum(1)
+        return F.cross_entropy(outputs, y, reduction="none")
+
+    def slopes(self, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
+        r"""Return < grad_theta l_i, v > for each example, shape (n,), detached.
+
+            < grad_theta l_i, v > = s_i . (J_i v),   s_i = p_i - e_{y_i}  (mse: outputs_i - y_i)
+
+        J_i v, the directional derivative of the outputs, is one pass of forward-mode
+        differentiation: give theta the tangent v and read the outputs' tangent.
+
+        Args:
+            theta: Inner variable, shape (d,).
+            batch: (x, y, ...).
+            v: Direction, shape (d,).
+
+        Raises:
+            ValueError: as `losses`, or if the outputs do not depend on theta.
+
+        Cost: two forward passes' worth of arithmetic.
+        """
+        with torch.no_grad(), fwad.dual_level():
+            dual = self.outputs(fwad.make_dual(theta.detach(), v.detach()), batch)
+            outputs, along = fwad.unpack_dual(dual)
+            if along is None:
+                raise ValueError("inner_loss: does not depend on theta")
+            outputs, along = outputs.clone(), along.clone()
+        return (self.output_gradient(outputs, batch[1]) * along).flatten(1).sum(1)
+
+    def output_gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return s_i, the gradient of each unweighted loss in its outputs, like ``outputs``.
+
+        Raises:
+            ValueError: if the targets do not fit the outputs, as `losses`.
+        """
+        self._check_targets(outputs, y)
+        if self.loss == "mse":
+            return outputs - y
+        s = outputs.softmax(1)
+        return s.scatter_add_(1, y[:, None], s.new_full((len(y), 1), -1.0))
+
+    def _check_targets(self, outputs: Tensor, y: Tensor) -> None:
         if self.loss == "mse":
             if outputs.shape != y.shape:
                 raise ValueError(
                     f"batch: y has shape {tuple(y.shape)}, expected {tuple(outputs.shape)}, "
                     "the shape of the model's output"
                 )
-            return 0.5 * (outputs - y).square().flatten(1).sum(1)
-        if y.dim() != 1 or y.is_floating_point():
+        elif y.dim() != 1 or y.is_floating_point():
             raise ValueError(
                 f"batch: y has shape {tuple(y.shape)} and dtype {y.dtype}, "
                 "expected integer labels of shape (n,)"
             )
-        if y.device.type == "cpu" and y.numel():
+        elif y.device.type == "cpu" and y.numel():
             check_labels(y, outputs.shape[1])
-        return F.cross_entropy(outputs, y, reduction="none")
 
     def weights(self, lam: Tensor, batch: Any) -> Tensor | None:
         """Return sigma(lam) for the examples of the batch, shape (n,), or None for all ones.

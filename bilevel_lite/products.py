@@ -12,10 +12,11 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import Loss, evaluate
+from bilevel_lite.problem import Loss, WeightedRisk, evaluate
 
 __all__ = [
     "COST",
+    "cross_from_slopes",
     "cross_vp",
     "dense",
     "dot",
@@ -23,6 +24,7 @@ __all__ = [
     "hessian",
     "hvp",
     "hvp_operator",
+    "theta_gradient",
     "update_jvp",
     "update_vjp",
 ]
@@ -33,7 +35,7 @@ COST = {"gradient": 1, "hvp": 2, "cross": 2}
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
-    return (a * b).sum()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def gradient(
@@ -65,6 +67,20 @@ def gradient(
     if grad_lam is None:
         grad_lam = torch.zeros_like(lam)
     return value.detach(), grad_lam, grad_theta
+
+
+def theta_gradient(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the gradient in theta alone: (loss, grad_theta); what inner steps need.
+
+    Arguments, errors and cost are those of `gradient`; lam's part of the backward pass is saved.
+    """
+    theta = theta.detach().requires_grad_()
+    value = evaluate(loss, lam.detach(), theta, batch, name)
+    if not value.requires_grad:
+        raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
+    return value.detach(), torch.autograd.grad(value, theta)[0]
 
 
 def _grad(value, inputs, name, **kwargs):
@@ -162,7 +178,8 @@ def cross_vp(
     that < grad_theta g, v > is the directional derivative of g along v: give theta the tangent v
     (a dual number theta + eps v), evaluate g once, and differentiate the tangent of the value with
     respect to lam only. The reverse pass then starts at lam and never reaches the network, which
-    makes it the cheaper way for deep models; for per-example weights it is one forward-mode pass.
+    makes it the cheaper way for deep models. For a `WeightedRisk` it is one forward-mode pass of
+    the model alone: < grad_theta g, v > is the mean of sigma_i times `WeightedRisk.slopes`.
 
     Args:
         loss: ``loss(lam, theta, batch)`` -> scalar.
@@ -183,7 +200,12 @@ def cross_vp(
     Cost: counted as 2 gradients.
     """
     lam = lam.detach().requires_grad_()
-    if mode == "dual":
+    if mode == "dual" and type(loss) is WeightedRisk and loss.weight is not None:
+        slopes = loss.slopes(theta, batch, v)
+        if lam.device.type == "cpu" and not torch.isfinite(slopes.sum()):
+            evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
+        return cross_from_slopes(loss, lam, batch, slopes)
+    elif mode == "dual":
         with fwad.dual_level():
             value = evaluate(
                 loss, lam, fwad.make_dual(theta.detach(), v.detach()), batch, "inner_loss"
@@ -203,6 +225,22 @@ def cross_vp(
         return torch.zeros_like(lam)
     (out,) = torch.autograd.grad(along, lam, allow_unused=True)
     return torch.zeros_like(lam) if out is None else out
+
+
+def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tensor) -> Tensor:
+    """J v of a weighted risk from < grad_theta l_i, v >, shape (n,): like lam, detached.
+
+        J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+
+    Raises:
+        ValueError: if the weights do not depend on lam.
+
+    Cost: that of the weights alone.
+    """
+    lam = lam.detach().requires_grad_()
+    along = (risk.weights(lam, batch) * slopes).mean()
+    _require_dependence(lam=along.requires_grad)
+    return torch.autograd.grad(along, lam)[0]
 
 
 def update_vjp(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
-from bilevel_lite.products import COST, dense, hvp_operator
+from bilevel_lite.products import COST, cross_vp, dense, hvp_operator
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
 
@@ -121,12 +121,32 @@ class Solver:
     def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
         raise NotImplementedError
 
+    def solve_and_cross(
+        self, problem: Any, lam: Tensor, theta: Tensor, batch: Any, b: Tensor, diagnose: bool = True
+    ) -> tuple[Tensor, Tensor, SolveInfo]:
+        """Return v, J v on the same batch, and the diagnosis.
+
+        A solver that passes the batch through the model itself (KFAC) shares that pass with J v;
+        here the two are computed one after the other. Arguments and errors are those of `solve`
+        and `bilevel_lite.products.cross_vp`.
+        """
+        v, info = self.solve(problem, lam, theta, batch, b, diagnose)
+        return v, cross_vp(problem.inner_loss, lam, theta, batch, v), info
+
     def state_dict(self) -> dict:
         """Return what is remembered between calls."""
-        return {"v": self._v}
+        return {"solver": type(self).__name__, "v": self._v}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if the state is another kind of solver's.
+        """
+        if state.get("solver") != type(self).__name__:
+            raise ValueError(
+                f"state: is of solver {state.get('solver')!r}, expected {type(self).__name__!r}"
+            )
         self._v = state["v"]
 
 
@@ -284,8 +304,16 @@ class CG(Solver):
         return {**own, "precondition": self.precondition.state_dict()} if self.precondition else own
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if the state is another solver's, or of a CG with another kind of
+                preconditioner.
+        """
         super().load_state_dict(state)
+        if ("precondition" in state) != bool(self.precondition):
+            words = ("with", "without") if "precondition" in state else ("without", "with")
+            raise ValueError(f"state: is of a CG {words[0]} preconditioner, expected {words[1]}")
         if self.precondition:
             self.precondition.load_state_dict(state["precondition"])
 

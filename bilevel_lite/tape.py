@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call, vjp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 
-from bilevel_lite.curvature import (
-    require_batch,
-)
+from bilevel_lite.curvature import require_batch
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import WeightedRisk
 
@@ -129,6 +127,30 @@ class Tape:
             for name, calls in self.calls.items()
         }
 
+    def slopes(self, grads: dict[str, list[Tensor]], params: dict, v: dict) -> Tensor | None:
+        """< gradient of example i in theta, v >, shape (n,), from what the tape has kept.
+
+            sum over calls of  g_i . (dz_i along v),     for a linear map  g_i . (V a_i)
+
+        Args:
+            grads: What `backward` returned for the gradients of the examples' losses.
+            params: theta by name.
+            v: The direction by name.
+
+        Returns:
+            Shape (n,), or None if a call did not take and give one tensor with an example a row.
+        """
+        total = self.outputs.new_zeros(self.n)
+        for name, calls in self.calls.items():
+            for call, g in zip(calls, grads[name], strict=True):
+                if g is None:
+                    continue
+                rows = call.usable and len(call.input) == len(g) == self.n
+                if not rows or call.input._version != call.version:
+                    return None
+                total += (g * _along(call, params, v, self.names)).flatten(1).sum(1)
+        return total
+
     def input_columns(self, layer: Layer) -> Tensor:
         """The layer's inputs a, one column for each example and position, shape (d2, R).
 
@@ -202,8 +224,8 @@ def _is_linear_map(module: nn.Module) -> bool:
 def _input_columns(module: nn.Module, a: Tensor, ones: bool) -> Tensor:
     """Inputs of a linear map as columns; for a convolution its patches, written in one copy."""
     if isinstance(module, nn.Linear):
-        columns = a.reshape(-1, a.shape[-1]).T
-        return torch.cat([columns, columns.new_ones(1, columns.shape[1])]) if ones else columns
+        rows = a.reshape(-1, a.shape[-1])
+        return (torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if ones else rows).T
     windows = _windows(module, a)  # (C, kh, kw, n, oh, ow), a view
     d = math.prod(windows.shape[:3])
     columns = a.new_empty(d + ones, *windows.shape[3:])
@@ -262,7 +284,7 @@ def squared_gradients(tape: Tape, name: str, grads: dict, params: dict) -> Tenso
 def _per_example(call: Call, local: str, g: Tensor, params: dict, names: dict) -> Tensor:
     """Gradient of each example in one parameter of one call, shape (n, *parameter shape)."""
     module, a = call.module, call.input
-    own = {k: params[names[id(p)]] for k, p in module._parameters.items() if id(p) in names}
+    own = _named(module, params, names)
     if isinstance(module, NORMS) and len(own) == 2:  # y = weight xhat + bias
         if local == "weight":  # xhat is the layer with unit weight
             unit = {"weight": torch.ones_like(own["weight"]), "bias": torch.zeros_like(own["bias"])}
@@ -278,6 +300,31 @@ def _per_example(call: Call, local: str, g: Tensor, params: dict, names: dict) -
         return vjp(run, own[local])[1](g_i[None])[0]
 
     return vmap(one)(a, g)
+
+
+def _named(module: nn.Module, values: dict, names: dict) -> dict[str, Tensor]:
+    """What theta (or a direction) holds for the parameters of a module and of its children."""
+    return {k: values[names[id(p)]] for k, p in module.named_parameters() if id(p) in names}
+
+
+def _along(call: Call, params: dict, v: dict, names: dict) -> Tensor:
+    """Directional derivative of a call's output in the module's own parameters, along v."""
+    module = call.module
+    own = {k for k, p in module._parameters.items() if id(p) in names}
+    direction = {k: t for k, t in _named(module, v, names).items() if k in own}
+    if _is_linear_map(module) or isinstance(module, NORMS):  # linear in its parameters
+        zeros = {
+            k: torch.zeros_like(p)
+            for k, p in module._parameters.items()
+            if p is not None and k not in own
+        }
+        return functional_call(module, {**zeros, **direction}, (call.input,))
+    fixed = _named(module, params, names)
+
+    def run(moving):
+        return functional_call(module, {**fixed, **moving}, (call.input,))
+
+    return jvp(run, ({k: fixed[k] for k in own},), (direction,))[1]
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)

@@ -265,3 +265,13 @@ def test_data(tmp_path, monkeypatch):
     monkeypatch.setenv("BILEVEL_LITE_DEVICE", "cuda:99")
     with pytest.raises(ValueError, match="cuda:99.*CUDA device"):
         pick_device()
+
+
+def test_solver_state_of_another_solver():
+    plain, preconditioned = bl.CG(3), bl.CG(3, precondition=bl.KFAC())
+    with pytest.raises(ValueError, match="state: is of solver 'CG', expected 'KFAC'"):
+        bl.KFAC().load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="is of a CG without preconditioner, expected with"):
+        preconditioned.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="is of a CG with preconditioner, expected without"):
+        plain.load_state_dict(preconditioned.state_dict())

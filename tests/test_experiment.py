@@ -285,8 +285,8 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             assert re.fullmatch(r"[0-9a-f]{12}", p["commit"]), "made from a committed tree"
             assert p["command"].startswith("python -m bilevel_lite ") and "/" not in p["device"]
             assert not re.search(r"/(tmp|home|root|work)/", p["command"])
-        if result["kind"] == "hyperclean":
-            plotting.plt.close(plotting.draw_hyperclean(result))
+        draw = {"hyperclean": plotting.draw_hyperclean, "bench": plotting.draw_bench}
+        plotting.plt.close(draw[result["kind"]](result))
         assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"
     with pytest.raises(ValueError, match="there is no stored result 'nothing'"):
         experiment.stored("nothing")

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import bilevel_lite as bl
-from bilevel_lite import curvature, kronecker, linsolve, tape
+from bilevel_lite import curvature, kronecker, linsolve, models, products, tape
 from bilevel_lite.ekfac import EKFAC, ekfac_operator
-from bilevel_lite.kfac import KFAC, KFACRichardson, kfac_factors, kfac_operator
+from bilevel_lite.kfac import KFAC, KFACRichardson, estimate, kfac_factors, kfac_operator
 
 OURS_TO_THEIRS = {"exact": "type-2", "mc": "mc", "empirical": "empirical"}
 
@@ -275,6 +275,114 @@ def test_damped_inverse_products_equal_curvlinops(name, rule):
             solver = KFAC(damping, damping_rule=rule, bias=bias, seed=5)
             v, _ = solver.solve(problem, lam, theta, batch, b)
             assert error(v, inverse @ b) < 1e-12
+
+
+def test_resnet18_equals_curvlinops():
+    """Factors and damped inverse at full width (11 million parameters)."""
+    curvlinops = pytest.importorskip("curvlinops")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = models.build("resnet18", (3, 32, 32), 10, stem="imagenet").double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(4, 3, 32, 32, generator=g), torch.randint(10, (4,), generator=g)
+    risk, lam, theta = bl.WeightedRisk(model), torch.ones(4), bl.flatten(model)
+    operator, _ = theirs(risk, batch, "mc", "joint")
+    operator.compute_kronecker_factors()
+    ours = kfac_factors(risk, lam, theta, batch, generator=torch.Generator().manual_seed(5))
+    assert len(ours) == 21 and theta.numel() == 11_172_042
+    for layer, (a, b) in ours.items():
+        assert error(a, operator._input_covariances[layer]) < 1e-12
+        assert error(b, operator._gradient_covariances[layer]) < 1e-12
+    del ours
+    b = torch.linspace(-1, 1, len(theta))
+    inverse = curvlinops.KFACInverseLinearOperator(
+        operator, damping=1e-2, use_heuristic_damping=True
+    )
+    problem = bl.BilevelProblem(risk, risk)
+    v, _ = KFAC(1e-2, seed=5).solve(problem, lam, theta, batch, b, diagnose=False)
+    assert error(v, inverse @ b) < 1e-12
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "lenet", "resnet", "tokens"])
+def test_shared_cross_product_is_the_cross_product(name, fisher, loss):
+    risk, lam, theta, batch = setting(name, loss, weighted=True, l2=0.01)
+    problem = bl.BilevelProblem(risk, risk)
+    for make in (lambda: KFAC(0.1, fisher), lambda: EKFAC(0.1, fisher)):
+        b = torch.linspace(-1, 1, len(theta))
+        v, jv, _ = make().solve_and_cross(problem, lam, theta, batch, b)
+        assert error(v, make().solve(problem, lam, theta, batch, b)[0]) < 1e-14
+        assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
+
+
+class Scaled(nn.Module):
+    """A parameter of its own beside that of a child, an in-place change, a shared layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(5))
+        self.first, self.shared = nn.Linear(6, 5), nn.Linear(5, 5)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x):
+        h = self.shared(self.shared(self.first(x).tanh()).tanh())
+        return self.last(self.scale * h)
+
+
+@pytest.mark.parametrize("frozen", [(), ("scale",), ("last.weight", "first.bias")])
+def test_shared_cross_product_with_parameters_of_every_kind(frozen):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(Scaled()).double()
+    for name in frozen:
+        model.get_parameter("0." + name).requires_grad_(False)
+    g = torch.Generator().manual_seed(1)
+    batch = torch.randn(9, 6, generator=g), torch.randint(4, (9,), generator=g), torch.arange(9)
+    risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]].sigmoid())
+    theta = bl.flatten(model) + 0.3  # not the values that the module holds
+    lam, b = torch.randn(9, generator=g), torch.randn(len(theta), generator=g)
+    problem = bl.BilevelProblem(risk, risk)
+    v, jv, info = KFAC(0.1, rest="diagonal").solve_and_cross(problem, lam, theta, batch, b)
+    assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
+    # the diagonal of what has no block is that of the empirical Fisher, example by example
+    done = estimate(risk, lam, theta, batch, "empirical")
+    values, sigma = bl.unflatten(model, theta), lam.sigmoid()
+    for name, diagonal in done.diagonal.items():
+        truth = torch.zeros_like(values[name])
+        for i in range(9):
+            one = tuple(t[i : i + 1] for t in batch)
+            leaf = theta.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(risk.losses(leaf, one).sum(), leaf)
+            truth += sigma[i] * bl.unflatten(model, grad)[name].square() / 9
+        assert error(diagonal, truth.reshape(-1)) < 1e-12
+
+
+def test_shared_cross_product_falls_back_where_the_tape_cannot_give_it():
+    class Merged(nn.Module):  # its rows are not examples
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(3, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.outer(self.inner(x.reshape(-1, 3)).tanh().reshape(len(x), -1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Merged().double()
+    g = torch.Generator().manual_seed(1)
+    batch = torch.randn(9, 6, generator=g), torch.randint(4, (9,), generator=g), torch.arange(9)
+    risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]].sigmoid())
+    theta, lam = bl.flatten(model), torch.randn(9, generator=g)
+    problem, b = bl.BilevelProblem(risk, risk), torch.randn(len(theta), generator=g)
+    for solver in (KFAC(0.1), KFAC(0.1, every=2)):
+        for _ in range(2):  # the second time the kept factors have no tape
+            v, jv, _ = solver.solve_and_cross(problem, lam, theta, batch, b)
+            assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "dual")) < 1e-12
+        assert solver._shared is None and not solver._sharing
 
 
 def test_dual_form_never_forms_a_matrix_and_equals_the_primal():

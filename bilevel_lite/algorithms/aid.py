@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.problem import BilevelProblem, require_variable
-from bilevel_lite.products import COST, gradient
+from bilevel_lite.products import COST, theta_gradient
 from bilevel_lite.solvers import SolveInfo, Solver
 
 __all__ = ["AID", "StepInfo"]
@@ -70,7 +70,7 @@ class AID:
         outer_optimizer: The same for lam.
         projection: lam -> lam, applied after each outer step, for example
             ``lambda lam: lam.clamp(0, 1)``.
-        cross_mode: See `bilevel_lite.products.cross_vp`.
+        cross_mode: See `bilevel_lite.hypergradient`.
 
     Raises:
         TypeError: if ``lam`` or ``theta`` is not a floating-point tensor.
@@ -96,7 +96,7 @@ class AID:
         inner_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         outer_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         projection: Callable[[Tensor], Tensor] | None = None,
-        cross_mode: str = "dual",
+        cross_mode: str = "shared",
     ):
         require_variable("lam", lam)
         require_variable("theta", theta)
@@ -127,7 +127,7 @@ class AID:
         """
         for _ in range(self.inner_steps):
             batch = _draw(self.batches["inner"])
-            inner_loss, _, self.theta.grad = gradient(
+            inner_loss, self.theta.grad = theta_gradient(
                 self.problem.inner_loss, self.lam, self.theta, batch, "inner_loss"
             )
             self.inner_optimizer.step()

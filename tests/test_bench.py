@@ -1,0 +1,106 @@
+"""The benchmark does the work it names; how long it takes is not tested."""
+
+import json
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite import bench, experiment, plotting
+from bilevel_lite.__main__ import main
+
+CPU = torch.device("cpu")
+
+
+def test_operations_are_counted():
+    x, w = torch.randn(30, 7), torch.randn(7, 5, requires_grad=True)
+    assert bench.flops(lambda: (x @ w).sum().backward()) == 2 * (2 * 30 * 7 * 5)
+    s = torch.eye(12)
+    chol = torch.linalg.cholesky(s)
+    assert bench.flops(lambda: torch.linalg.cholesky(s)) == 12**3 // 3
+    assert bench.flops(lambda: torch.cholesky_solve(torch.ones(12, 4), chol)) == 2 * 12**2 * 4
+    assert bench.flops(lambda: torch.cholesky_inverse(chol)) == 2 * 12**3 // 3
+    assert bench.flops(lambda: torch.linalg.eigh(s)) == 9 * 12**3
+    assert bench.flops(lambda: torch.linalg.qr(torch.randn(12, 3))) == 4 * 12 * 3**2
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return bench.measure_case("linear", CPU, bench.Budget(1, 10.0))
+
+
+def test_linear_case(linear):
+    rows = linear["rows"]
+    assert linear["parameters"] == 7850 and linear["examples"] == 1000
+    assert linear["gradient_gflop"] == pytest.approx(2 * 2 * 1000 * 784 * 10 / 1e9)
+    # forward, and for each of J v's two parts (784 columns each) one product: 1.5 gradients;
+    # a kept first factor leaves no cubic cost
+    assert rows["cross double backward"]["flops"] == pytest.approx(1.5, abs=0.01)
+    assert rows["hvp"]["flops"] == pytest.approx(2, abs=0.01)
+    assert rows["kfac-mc, first factor kept"]["flops"] < 4 < rows["kfac-mc"]["flops"]
+    assert rows["curvlinops kfac-mc"]["flops"] > rows["kfac-mc"]["flops"]
+    assert all(row["rounds"] == 1 for row in rows.values())
+    assert set(bench.MEMORY) < set(rows) and rows["kfac-mc"]["bytes"] is not None
+    text = bench.table(linear)
+    assert "linear: 7,850 parameters" in text and "aid step, curvlinops kfac-mc" in text
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "lenet"])
+def test_package_and_composition_compute_the_same(name):
+    case = bench.Case(name, CPU)
+    assert set(case.agreement()) == {"hvp", "ggn", "cg-3", "kfac-empirical"}
+    assert max(case.agreement().values()) < 1e-5  # float32
+
+
+def test_outer_iterations_leave_the_point_alone():
+    case = bench.Case("linear", CPU)
+    before = bl.flatten(case.model).clone()
+    rows = case.rows()
+    for _ in range(2):
+        rows["aid step, curvlinops kfac-mc"]()
+        assert torch.equal(bl.flatten(case.model), before)
+    assert not torch.equal(case.outer_lam, case.lam)
+
+
+def test_a_row_of_the_reference_may_fail_and_ours_may_not():
+    def fails():
+        raise torch.linalg.LinAlgError("no convergence")
+
+    times = bench.measure({"curvlinops x": fails, "y": lambda: None}, CPU, bench.Budget(2, 1.0))
+    assert times["curvlinops x"] == [] and len(times["y"]) == 2
+    with pytest.raises(torch.linalg.LinAlgError):
+        bench.measure({"x": fails}, CPU, bench.Budget(1, 1.0))
+
+
+def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
+    asked = []
+
+    def measure_case(name, device, budget):
+        asked.append(name)
+        if asked == ["linear", "mlp"]:
+            raise KeyboardInterrupt
+        return {**linear, "model": name}
+
+    monkeypatch.setattr(bench, "measure_case", measure_case)
+    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    drawn = []
+    monkeypatch.setattr("bilevel_lite.__main__.draw_stored", drawn.append)
+    words = ["bench", "--models", "linear", "mlp", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(words) == 130
+    assert main(words) == 0 and drawn == [["bench_cpu"]]
+    assert asked == ["linear", "mlp", "mlp"]  # linear was not measured again
+    stored = json.loads((tmp_path / "figures" / "data" / "bench_cpu.json").read_text())
+    assert [case["model"] for case in stored["runs"][0]["cases"]] == ["linear", "mlp"]
+    case = stored["runs"][0]["cases"][1]
+    case["rows"]["curvlinops ekfac-mc"] = {"failed": "a factorisation did not converge"}
+    assert "did not converge" in bench.table(case)
+    plotting.plt.close(plotting.draw_bench(stored))
+    assert main([*words, "--rounds", "3"]) == 1
+    assert "made with other settings" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"models: got \['vgg'\], expected some of \['lenet'"):
+        bench.run(["vgg"], CPU, 1, 1.0, str(tmp_path))
+    with pytest.raises(ValueError, match="rounds: got 0, expected a positive number"):
+        bench.run(["linear"], CPU, 0, 1.0, str(tmp_path))
