@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import WeightedRisk
+from bilevel_lite.problem import NotFinite, WeightedRisk
 from bilevel_lite.products import hvp_operator
 
 __all__ = [
@@ -248,7 +248,7 @@ def output_probes(
 def _require_finite_outputs(outputs: Tensor) -> None:
     if not bool(torch.isfinite(outputs.sum())):
         bad = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
-        raise ValueError(
+        raise NotFinite(
             f"model: its outputs are NaN or infinite for {bad} of {len(outputs)} examples, so "
             "their curvature is undefined; look for NaN in theta and in the batch, or a step size "
             "too large"

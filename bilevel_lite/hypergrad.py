@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.problem import BilevelProblem, evaluate, relative_size, require_variable
+from bilevel_lite.problem import (
+    BilevelProblem,
+    NotFinite,
+    evaluate,
+    relative_size,
+    require_variable,
+)
 from bilevel_lite.products import (
     COST,
     cross_vp,
@@ -137,7 +143,7 @@ def hypergradient(
 def _require_finite(h: Tensor, context: Callable[[], str]) -> None:
     bad = int((~torch.isfinite(h)).sum())
     if bad:
-        raise ValueError(
+        raise NotFinite(
             f"hypergradient: {bad} of {h.numel()} entries are NaN or infinite ({context()})"
         )
 

@@ -46,7 +46,7 @@ from bilevel_lite.kronecker import (
 )
 from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
-from bilevel_lite.problem import WeightedRisk
+from bilevel_lite.problem import NotFinite, WeightedRisk
 from bilevel_lite.products import COST, cross_from_slopes, cross_vp
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.tape import (
@@ -616,7 +616,7 @@ def _apply(blocks, b: Tensor) -> Tensor:
         block(b, v)
     bad = 0 if bool(torch.isfinite(v.sum())) else int((~torch.isfinite(v)).sum())
     if bad:
-        raise ValueError(
+        raise NotFinite(
             f"KFAC: {bad} of {v.numel()} entries of v are NaN or infinite; is the damping zero on "
             "a curvature that is zero, or are the inputs of a huge scale?"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import dot
 
 __all__ = ["LinearSolve", "NegativeCurvatureWarning", "cg", "cg_normal", "direct", "neumann"]
@@ -112,7 +113,7 @@ def cg(
         hp = apply(p)
         php, pp = float(dot(p, hp)), float(dot(p, p))
         if not (php == php and abs(php) != float("inf")):
-            raise ValueError(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
+            raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
         if pp == 0:  # the direction underflowed: nothing is left to solve
             break
         quotient = php / pp
@@ -258,7 +259,7 @@ def neumann(
         p.sub_(hp, alpha=step)
         total.add_(p)
     if not bool(torch.isfinite(total).all()):
-        raise ValueError(
+        raise NotFinite(
             f"step: {step} makes the Neumann series diverge (curvature up to {high:.3g} was met; "
             f"the series needs step < {2 / high:.3g})"
         )

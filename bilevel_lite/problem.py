@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from bilevel_lite.params import predict
 
-__all__ = ["BilevelProblem", "Loss", "WeightedRisk", "evaluate"]
+__all__ = ["BilevelProblem", "Loss", "NotFinite", "WeightedRisk", "evaluate"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class NotFinite(ValueError):
+    """A loss or a derivative came out as NaN or infinite."""
 
 
 class BilevelProblem:
@@ -68,7 +72,7 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
             "did you forget .mean() or .sum()?"
         )
     if value.device.type == "cpu" and not torch.isfinite(value):
-        raise ValueError(f"{name}: value is {value.item()}; {_culprit(lam, theta, batch)}")
+        raise NotFinite(f"{name}: value is {value.item()}; {_culprit(lam, theta, batch)}")
     return value
 
 
