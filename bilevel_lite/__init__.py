@@ -9,7 +9,22 @@ One module for each choice made in that line; see the table in the README.
 
 from importlib import import_module
 
-from bilevel_lite.algorithms import AID
+from bilevel_lite.algorithms import (
+    AID,
+    BOME,
+    BSG1,
+    BVFSM,
+    F2SA,
+    ITD,
+    MRBO,
+    NBO,
+    NHGD,
+    SABA,
+    SAMA,
+    SOBA,
+    AmIGO,
+    StocBiO,
+)
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import (
     check,
@@ -31,16 +46,29 @@ _LAZY = ("data", "exercises", "experiment", "models", "plotting", "tasks")
 
 __all__ = [
     "AID",
+    "AmIGO",
+    "BOME",
+    "BSG1",
+    "BVFSM",
     "BilevelProblem",
     "CG",
     "CGNormal",
     "Direct",
     "EKFAC",
+    "F2SA",
+    "ITD",
     "Identity",
     "KFAC",
     "KFACRichardson",
+    "MRBO",
+    "NBO",
+    "NHGD",
     "NegativeCurvatureWarning",
     "Neumann",
+    "SABA",
+    "SAMA",
+    "SOBA",
+    "StocBiO",
     "WeightedRisk",
     "check",
     "finite_difference_hypergradient",

@@ -20,6 +20,7 @@ __all__ = [
     "cross_vp",
     "dense",
     "dot",
+    "first_and_second",
     "gradient",
     "hessian",
     "hvp",
@@ -243,6 +244,32 @@ def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tenso
     return torch.autograd.grad(along, lam)[0]
 
 
+def first_and_second(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return g, grad_theta g, J p (like ``lam``) and H p (like ``theta``), all at one point.
+
+    Raises:
+        ValueError: if the loss does not depend on ``lam`` or on ``theta``.
+
+    Cost: counted as 3 gradients: 1 for the gradient, 2 for both products together (one double
+    backward pass).
+    """
+    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+    value = evaluate(loss, lam, theta, batch, "inner_loss")
+    grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+    _require_dependence(lam=grad_lam is not None, theta=grad is not None)
+    jp = hp = None
+    if grad.requires_grad:
+        jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
+    return (
+        value.detach(),
+        grad.detach(),
+        torch.zeros_like(lam) if jp is None else jp,
+        torch.zeros_like(theta) if hp is None else hp,
+    )
+
+
 def update_vjp(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -256,17 +283,7 @@ def update_vjp(
 
     Cost: counted as 2 gradients together.
     """
-    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
-    value = evaluate(loss, lam, theta, batch, "inner_loss")
-    grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-    _require_dependence(lam=grad_lam is not None, theta=grad is not None)
-    if not grad.requires_grad:
-        return torch.zeros_like(lam), torch.zeros_like(theta)
-    jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
-    return (
-        torch.zeros_like(lam) if jp is None else jp,
-        torch.zeros_like(theta) if hp is None else hp,
-    )
+    return first_and_second(loss, lam, theta, batch, p)[2:]
 
 
 def update_jvp(

@@ -25,9 +25,9 @@ class AID(Method):
         theta: Start of the inner variable, shape (d,); copied.
         solver: How v is found.
         inner_steps: Inner steps per outer iteration, at least 1.
+        inner_lr, outer_lr, inner_batch, outer_batch: See `bilevel_lite.algorithms.method.Method`.
         cross_mode: See `bilevel_lite.hypergradient`.
-        **common: Step sizes, optimisers, batches, projection; see
-            `bilevel_lite.algorithms.method.Method`.
+        **common: Further batches, optimisers, schedules, projection; see `Method`.
 
     Raises:
         TypeError: if ``solver`` is no `bilevel_lite.solvers.Solver`, or as `Method`.
@@ -37,6 +37,8 @@ class AID(Method):
     Source: Domke (2012); Pedregosa (2016); Grazzi et al. (2020).
     """
 
+    choices = ("any solver's", "any solver", "double loop")
+
     def __init__(
         self,
         problem: BilevelProblem,
@@ -44,12 +46,18 @@ class AID(Method):
         theta: Tensor,
         solver: Solver,
         inner_steps: int = 10,
+        inner_lr: float | None = None,
+        outer_lr: float | None = None,
+        inner_batch: Any = None,
+        outer_batch: Any = None,
         cross_mode: str = "shared",
         **common: Any,
     ):
         require_solver(solver)
         require_steps("inner_steps", inner_steps)
-        super().__init__(problem, lam, theta, **common)
+        super().__init__(
+            problem, lam, theta, inner_lr, outer_lr, inner_batch, outer_batch, **common
+        )
         self.solver, self.inner_steps, self.cross_mode = solver, inner_steps, cross_mode
 
     def _direction(self):

@@ -81,6 +81,8 @@ class Method:
             variable that it was given.
     """
 
+    # What stands for H, how v is found, how lam and theta move: the method's row in the table.
+    choices: tuple[str, str, str] = ("", "", "")
     remembers: tuple[str, ...] = ()
 
     def __init__(
@@ -145,6 +147,10 @@ class Method:
             shared if self.batches[role] is None else self._draw(role)
             for role in ("curvature", "cross")
         )
+
+    def _draw_curvature(self) -> Any:
+        """Return a batch for H alone: its own, or a fresh inner one."""
+        return self._draw("curvature" if self.batches["curvature"] is not None else "inner")
 
     def _spend(self, what: str | float, batch: Any, times: float = 1) -> None:
         """Count ``times`` gradients, or products named as in `COST`, on a batch."""
@@ -342,3 +348,35 @@ def require_steps(name: str, value: int, least: int = 1) -> None:
     """
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
+def require_positive(name: str, value: float | None) -> None:
+    """Refuse anything but a positive number.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if value is None or not value > 0:
+        raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Refuse anything but a number from 0 up to, not including, 1.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, expected a number from 0 up to, not including, 1")
+
+
+def require_plain_inner(name: str, common: dict) -> None:
+    """Refuse an inner optimiser where the method is defined for plain gradient descent.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if common.get("inner_optimizer") is not None:
+        raise ValueError(
+            f"inner_optimizer: {name} is defined for plain gradient descent; give inner_lr"
+        )

@@ -1,0 +1,76 @@
+"""ITD: iterative differentiation, the derivative of the inner descent itself."""
+
+from typing import Any
+
+from torch import Tensor
+
+from bilevel_lite.algorithms.method import Method, require_plain_inner, require_steps
+from bilevel_lite.hypergrad import unrolled_hypergradient
+from bilevel_lite.problem import BilevelProblem
+
+__all__ = ["ITD"]
+
+
+class ITD(Method):
+    r"""Unroll the inner steps, differentiate through all or the last of them, and go on from there.
+
+        theta_0 = the last theta;  theta_{t+1} = theta_t - inner_lr grad_theta g(lam, theta_t)
+        lam <- lam - outer_lr d f(lam, theta_T(lam)) / d lam,     theta <- theta_T
+
+    theta_0 counts as a constant, so that only the dependence on lam within the T steps is seen;
+    with a warm start that misses the earlier steps, and T, or the number of truncated steps,
+    decides what is left of the hypergradient (chapter 02).
+
+    Args:
+        problem: The two losses.
+        lam: Start of the outer variable; copied.
+        theta: Start of the inner variable, shape (d,); copied.
+        inner_steps: T.
+        truncate: Differentiate the last steps only; None means all.
+        mode: ``"reverse"`` or ``"forward"``; see `bilevel_lite.unrolled_hypergradient`.
+        **common: See `bilevel_lite.algorithms.method.Method`. The inner level is plain gradient
+            descent: give ``inner_lr``.
+
+    Raises:
+        TypeError, ValueError: as `Method`; ValueError for an inner optimiser or an option out of
+            range.
+
+    Cost of a step: T + 1 gradients, and one double backward pass a differentiated step.
+    Source: Maclaurin et al. (2015); Franceschi et al. (2017); truncated: Shaban et al. (2019).
+    """
+
+    choices = ("what T steps see of it", "unrolling", "double loop")
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        lam: Tensor,
+        theta: Tensor,
+        inner_steps: int = 10,
+        truncate: int | None = None,
+        mode: str = "reverse",
+        **common: Any,
+    ):
+        require_steps("inner_steps", inner_steps)
+        require_plain_inner(type(self).__name__, common)
+        super().__init__(problem, lam, theta, **common)
+        self.inner_steps, self.truncate, self.mode = inner_steps, truncate, mode
+
+    def _direction(self):
+        batches = [self._draw("inner") for _ in range(self.inner_steps)]
+        h, info = unrolled_hypergradient(
+            self.problem,
+            self.lam,
+            self.theta,
+            self.inner_steps,
+            self.inner_optimizer.param_groups[0]["lr"],
+            self.mode,
+            self.truncate,
+            inner_batch=lambda t: batches[t],
+            outer_batch=self._draw("outer"),
+            return_info=True,
+        )
+        self._spend(info.gradients, self._unit)
+        self.theta.copy_(info.theta)
+        inner_loss = self.problem.inner_loss(self.lam, self.theta, batches[-1]).detach()
+        return inner_loss, info.outer_loss, h, None

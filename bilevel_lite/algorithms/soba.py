@@ -1,0 +1,170 @@
+"""SOBA and SABA: theta, v and lam move together, one step each, from one point."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.algorithms.method import Method, require_positive
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.products import COST, first_and_second
+
+__all__ = ["SABA", "SOBA"]
+
+
+class SOBA(Method):
+    r"""Stochastic bilevel algorithm: one loop, three coupled steps, no system solved.
+
+        D_theta = grad_theta g,  D_v = H v - b,  D_lam = grad_lam f - J v,  at one (lam, theta, v)
+        theta <- theta - inner_lr D_theta,  v <- v - linear_lr D_v,  lam <- lam - outer_lr D_lam
+
+    At a common fixed point theta solves the inner problem, v solves H v = b, and D_lam is the
+    hypergradient. One batch of g serves grad_theta g, H and J.
+
+    Args:
+        problem: The two losses.
+        lam: Start of the outer variable; copied.
+        theta: Start of the inner variable, shape (d,); copied.
+        linear_lr: Step on v, in units of 1 / curvature.
+        **common: See `bilevel_lite.algorithms.method.Method`; ``curvature_batch`` and
+            ``cross_batch`` are not used and refused.
+
+    Raises:
+        TypeError, ValueError: as `Method`; ValueError for an option out of range.
+
+    Cost of a step: 2 gradients, 1 product, 1 cross product (both of one double backward pass).
+    Source: Dagreou, Ablin, Vaiter and Moreau (2022), arXiv 2201.13409.
+    """
+
+    choices = ("Hessian", "one gradient step, warm start", "single loop")
+    remembers = ("v",)
+
+    def __init__(
+        self, problem: BilevelProblem, lam: Tensor, theta: Tensor, linear_lr: float, **common: Any
+    ):
+        require_positive("linear_lr", linear_lr)
+        refuse_system_batches(type(self).__name__, common)
+        super().__init__(problem, lam, theta, **common)
+        self.linear_lr, self.v = linear_lr, torch.zeros_like(self.theta)
+
+    def _direction(self):
+        inner_loss, g_theta, jv, hv = self._inner_oracle(self._draw("inner"))
+        outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
+        self._move_theta(g_theta)
+        self.v = self.v - self.linear_lr * (hv - b)
+        return inner_loss, outer_loss, direct - jv, None
+
+    def _inner_oracle(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """g, grad_theta g, J v and H v, from one double backward pass."""
+        self._spend(COST["gradient"] + COST["hvp"], batch)
+        return first_and_second(self.problem.inner_loss, self.lam, self.theta, batch, self.v)
+
+
+class SABA(SOBA):
+    r"""SOBA with SAGA's variance reduction: each oracle on a batch is corrected by a table.
+
+        estimate = current(batch i) - table[i] + mean(table),    table[i] <- current(batch i)
+
+    for the five terms grad_theta g, H v, J v (a row for each inner batch) and b, grad_lam f (a row
+    for each outer batch). The noise vanishes as the tables settle, so that constant steps
+    converge. The memory is five tables of (number of batches) x dimension.
+
+    Args:
+        problem: The two losses.
+        lam: Start of the outer variable; copied.
+        theta: Start of the inner variable, shape (d,); copied.
+        linear_lr: Step on v.
+        inner_batches: The fixed minibatches of g, of one size.
+        outer_batches: Those of f.
+        generator: CPU generator that picks them.
+        **common: See `bilevel_lite.algorithms.method.Method`, without batches.
+
+    Raises:
+        TypeError, ValueError: as `SOBA`; ValueError for an empty list or batches of unequal size.
+
+    Cost of a step: as SOBA; the first step also fills the tables, one pass over all batches.
+    Source: Dagreou et al. (2022).
+    """
+
+    choices = ("Hessian", "one variance-reduced step, warm start", "single loop, SAGA")
+    remembers = ("v", "inner_table", "outer_table")
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        lam: Tensor,
+        theta: Tensor,
+        linear_lr: float,
+        inner_batches: list,
+        outer_batches: list,
+        generator: torch.Generator,
+        **common: Any,
+    ):
+        for name, batches in (("inner_batches", inner_batches), ("outer_batches", outer_batches)):
+            _require_equal(name, batches)
+        if {"inner_batch", "outer_batch"} & set(common):
+            raise ValueError("inner_batch, outer_batch: SABA takes inner_batches, outer_batches")
+        super().__init__(problem, lam, theta, linear_lr, **common)
+        self.fixed = {"inner": inner_batches, "outer": outer_batches}
+        self.generator = generator
+        self._unit = inner_batches[0]
+        self.inner_table = self.outer_table = None
+
+    def _direction(self):
+        if self.inner_table is None:
+            rows = [self._inner_oracle(batch)[1:] for batch in self.fixed["inner"]]
+            self.inner_table = [torch.stack(column) for column in zip(*rows, strict=True)]
+            rows = [self._outer_gradient(batch)[1:] for batch in self.fixed["outer"]]
+            self.outer_table = [torch.stack(column) for column in zip(*rows, strict=True)]
+        i, j = (self._pick(level) for level in ("inner", "outer"))
+        inner_loss, *terms = self._inner_oracle(self.fixed["inner"][i])
+        g_theta, jv, hv = _saga(self.inner_table, i, terms)
+        outer_loss, *terms = self._outer_gradient(self.fixed["outer"][j])
+        direct, b = _saga(self.outer_table, j, terms)
+        self._move_theta(g_theta)
+        self.v = self.v - self.linear_lr * (hv - b)
+        return inner_loss, outer_loss, direct - jv, None
+
+    def _pick(self, level: str) -> int:
+        count = len(self.fixed[level])
+        return int(torch.randint(count, (1,), generator=self.generator))
+
+    def state_dict(self) -> dict:
+        """Return everything that the next step depends on, tables and generator included."""
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` returned; see `Method.load_state_dict`."""
+        super().load_state_dict(state)
+        self.generator.set_state(state["generator"].cpu())
+
+
+def _saga(table: list[Tensor], row: int, current: list[Tensor]) -> list[Tensor]:
+    """Correct each term by its table, and put it there."""
+    out = []
+    for column, term in zip(table, current, strict=True):
+        out.append(term - column[row] + column.mean(0))
+        column[row] = term
+    return out
+
+
+def _require_equal(name: str, batches: list) -> None:
+    if not isinstance(batches, list) or not batches:
+        raise ValueError(f"{name}: got {type(batches).__name__}, expected a list of batches")
+    sizes = {len(b[0]) for b in batches if isinstance(b, tuple | list) and isinstance(b[0], Tensor)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name}: sizes are {sorted(sizes)}, expected one size (the tables' means are means "
+            "over batches)"
+        )
+
+
+def refuse_system_batches(name: str, common: dict) -> None:
+    """Refuse batches for H and J of their own where the method uses the inner one.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for role in ("curvature_batch", "cross_batch"):
+        if common.get(role) is not None:
+            raise ValueError(f"{role}: {name} takes H and J on the inner batch; leave it out")
