@@ -25,6 +25,7 @@ from bilevel_lite.algorithms import (
     AmIGO,
     StocBiO,
 )
+from bilevel_lite.auditing import audit
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import (
     check,
@@ -70,6 +71,7 @@ __all__ = [
     "SOBA",
     "StocBiO",
     "WeightedRisk",
+    "audit",
     "check",
     "finite_difference_hypergradient",
     "flatten",

@@ -519,6 +519,9 @@ class KFAC(Solver):
         self._age += 1
         return self._blocks
 
+    def limit(self) -> None:
+        """Return None: its system, the Kronecker one, is solved exactly."""
+
     def solve(self, problem, lam, theta, batch, b, diagnose: bool = True):
         """Return v and a `KFACInfo`; see `Solver.solve`."""
         v, info = super().solve(problem, lam, theta, batch, b, diagnose)

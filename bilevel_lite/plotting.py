@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 __all__ = [
     "COLORS",
     "PALETTE",
+    "draw_audit",
     "draw_bench",
     "draw_hyperclean",
     "draw_stored",
@@ -118,6 +119,42 @@ def draw_hyperclean(result: dict):
             f"Hypercleaning {settings['dataset']}, {settings['model']} model, {settings['method']}",
             fontsize=10,
         )
+    return fig
+
+
+def draw_audit(report):
+    """Draw an `AuditReport`: for each solver the lengths of its error's parts, and the whole.
+
+    Args:
+        report: What `bilevel_lite.audit` returned.
+
+    Returns:
+        The figure.
+    """
+    shades = dict(
+        zip(
+            ("inner", "curvature", "linear", "minibatch"),
+            (PALETTE[3], PALETTE[2], PALETTE[0], PALETTE[4]),
+            strict=True,
+        )
+    )
+    parts = list(report.rows[0].parts)
+    with mpl.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(max(5.0, 1.1 * len(report.rows)), 3.0))
+        width = 0.8 / len(parts)
+        for i, part in enumerate(parts):
+            at = [x - 0.4 + (i + 0.5) * width for x in range(len(report.rows))]
+            # a part that is only rounding has no bar
+            sizes = [row.parts[part] if row.parts[part] > 1e-9 else 0 for row in report.rows]
+            ax.bar(at, sizes, width, color=shades[part], label=part)
+        ax.plot(
+            range(len(report.rows)), [row.relative_error for row in report.rows], "_",
+            color=COLORS["exact"], ms=30, label="whole error",
+        )  # fmt: skip
+        ax.set_xticks(range(len(report.rows)), [row.name for row in report.rows], rotation=20)
+        ax.set(yscale="log", ylabel="length / length of the truth")
+        ax.grid(False, axis="x")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 

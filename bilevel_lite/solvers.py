@@ -133,6 +133,13 @@ class Solver:
         v, info = self.solve(problem, lam, theta, batch, b, diagnose)
         return v, cross_vp(problem.inner_loss, lam, theta, batch, v), info
 
+    def limit(self) -> "Direct | None":
+        """Return the direct solver of this solver's own system, or None if it solves it exactly.
+
+        What it would answer with enough iterations; `bilevel_lite.audit` asks.
+        """
+        return Direct(self.damping, self.curvature)
+
     def state_dict(self) -> dict:
         """Return what is remembered between calls."""
         return {"solver": type(self).__name__, "v": self._v}
@@ -188,6 +195,9 @@ class Direct(Solver):
         self.damping, self.curvature = damping, _check_curvature(curvature)
         self.max_dim = max_dim
 
+    def limit(self) -> None:
+        """Return None: it is exact."""
+
     def _solve(self, problem, lam, theta, batch, b, matvec):
         if theta.numel() > self.max_dim:
             raise ValueError(
@@ -214,6 +224,9 @@ class Identity(Solver):
         if not step > 0:
             raise ValueError(f"step: got {step}, expected a positive number")
         self.step = step
+
+    def limit(self) -> None:
+        """Return None: its system is v / step = b."""
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         return linsolve.LinearSolve(self.step * b, iterations=0, products=0)
