@@ -85,7 +85,16 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
     monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
     drawn = []
     monkeypatch.setattr("bilevel_lite.__main__.draw_stored", drawn.append)
-    words = ["bench", "--models", "linear", "mlp", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words = [
+        "bench",
+        "--models",
+        "linear",
+        "mlp",
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
     assert main(words) == 130
     assert main(words) == 0 and drawn == [["bench_cpu"]]
     assert asked == ["linear", "mlp", "mlp"]  # linear was not measured again
