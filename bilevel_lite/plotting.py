@@ -1,5 +1,6 @@
 """One style for every figure of the book."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,6 +12,7 @@ __all__ = [
     "draw_audit",
     "draw_bench",
     "draw_hyperclean",
+    "draw_hyperclean_methods",
     "draw_stored",
     "figure",
     "use_style",
@@ -122,6 +124,55 @@ def draw_hyperclean(result: dict):
     return fig
 
 
+# The methods in the figure of the comparison: those that solve a linear system, and the others.
+IMPLICIT = ("aid", "amigo", "stocbio", "mrbo", "soba", "saba", "nbo", "nsbo", "nhgd")
+
+
+def draw_hyperclean_methods(result: dict):
+    """Draw the comparison of all methods: lowest test loss so far, against gradients and time.
+
+    Above the methods with a linear system, below the others; seed 0 of each, KFAC methods green.
+
+    Args:
+        result: ``{"runs": [results of ``hyperclean --method all``, perhaps in parts]}``.
+
+    Returns:
+        The figure.
+    """
+    rows = [row for run in result["runs"] for row in run["results"] if row["runs"]]
+    groups = [[r for r in rows if r["method"].startswith(IMPLICIT)]]
+    groups.append([r for r in rows if r not in groups[0]])
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(2, 2, figsize=(9.0, 7.0), sharey=True, squeeze=False)
+        for line, group in zip(axes, groups, strict=True):
+            colours = iter(plt.get_cmap("tab20").colors)
+            for row in sorted(group, key=lambda r: r["runs"][0]["best"]["test_loss"]):
+                kfac = "kfac" in row["method"]
+                style = {"color": PALETTE[2] if kfac else next(colours), "label": row["method"]}
+                style["linestyle"] = KFAC_LINES.get(row["method"], "-")
+                history = row["runs"][0]["history"]
+                losses = list(accumulate((h["test_loss"] for h in history), min))
+                for ax, key in zip(line, ("gradients", "seconds"), strict=True):
+                    ax.plot([h[key] for h in history], losses, **style)
+            for ax, label in zip(line, ("gradient-equivalents", "seconds"), strict=True):
+                ax.set(xscale="log", yscale="log", xlabel=label)
+                ax.yaxis.set_major_locator(mpl.ticker.FixedLocator([0.25, 0.3, 0.4, 0.6, 1, 2]))
+                ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+                ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+            line[0].set_ylabel("lowest test loss so far")
+            if group:
+                line[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+        first = result["runs"][0]
+        fig.suptitle(f"Hypercleaning {first['dataset']}, {first['model']} model", fontsize=10)
+    return fig
+
+
+KFAC_LINES = {
+    "aid-kfac": "-", "aid-ekfac": "--", "amigo-kfac": "-.", "amigo-kfac-replace": ":",
+    "mrbo-kfac": (0, (1, 1)), "nhgd-kfac": (0, (5, 1, 1, 1, 1, 1)),
+}  # fmt: skip
+
+
 def draw_audit(report):
     """Draw an `AuditReport`: for each solver the lengths of its error's parts, and the whole.
 
@@ -169,6 +220,7 @@ BENCH_ROWS = {
     "kfac-mc": ("KFAC", "curvlinops kfac-mc"),
     "kfac-mc, first factor kept": ("KFAC, first A kept", None),
     "ekfac-mc": ("EKFAC", "curvlinops ekfac-mc"),
+    "ekfac-mc, first factor kept": ("EKFAC, first A kept", None),
     "aid step, kfac-mc": ("outer iteration, KFAC", "aid step, curvlinops kfac-mc"),
 }
 
@@ -200,10 +252,8 @@ def draw_bench(result: dict):
             ax.set(xscale="log", xlabel="gradients")
             ax.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
             ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-            ax.set_title(
-                f"{case['model']}\n{case['examples']} examples, "
-                f"gradient {case['gradient_ms']:.3g} ms"
-            )
+            size = f"N = {case['examples']}, gradient {case['gradient_ms']:.3g} ms"
+            ax.set_title(f"{case['model']}\n{size}", fontsize=8)
         axes[0, 0].set_yticks(heights, [name for name, _ in BENCH_ROWS.values()])
         axes[0, 0].invert_yaxis()
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -226,7 +276,11 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
     """
     from bilevel_lite.experiment import stored
 
-    drawers = {"hyperclean": draw_hyperclean, "bench": draw_bench}
+    drawers = {
+        "hyperclean": draw_hyperclean,
+        "hyperclean_methods": draw_hyperclean_methods,
+        "bench": draw_bench,
+    }
     folder = Path(__file__).resolve().parent.parent / "figures"
     written = []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):

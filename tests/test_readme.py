@@ -37,6 +37,41 @@ def test_the_numbers_are_the_stored_ones():
     assert f"{min(seconds):.0f} to {max(seconds):.0f} s of training" in README
 
 
+# README's name of a row -> the benchmark's row, and that of the curvlinops composition
+COSTS = {
+    "identity": ("identity", None),
+    "CG, 3 steps": ("cg-3", "curvlinops cg-3"),
+    "CG, 10 steps": ("cg-10", None),
+    "Neumann, 10 terms": ("neumann-10", None),
+    "KFAC, Monte Carlo": ("kfac-mc", "curvlinops kfac-mc"),
+    "the same, first factor kept": ("kfac-mc, first factor kept", None),
+    "EKFAC, Monte Carlo": ("ekfac-mc", "curvlinops ekfac-mc"),
+    "the same, first basis kept": ("ekfac-mc, first factor kept", None),
+    "outer iteration: 10 inner steps, KFAC": ("aid step, kfac-mc", "aid step, curvlinops kfac-mc"),
+}
+
+
+def cost_rows() -> list[str]:
+    """The table of costs, from the stored benchmark."""
+    (run,) = experiment.stored("bench_cpu")["runs"]
+    rows = []
+    for text, (ours, theirs) in COSTS.items():
+        cells = []
+        for case in run["cases"]:
+            cell = f"{case['rows'][ours]['ratio']:.1f}"
+            if theirs:
+                other = case["rows"][theirs].get("ratio")
+                cell += " (fails)" if other is None else f" ({other:.1f})"
+            cells.append(cell)
+        rows.append(f"| {text} | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_costs_are_the_stored_ones():
+    for row in cost_rows():
+        assert row in README, f"README lacks: {row}"
+
+
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)
 def test_every_chapter_is_in_the_table(path):
     assert f"](chapters/{path.name})" in README
