@@ -7,7 +7,6 @@ from pathlib import Path
 from bilevel_lite import bench
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, collect
-from bilevel_lite.models import MODELS
 from bilevel_lite.plotting import draw_stored
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_run
@@ -25,8 +24,21 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     run.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits")
-    run.add_argument("--model", choices=sorted(MODELS), default="linear")
-    run.add_argument("--method", choices=sorted(cleaning_run.METHODS), default="aid-cg")
+    run.add_argument("--model", choices=["linear", "mlp", "lenet"], default="linear")
+    run.add_argument(
+        "--method",
+        nargs="+",
+        choices=["all", *sorted(cleaning_run.METHODS)],
+        default=["aid-cg"],
+        metavar="METHOD",
+        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds",
+    )
+    run.add_argument("--seeds", type=int, default=3, help="comparison: final runs of each method")
+    run.add_argument("--trials", type=int, default=8, help="comparison: points tried for each")
+    run.add_argument(
+        "--search-budget", type=float, default=10_000, help="comparison: gradients of a trial"
+    )
+    run.add_argument("--storage", default=None, help="comparison: Optuna's database")
     run.add_argument("--seed", type=int, default=0, help="of split, noise, initial values, batches")
     run.add_argument("--out", required=True, help="output folder; one run each")
     run.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
@@ -60,13 +72,31 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _hyperclean(options: dict) -> None:
+    methods = options.pop("method")
+    search = {name: options.pop(name) for name in ("seeds", "trials", "search_budget", "storage")}
+    if methods == ["all"] or len(methods) > 1:
+        from bilevel_lite.tasks import cleaning_comparison
+
+        given = [k for k in cleaning_run.OPTIONS if options[k] is not None and k != "budget"]
+        if given or options["seed"]:
+            name = (given or ["seed"])[0].replace("_", "-")
+            raise ValueError(f"--{name}: is chosen by the search, or fixed, in a comparison")
+        methods = list(cleaning_comparison.SPACES) if methods == ["all"] else methods
+        budget = {} if options["budget"] is None else {"budget": options["budget"]}
+        common = {name: options[name] for name in ("dataset", "model", "out", "device")}
+        cleaning_comparison.run(methods=methods, **common, **search, **budget)
+    else:
+        cleaning_run.run(method=methods[0], **options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
     options = vars(parser().parse_args(arguments))
     command = options.pop("command")
     try:
         if command == "hyperclean":
-            cleaning_run.run(**options)
+            _hyperclean(options)
         elif command == "bench":
             device = pick_device(options["device"])
             out = options["out"] or f"runs/bench-{device.type}"

@@ -285,7 +285,11 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             assert re.fullmatch(r"[0-9a-f]{12}", p["commit"]), "made from a committed tree"
             assert p["command"].startswith("python -m bilevel_lite ") and "/" not in p["device"]
             assert not re.search(r"/(tmp|home|root|work)/", p["command"])
-        draw = {"hyperclean": plotting.draw_hyperclean, "bench": plotting.draw_bench}
+        draw = {
+            "hyperclean": plotting.draw_hyperclean,
+            "hyperclean_methods": plotting.draw_hyperclean_methods,
+            "bench": plotting.draw_bench,
+        }
         plotting.plt.close(draw[result["kind"]](result))
         assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"
     with pytest.raises(ValueError, match="there is no stored result 'nothing'"):

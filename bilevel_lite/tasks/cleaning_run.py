@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from bilevel_lite import data, models
-from bilevel_lite.algorithms import AID
-from bilevel_lite.ekfac import EKFAC
+from bilevel_lite.algorithms.method import Method
 from bilevel_lite.experiment import Clock, RunFolder, provenance
-from bilevel_lite.kfac import KFAC
 from bilevel_lite.session import pick_device, progress
-from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
+from bilevel_lite.tasks import cleaning_methods
 from bilevel_lite.tasks import hypercleaning as hc
+from bilevel_lite.tasks.cleaning_methods import METHODS
 
 __all__ = ["DEFAULTS", "METHODS", "OPTIONS", "Settings", "run"]
 
@@ -26,21 +25,21 @@ OPTIONS = {
     "outer_lr": (float, "outer step size"),
     "batch_size": (int, "inner batch"),
     "curvature_batch_size": (int, "batch of the Hessian"),
-    "iters": (int, "CG iterations, or Neumann terms"),
-    "damping": (float, "added to the Hessian's diagonal"),
-    "step": (float, "step of the identity and Neumann solvers"),
+    "outer_batch_size": (int, "batch of f; 0 is the whole validation set"),
+    "cross_batch_size": (int, "batch of J; 0 is the whole training set"),
+    "iters": (int, "CG, AmIGO or NBO steps on the linear system, or Neumann terms"),
+    "damping": (float, "added to the curvature; NHGD: the start of its Fisher"),
+    "step": (float, "step on the linear system, of the identity, or of BOME's copy"),
+    "strength": (
+        float,
+        "the method's own number: MRBO's memory, SAMA's alpha, BSG-1's floor, BOME's eta, BVFSM's "
+        "nu and slack, F2SA's penalty, NHGD's beta",
+    ),
     "noise": (float, "fraction of training labels redrawn uniformly"),
     "l2": (float, "coefficient of ||theta||^2 in the inner loss"),
     "evaluate_every": (int, "outer iterations between evaluations and checkpoints"),
-}
-
-METHODS = {
-    "aid-cg": lambda s: CG(s.iters, damping=s.damping),
-    "aid-cg-normal": lambda s: CGNormal(s.iters, damping=s.damping),
-    "aid-neumann": lambda s: Neumann(s.iters, s.step, damping=s.damping),
-    "aid-identity": lambda s: Identity(s.step),
-    "aid-kfac": lambda s: KFAC(s.damping, seed=s.seed),
-    "aid-ekfac": lambda s: EKFAC(s.damping, seed=s.seed),
+    "baselines": (int, "also train the baselines and retrain with the weights; 0 does not"),
+    "budget": (float, "stop after so many gradients (of one inner batch), 0 is no such limit"),
 }
 
 
@@ -59,12 +58,17 @@ class Settings:
     outer_lr: float = 1000.0
     batch_size: int = 1000
     curvature_batch_size: int = 2000
+    outer_batch_size: int = 0
+    cross_batch_size: int = 0
     iters: int = 3
     damping: float = 0.1
     step: float = 0.1
+    strength: float = 0.5
     noise: float = 0.5
     l2: float = 1e-5
     evaluate_every: int = 10
+    budget: float = 0.0
+    baselines: int = 1
 
 
 # Chosen on the tuning split (seed 0), never on the test set.
@@ -122,20 +126,21 @@ def run(
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
     place = pick_device(device)
-    with _float32(), RunFolder(out, vars(settings)) as folder:
+    with float32(), RunFolder(out, vars(settings)) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
             print(f"{folder.path} holds the finished run:")
         else:
-            result = _run(settings, place, folder)
-        _draw(result, folder.path)
+            result = run_job(settings, place, folder, build_task(settings, place))
+        if settings.baselines:
+            _draw(result, folder.path)
     print(table(result))
     return result
 
 
 @contextmanager
-def _float32():
-    """The same numbers whatever default a notebook has set: layers draw in the default dtype."""
+def float32():
+    """Hold the default dtype at float32, whatever a notebook has set: layers draw in it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -144,10 +149,9 @@ def _float32():
         torch.set_default_dtype(before)
 
 
-def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
-    """Build the task, run or resume the job, and put the result together."""
-    task = _task(s, device)
-    method = _method(s, task)
+def run_job(s: Settings, device: torch.device, folder: RunFolder, task: hc.Hypercleaning) -> dict:
+    """Run or resume the job in its folder, and put the result together."""
+    method = cleaning_methods.build(s, task)
     state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
     if state["method"] is not None:
         method.load_state_dict(state["method"])
@@ -164,16 +168,19 @@ def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
             }
         )
 
-    for name in BASELINES:
+    for name in BASELINES if s.baselines else ():
         if name not in state["baselines"]:
             state["baselines"][name] = _baseline(name, task)
             save()
 
     steps = range(method.iteration, s.outer_steps)
+    if 0 < s.budget <= method.gradients:
+        steps = range(0)
     for _ in progress(steps, initial=method.iteration, total=s.outer_steps, desc=s.method):
         with clock:
             info = method.step()
-        if info.iteration % s.evaluate_every == 0 or info.iteration == s.outer_steps:
+        last = info.iteration == s.outer_steps or 0 < s.budget <= info.gradients
+        if info.iteration % s.evaluate_every == 0 or last:
             row = _evaluate(task, method, info, clock.seconds)
             folder.log(row)
             best = state["best"]
@@ -184,6 +191,8 @@ def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
                     "theta": method.theta.cpu().clone(),
                 }
             save()
+        if last:
+            break
 
     result = _result(s, task, folder, state)
     result["provenance"] = provenance(device, s.seed, clock.seconds)
@@ -191,37 +200,19 @@ def _run(s: Settings, device: torch.device, folder: RunFolder) -> dict:
     return result
 
 
-def _task(s: Settings, device: torch.device) -> hc.Hypercleaning:
+def build_task(s: Settings, device: torch.device) -> hc.Hypercleaning:
+    """Load the data, split it, redraw labels, build the model: all from the settings' seed."""
     dataset = data.load(s.dataset)
     with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
         torch.manual_seed(s.seed)
-        model = models.build(s.model, dataset.x.shape[1], dataset.num_classes)
+        if s.model not in models.FLAT:
+            dataset = dataset._replace(
+                x=dataset.x.view(-1, 1, *dataset.image_shape),
+                x_test=dataset.x_test.view(-1, 1, *dataset.image_shape),
+            )
+        model = models.build(s.model, tuple(dataset.x.shape[1:]), dataset.num_classes)
     generator = torch.Generator().manual_seed(s.seed)
     return hc.build(dataset, model, s.noise, s.l2, generator, device)
-
-
-def _method(s: Settings, task: hc.Hypercleaning) -> AID:
-    """AID with minibatches for theta and H, the validation set for f, all examples for J."""
-
-    def batches(size, salt):
-        generator = torch.Generator().manual_seed(1_000_003 * (salt + 1) + s.seed)
-        return data.Batches(*task.train, size, generator, task.num_classes)
-
-    inner = batches(s.batch_size, 0)
-    return AID(
-        task.problem,
-        task.lam0,
-        task.theta0,
-        solver=METHODS[s.method](s),
-        inner_steps=s.inner_steps,
-        inner_optimizer=lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum),
-        outer_lr=s.outer_lr,
-        inner_batch=inner,
-        outer_batch=task.validation,
-        curvature_batch=batches(s.curvature_batch_size, 1),
-        cross_batch=inner.all(),
-        projection=hc.project,
-    )
 
 
 BASELINES = {
@@ -257,7 +248,7 @@ def _best_fit(task: hc.Hypercleaning, split, weights=None) -> dict:
     }
 
 
-def _evaluate(task: hc.Hypercleaning, method: AID, info, seconds: float) -> dict:
+def _evaluate(task: hc.Hypercleaning, method: Method, info, seconds: float) -> dict:
     """One line of the log. The test columns are for the figure; nothing is chosen by them."""
     row = {
         "iteration": info.iteration,
@@ -265,7 +256,7 @@ def _evaluate(task: hc.Hypercleaning, method: AID, info, seconds: float) -> dict
         "gradients": info.gradients,
         "inner_loss": float(info.inner_loss),
         "outer_loss": float(info.outer_loss),
-        "negative_curvature": info.solve.negative_curvature,
+        "negative_curvature": info.solve is not None and info.solve.negative_curvature,
     }
     for name in ("tuning", "test"):
         for key, value in hc.evaluate(task.model, method.theta, getattr(task, name)).items():
@@ -296,7 +287,7 @@ def _result(s: Settings, task: hc.Hypercleaning, folder: RunFolder, state: dict)
         },
         "baselines": state["baselines"],
         "best": best["row"],
-        "retrained": _best_fit(task, (x, y), weights),
+        **({"retrained": _best_fit(task, (x, y), weights)} if s.baselines else {}),
         "weights": {
             "edges": edges.tolist(),
             "clean": torch.histogram(best["lam"][~wrong], edges).hist.int().tolist(),
@@ -316,9 +307,11 @@ def _draw(result: dict, path) -> None:
 
 def table(result: dict) -> str:
     """The result as text: baselines, the learned weights, and what was learned about labels."""
-    rows = [(text, result["baselines"][name]) for name, text in BASELINES.items()]
+    known = result["baselines"]
+    rows = [(text, known[name]) for name, text in BASELINES.items() if name in known]
     rows.append(("learned weights, as trained", result["best"]))
-    rows.append(("learned weights + validation, retrained", result["retrained"]))
+    if "retrained" in result:
+        rows.append(("learned weights + validation, retrained", result["retrained"]))
     lines = [f"{'trained on':<42} test loss  test accuracy"]
     for text, row in rows:
         lines.append(f"{text:<42} {row['test_loss']:9.4f}  {100 * row['test_accuracy']:10.2f} %")

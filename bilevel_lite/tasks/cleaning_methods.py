@@ -1,0 +1,182 @@
+"""Every method of the package on the hypercleaning job, by its command-line name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite import algorithms as alg
+from bilevel_lite import data
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.ekfac import EKFAC
+from bilevel_lite.kfac import KFAC
+from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
+from bilevel_lite.tasks import hypercleaning as hc
+
+__all__ = ["METHODS", "build"]
+
+
+@dataclass
+class Parts:
+    """What a method is put together from.
+
+    Attributes:
+        s: The run's settings.
+        start: problem, lam, theta.
+        batches: Batches for g and f.
+        system: Batches of their own for H and J.
+        outer: Step size of lam and the projection.
+        fixed: Function (train or validation) -> a list of fixed minibatches.
+    """
+
+    s: Any
+    start: tuple
+    batches: dict
+    system: dict
+    outer: dict
+    fixed: Callable[[str], list]
+
+    @property
+    def momentum(self) -> dict:
+        """Common arguments with SGD and momentum on theta."""
+        s = self.s
+        inner = {"inner_optimizer": lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum)}
+        return {**self.batches, **self.outer, **inner}
+
+    @property
+    def plain(self) -> dict:
+        """Common arguments with plain gradient descent on theta."""
+        return {**self.batches, **self.outer, "inner_lr": self.s.inner_lr}
+
+
+def _aid(solver) -> Callable[[Parts], Method]:
+    def build(p: Parts) -> Method:
+        steps = p.s.inner_steps
+        return alg.AID(*p.start, solver(p.s), steps, **p.momentum, **p.system)
+
+    return build
+
+
+def _amigo(**options) -> Callable[[Parts], Method]:
+    def build(p: Parts) -> Method:
+        s, kfac = p.s, None
+        if options:
+            kfac = KFAC(s.damping, seed=s.seed)
+        return alg.AmIGO(
+            *p.start, s.inner_steps, s.iters, s.step, kfac, **options, **p.momentum, **p.system
+        )
+
+    return build
+
+
+def _mrbo(solver) -> Callable[[Parts], Method]:
+    def build(p: Parts) -> Method:
+        memory = p.s.strength
+        return alg.MRBO(*p.start, solver(p.s), memory, memory, **p.plain, **p.system)
+
+    return build
+
+
+def _nbo(solve) -> Callable[[Parts], Method]:
+    def build(p: Parts) -> Method:
+        s, common = p.s, {**p.batches, **p.outer, **p.system}
+        return alg.NBO(*p.start, solve, s.iters, s.step, s.inner_steps, **common)
+
+    return build
+
+
+def _saba(p: Parts) -> Method:
+    generator = torch.Generator().manual_seed(p.s.seed)
+    common = {**p.outer, "inner_lr": p.s.inner_lr}
+    return alg.SABA(
+        *p.start, p.s.step, p.fixed("train"), p.fixed("validation"), generator, **common
+    )
+
+
+def _sama(p: Parts) -> Method:
+    return alg.SAMA(*p.start, p.s.inner_steps, p.s.strength, **p.momentum)
+
+
+def _nhgd(kronecker: bool) -> Callable[[Parts], Method]:
+    def build(p: Parts) -> Method:
+        s = p.s
+        kfac = KFAC(s.damping, "empirical", ema=s.strength, seed=s.seed) if kronecker else None
+        common = {**p.momentum, "cross_batch": p.system["cross_batch"]}
+        return alg.NHGD(*p.start, s.inner_steps, s.strength, s.damping, kfac=kfac, **common)
+
+    return build
+
+
+# name -> the method; `iters`, `step`, `damping` and `strength` mean what the help text says
+METHODS: dict[str, Callable[[Parts], Method]] = {
+    "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping)),
+    "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping)),
+    "aid-neumann": _aid(lambda s: Neumann(s.iters, s.step, damping=s.damping)),
+    "aid-identity": _aid(lambda s: Identity(s.step)),
+    "aid-kfac": _aid(lambda s: KFAC(s.damping, seed=s.seed)),
+    "aid-ekfac": _aid(lambda s: EKFAC(s.damping, seed=s.seed)),
+    "amigo": _amigo(),
+    "amigo-kfac": _amigo(reading="precondition"),
+    "amigo-kfac-replace": _amigo(reading="replace"),
+    "stocbio": lambda p: alg.StocBiO(
+        *p.start, p.s.inner_steps, p.s.iters, p.s.step, **p.momentum, **p.system
+    ),
+    "mrbo": _mrbo(lambda s: Neumann(s.iters, s.step)),
+    "mrbo-kfac": _mrbo(lambda s: KFAC(s.damping, seed=s.seed)),
+    "soba": lambda p: alg.SOBA(*p.start, p.s.step, **p.plain),
+    "saba": _saba,
+    "itd": lambda p: alg.ITD(*p.start, p.s.inner_steps, **p.plain),
+    "nbo-gd": _nbo("gd"),
+    "nbo-cg": _nbo("cg"),
+    "nsbo-sgd": _nbo("sgd"),
+    "nhgd": _nhgd(False),
+    "nhgd-kfac": _nhgd(True),
+    "sama": _sama,
+    "bsg1": lambda p: alg.BSG1(*p.start, p.s.inner_steps, p.s.strength, **p.momentum),
+    "bome": lambda p: alg.BOME(*p.start, p.s.inner_steps, p.s.step, p.s.strength, "gap", **p.plain),
+    "bvfsm": lambda p: alg.BVFSM(
+        *p.start, p.s.inner_steps, nu=p.s.strength, slack=p.s.strength, **p.plain
+    ),
+    "f2sa": lambda p: alg.F2SA(*p.start, p.s.inner_steps, p.s.strength, **p.plain),
+}
+
+
+def build(s: Any, task: hc.Hypercleaning) -> Method:
+    """Put a run's method together.
+
+    Args:
+        s: The run's settings (`bilevel_lite.tasks.cleaning_run.Settings`).
+        task: The task.
+
+    Raises:
+        ValueError: as the method says of its settings.
+    """
+
+    def batches(size: int, salt: int, split: tuple[Tensor, Tensor]):
+        generator = torch.Generator().manual_seed(1_000_003 * (salt + 1) + s.seed)
+        return data.Batches(*split, size or len(split[1]), generator, task.num_classes)
+
+    def fixed(split: str) -> list:
+        size = s.batch_size if split == "train" else s.outer_batch_size
+        sampler = batches(size, 5, getattr(task, split))
+        return [sampler.draw() for _ in range(len(sampler.x) // sampler.batch_size)]
+
+    def role(size: int, salt: int, split: tuple[Tensor, Tensor]):
+        sampler = batches(size, salt, split)
+        return sampler if size else sampler.all()
+
+    outer = role(s.outer_batch_size, 3, task.validation)
+    parts = Parts(
+        s,
+        (task.problem, task.lam0, task.theta0),
+        {"inner_batch": batches(s.batch_size, 0, task.train), "outer_batch": outer},
+        {
+            "curvature_batch": batches(s.curvature_batch_size, 1, task.train),
+            "cross_batch": role(s.cross_batch_size, 2, task.train),
+        },
+        {"outer_lr": s.outer_lr, "projection": hc.project},
+        fixed,
+    )
+    return METHODS[s.method](parts)
