@@ -188,6 +188,8 @@ def check_window(answer):
     for value, truth, name in zip(values, truths, names, strict=True):
         if abs(value * truth - 1) < 1e-3:
             raise Wrong(f"{name}: the other way round; does the window grow or shrink?")
+        if truth == truths[1] and abs(value - 0.5) < 1e-3:
+            raise Wrong(f"{name}: the lag enters (8.6) as a square.")
         if not abs(value / truth - 1) < 0.02:
             raise Wrong(f"{name}: {value:.4g} is not right. The window goes like a cube root.")
 
@@ -220,6 +222,8 @@ def check_builds(build_indices):
             continue
         if not got or got[0] != 0:
             raise Wrong("Index 0 is always built; it should come first.")
+        if got == list(range(len(thetas))):
+            raise Wrong("Factors are built at every index; the limit should decide.")
         if got == rule(since=lambda k: k - 1):
             raise Wrong("That is the step since the last point; measure from the last build.")
         if got == rule(since=lambda k: 0):
