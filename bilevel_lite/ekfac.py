@@ -40,7 +40,8 @@ def eigenvalue_correction(
         G_i  = sum over positions of g a^T
 
     With one position an example the square of a product is the product of squares, and E is one
-    matrix product; otherwise per-example gradients are formed in the basis, some examples at once.
+    matrix product. Otherwise the G_i are formed, some examples at once: in the basis already, or
+    rotated afterwards, whichever takes fewer operations (with many positions the latter).
 
     Args:
         a: Inputs, shape (d2, n positions), examples outermost; None for a bias.
@@ -52,11 +53,20 @@ def eigenvalue_correction(
     Returns:
         Shape (r1, r2), or (r1,) for a bias.
 
-    Cost: the rotations, 2 r d times columns a factor, and 2 r1 r2 times columns.
+    Cost: with P positions an example, n times the smaller of P (d2 r2 + d1 r1 + r1 r2) and
+    P d1 d2 + r1 d2 (d1 + r2) products of two numbers.
     Source: George et al. (2018), eq. 5.
     """
-    a = None if a is None else _by_example(u_a.T @ a, n)
-    return sum(_second_moment(a, _by_example(u_b.T @ g, n)) for g in gs) / n
+    if a is None:
+        return sum(_by_example(u_b.T @ g, n).sum(2).square().sum(0) for g in gs) / n
+    (d1, r1), (d2, r2), positions = u_b.shape, u_a.shape, a.shape[1] // n
+    early = positions * (d2 * r2 + d1 * r1 + r1 * r2)
+    late = positions * d1 * d2 + r1 * d2 * (d1 + r2)
+    if positions > 1 and late < early:
+        a = _by_example(a, n)
+        return sum(_late(a, _by_example(g, n), u_a, u_b) for g in gs) / n
+    a = _by_example(u_a.T @ a, n)
+    return sum(_early(a, _by_example(u_b.T @ g, n)) for g in gs) / n
 
 
 def _by_example(columns: Tensor, n: int) -> Tensor:
@@ -64,14 +74,22 @@ def _by_example(columns: Tensor, n: int) -> Tensor:
     return columns.view(len(columns), n, -1).transpose(0, 1)
 
 
-def _second_moment(a: Tensor | None, g: Tensor) -> Tensor:
-    if a is None:
-        return g.sum(2).square().sum(0)
+def _early(a: Tensor, g: Tensor) -> Tensor:
+    """Sum of squares of U_B^T G_i U_A from inputs and gradients that are in the basis already."""
     if a.shape[2] == 1:
         return g[..., 0].square().T @ a[..., 0].square()
+    return sum(torch.bmm(x, y.mT).square().sum(0) for x, y in _some(g, a))
+
+
+def _late(a: Tensor, g: Tensor, u_a: Tensor, u_b: Tensor) -> Tensor:
+    """The same, with every G_i formed and then rotated."""
+    return sum((u_b.T @ torch.bmm(x, y.mT) @ u_a).square().sum(0) for x, y in _some(g, a))
+
+
+def _some(g: Tensor, a: Tensor):
+    """Some examples at once, so that their gradients fit."""
     step = max(1, CHUNK // (a.shape[1] * g.shape[1]))
-    parts = zip(g.split(step), a.split(step), strict=True)
-    return sum(torch.bmm(x, y.transpose(1, 2)).square().sum(0) for x, y in parts)
+    return zip(g.split(step), a.split(step), strict=True)
 
 
 def _corrected(

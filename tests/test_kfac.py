@@ -8,7 +8,7 @@ from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import curvature, kronecker, linsolve, models, products, tape
-from bilevel_lite.ekfac import EKFAC, ekfac_operator
+from bilevel_lite.ekfac import EKFAC, eigenvalue_correction, ekfac_operator
 from bilevel_lite.kfac import KFAC, KFACRichardson, estimate, kfac_factors, kfac_operator
 
 OURS_TO_THEIRS = {"exact": "type-2", "mc": "mc", "empirical": "empirical"}
@@ -461,6 +461,24 @@ def test_ekfac_equals_curvlinops(name, fisher):
         )
         v, _ = EKFAC(1e-2, fisher, bias=bias, seed=5).solve(problem, lam, theta, batch, b)
         assert error(v, inverse @ b) < 1e-9
+
+
+@pytest.mark.parametrize("positions", [1, 2, 60])  # one product; rotated first; rotated last
+@pytest.mark.parametrize("thin", [False, True])
+def test_eigenvalue_correction_is_the_second_moment(positions, thin):
+    g = torch.Generator().manual_seed(0)
+    n, d1, d2 = 4, 5, 7
+    a = torch.randn(d2, n * positions, generator=g)
+    gs = [torch.randn(d1, n * positions, generator=g) for _ in range(2)]
+    u_a, u_b = (torch.linalg.qr(torch.randn(d, d, generator=g))[0] for d in (d2, d1))
+    if thin:
+        u_a, u_b = u_a[:, :3], u_b[:, :2]
+    truth = 0
+    for one in gs:
+        for i in range(n):
+            place = slice(i * positions, (i + 1) * positions)
+            truth = truth + (u_b.T @ (one[:, place] @ a[:, place].T) @ u_a).square() / n
+    assert error(eigenvalue_correction(a, gs, u_a, u_b, n), truth) < 1e-13
 
 
 @pytest.mark.parametrize("n", [3, 30])
