@@ -38,6 +38,7 @@ class AID(Method):
     """
 
     choices = ("any solver's", "any solver", "double loop")
+    roles = ("inner", "outer", "curvature", "cross")
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class AmIGO(Method):
 
         "precondition"   v <- v - linear_lr G^-1 (H v - b),  G the KFAC matrix of that batch
         "replace"        v = G^-1 b: nothing is left of the warm start, and the method is AID
+                         (but for J, which has a batch of its own here)
 
     Args:
         problem: The two losses.
@@ -47,6 +48,8 @@ class AmIGO(Method):
 
     choices = ("Hessian (KFAC as option)", "gradient steps, warm start", "double loop")
     remembers = ("v",)
+    roles = ("inner", "outer", "curvature", "cross")
+    step_sizes = {"linear_lr": "linear_lr"}
 
     def __init__(
         self,

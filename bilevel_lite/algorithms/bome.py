@@ -25,6 +25,9 @@ class BOME(Method):
     fast as phi says. theta^ is not differentiated, so grad_lam q is exact only where theta^ solves
     the inner problem.
 
+    With constant steps it ends at a distance from the optimum in proportion to them: the closer the
+    gap is to zero, the larger c, until a step jumps over; let both steps shrink by a schedule.
+
     Args:
         problem: The two losses.
         lam: Start of the outer variable; copied.
@@ -43,6 +46,8 @@ class BOME(Method):
     """
 
     choices = ("none: the value of g", "none", "single loop, multiplier")
+    remembers = ("multiplier",)
+    step_sizes = {"copy_lr": "copy_lr"}
 
     def __init__(
         self,

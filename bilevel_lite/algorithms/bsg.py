@@ -18,7 +18,8 @@ class BSG1(Method):
         direction = grad_lam f - [ <grad_theta f, g_theta> / (||g_theta||^2 + floor) ] g_lam
 
     Ill-defined where the inner problem is solved (0 / 0): it lives on few inner steps. For one
-    inner variable and a loss that is half a squared residual it is exact (J / H = g_lam / g_theta).
+    inner variable and a loss that is half the square of a residual a theta - r(lam), a constant, it
+    is exact but for the floor (J / H = g_lam / g_theta).
 
     Args:
         problem: The two losses.

@@ -12,8 +12,8 @@ from bilevel_lite.algorithms.method import (
     require_positive,
     require_steps,
 )
-from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import gradient, theta_gradient
+from bilevel_lite.problem import BilevelProblem, NotFinite
+from bilevel_lite.products import dot, gradient, theta_gradient
 
 __all__ = ["BVFSM"]
 
@@ -25,12 +25,19 @@ class BVFSM(Method):
         theta <- steps on f(lam, theta) - nu_k log( V + slack_k - g(lam, theta) )
         lam   <- a step with the gradient of the same expression, V's own dependence on lam included
 
-    mu, nu and slack shrink as (1 + k)^(-decay); what is left of them is the bias. The barrier needs
-    a positive gap V + slack - g(lam, theta): where theta has lost it (lam moved), theta starts
-    again from z, which has it; and a step that would lose it is halved until it does not.
+    mu, nu and slack shrink as (1 + k)^(-decay). What is left of them is the bias: with mu = 0 and
+    nu and slack in a fixed proportion it falls as sqrt(slack), since g(lam, theta) may exceed its
+    minimum by the slack. Shrink them no faster than inner_steps can follow: the barrier's curvature
+    grows as 1 / nu.
+
+    The barrier needs a positive gap V + slack - g(lam, theta): where theta has lost it (lam moved),
+    theta starts again from z, which has it. No fixed step serves a barrier: a step on theta is
+    halved until the gap stays positive and the expression falls enough (Armijo's rule), and the
+    next step starts from there.
 
     (Ports of the method in other code take the gap's value to be g(z) + constant always, which
-    turns the barrier into a penalty. This is the barrier as written.)
+    turns the barrier into a penalty. This is the barrier as written; the paper's further, vanishing
+    ||theta||^2, for an f without a minimum of its own, is left out.)
 
     Args:
         problem: The two losses.
@@ -42,14 +49,14 @@ class BVFSM(Method):
         slack: At the start.
         decay: Power with which the three shrink.
         **common: See `bilevel_lite.algorithms.method.Method`. The inner level is plain gradient
-            descent: give ``inner_lr``.
+            descent: give ``inner_lr``, the step on z and the first that is tried on theta.
 
     Raises:
         TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
     Cost of a step: 3 inner_steps + 3 gradients, and a forward pass (half a gradient) for each look
-    at the gap.
-    Source: Liu et al. (2021), arXiv 2106.07991.
+    at g, and at f where the gap is positive.
+    Source: Liu et al. (2021), arXiv 2106.07991 and 2110.04974.
     """
 
     choices = ("none: the value of g", "none", "double loop, barrier")
@@ -79,7 +86,7 @@ class BVFSM(Method):
         self.decay, self.z = decay, self.theta.clone()
 
     def _direction(self):
-        g, f, lam = self.problem.inner_loss, self.problem.outer_loss, self.lam
+        g, lam = self.problem.inner_loss, self.lam
         lr = self.inner_optimizer.param_groups[0]["lr"]
         shrink = (1 + self.iteration) ** -self.decay
         mu, nu, slack = self.mu * shrink, self.nu * shrink, self.slack * shrink
@@ -94,17 +101,43 @@ class BVFSM(Method):
         if self._gap(level, self.theta, inner) <= 0:
             self.theta.copy_(self.z)
         for _ in range(self.inner_steps):
-            here, g_theta = self._inner_gradient(inner)
-            self._spend("gradient", outer)
-            f_theta = theta_gradient(f, lam, self.theta, outer, "outer_loss")[1]
-            step = lr * (f_theta + nu / (level - here) * g_theta)
-            while self._gap(level, self.theta - step, inner) <= 0:
-                step = step / 2
-            self.theta -= step
+            lr = self._descend(level, nu, lr, inner, outer)
+        self._set_theta(self.theta)
         here, here_lam, _ = gradient(g, lam, self.theta, inner, "inner_loss")
         self._spend("gradient", inner)
         outer_loss, direct, _ = self._outer_gradient(outer)
         return here, outer_loss, direct + nu / (level - here) * (here_lam - value_lam), None
+
+    def _descend(self, level: Tensor, nu: float, lr: float, inner: Any, outer: Any) -> float:
+        """One step on f - nu log(level - g) by backtracking from ``lr``; the next one's ``lr``."""
+        here, g_theta = self._inner_gradient(inner)
+        self._spend("gradient", outer)
+        loss, f_theta = theta_gradient(
+            self.problem.outer_loss, self.lam, self.theta, outer, "outer_loss"
+        )
+        gap = level - here
+        slope = f_theta + nu / gap * g_theta
+        value, steep = float(loss - nu * gap.log()), float(dot(slope, slope))
+        if not math.isfinite(steep):
+            raise NotFinite(f"direction for theta: its squared norm is {steep}")
+        # below the rounding of the two losses no fall can be seen
+        seen = abs(value) + nu * float(level.abs() / gap)
+        enough = value + 4 * torch.finfo(self.theta.dtype).eps * seen
+        first, trial = lr, self.theta - lr * slope
+        while not self._barrier(level, nu, trial, inner, outer) <= enough - lr / 4 * steep:
+            lr /= 2
+            trial = self.theta - lr * slope
+        self.theta.copy_(trial)
+        top = self.inner_optimizer.param_groups[0]["lr"]
+        return min(2 * lr, top) if lr == first else lr
+
+    def _barrier(self, level: Tensor, nu: float, theta: Tensor, inner: Any, outer: Any) -> float:
+        gap = self._gap(level, theta, inner)
+        if not gap > 0:
+            return math.inf
+        self._spend(0.5, outer)
+        with torch.no_grad():
+            return float(self.problem.outer_loss(self.lam, theta, outer)) - nu * math.log(gap)
 
     def _gap(self, level: Tensor, theta: Tensor, batch: Any) -> float:
         """V + slack - g(lam, theta): half a gradient, and the barrier's argument."""

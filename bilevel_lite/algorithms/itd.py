@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel_lite.algorithms.method import Method, require_plain_inner, require_steps
 from bilevel_lite.hypergrad import unrolled_hypergradient
-from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.problem import BilevelProblem, evaluate
 
 __all__ = ["ITD"]
 
@@ -35,7 +36,9 @@ class ITD(Method):
         TypeError, ValueError: as `Method`; ValueError for an inner optimiser or an option out of
             range.
 
-    Cost of a step: T + 1 gradients, and one double backward pass a differentiated step.
+    Cost of a step: T + 1 gradients, one double backward pass (2) a differentiated step, and half a
+    gradient for a look at g in the end. In forward mode 2 a step and entry of lam, instead of the
+    T gradients and of the double backward passes.
     Source: Maclaurin et al. (2015); Franceschi et al. (2017); truncated: Shaban et al. (2019).
     """
 
@@ -52,12 +55,19 @@ class ITD(Method):
         **common: Any,
     ):
         require_steps("inner_steps", inner_steps)
+        if truncate is not None:
+            require_steps("truncate", truncate)
+        if mode not in ("reverse", "forward"):
+            raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
+        if mode == "forward" and truncate is not None:
+            raise ValueError(f"truncate: got {truncate}, but mode='forward' sees all steps")
         require_plain_inner(type(self).__name__, common)
         super().__init__(problem, lam, theta, **common)
         self.inner_steps, self.truncate, self.mode = inner_steps, truncate, mode
 
     def _direction(self):
         batches = [self._draw("inner") for _ in range(self.inner_steps)]
+        outer = self._draw("outer")
         h, info = unrolled_hypergradient(
             self.problem,
             self.lam,
@@ -67,10 +77,25 @@ class ITD(Method):
             self.mode,
             self.truncate,
             inner_batch=lambda t: batches[t],
-            outer_batch=self._draw("outer"),
+            outer_batch=outer,
             return_info=True,
         )
-        self._spend(info.gradients, self._unit)
-        self.theta.copy_(info.theta)
-        inner_loss = self.problem.inner_loss(self.lam, self.theta, batches[-1]).detach()
+        self._set_theta(info.theta)
+        with torch.no_grad():
+            inner_loss = evaluate(
+                self.problem.inner_loss, self.lam, self.theta, batches[-1], "inner_loss"
+            )
+        self._count(batches, outer)
         return inner_loss, info.outer_loss, h, None
+
+    def _count(self, batches: list, outer: Any) -> None:
+        seen = len(batches) - (self.truncate or len(batches))  # steps before the differentiated
+        for t, batch in enumerate(batches):
+            if self.mode == "forward":
+                self._spend("hvp", batch, times=self.lam.numel())
+                continue
+            self._spend("gradient", batch)
+            if t >= seen:
+                self._spend("hvp", batch)
+        self._spend("gradient", outer)
+        self._spend(0.5, batches[-1])

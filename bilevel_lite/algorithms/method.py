@@ -1,5 +1,6 @@
 """What all methods share: variables, optimisers, batches, the outer step, costs, resuming."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,14 @@ class Method:
 
     Used like a torch optimiser: ``info = method.step()`` is one outer iteration; ``method.lam``
     and ``method.theta`` are the current variables; ``state_dict`` and ``load_state_dict`` resume
-    it to the last bit (optimisers, schedules, memory and the samplers' generators included).
+    it to the last bit (optimisers, schedules, memory and the samplers' generators included). A step
+    that fails or is interrupted changes nothing: the state is that of the last good step, so that
+    one can lower a step size and go on.
 
     A subclass writes ``_direction()``, which moves theta and returns (inner loss, outer loss,
     direction for lam, solver's diagnosis or None), counts its cost with `_spend`, and names in
-    ``remembers`` the attributes that the next step depends on.
+    ``remembers`` the attributes that the next step depends on. These it replaces and never changes
+    in place, unless in ``_commit()``, which is called once the step is known to be good.
 
     Args:
         problem: The two losses.
@@ -64,26 +68,33 @@ class Method:
         inner_batch: A batch for g, or a sampler: anything with a ``draw()`` method, such as
             `bilevel_lite.data.Batches`.
         outer_batch: The same for f.
-        curvature_batch: The same for H; by default draws of ``inner_batch``.
-        cross_batch: The same for J; by default the curvature's draw.
+        curvature_batch: The same for H; by default draws of ``inner_batch``. Refused, as is the
+            next, by methods that have no use for it.
+        cross_batch: The same for J; by default the curvature's draw or, in methods that draw a
+            batch for each H, a further one of ``inner_batch``.
         inner_optimizer: Function from a list of tensors to a ``torch.optim.Optimizer``.
         outer_optimizer: The same for lam.
         inner_scheduler: Function from the inner optimiser to one of torch's learning-rate
-            schedulers; stepped once per outer iteration.
+            schedulers; stepped once per outer iteration (``ReduceLROnPlateau`` with the outer
+            loss).
         outer_scheduler: The same for the outer optimiser.
         projection: lam -> lam of the same shape, applied after each outer step and never
             differentiated, for example ``lambda lam: lam.clamp(0, 1)``.
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, or an optimiser's
-            factory returns something else.
-        ValueError: if a step size is missing or not positive, or an optimiser does not hold the
-            variable that it was given.
+        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, an optimiser's factory
+            returns something else, or an argument is not the method's (a ``solver``, say).
+        ValueError: if a step size is missing or not positive, an optimiser does not hold the
+            variable that it was given or needs a closure, or batches are given for which the
+            method has no use.
     """
 
     # What stands for H, how v is found, how lam and theta move: the method's row in the table.
     choices: tuple[str, str, str] = ("", "", "")
     remembers: tuple[str, ...] = ()
+    # Roles that may have batches of their own; further step sizes, as the user knows them.
+    roles: tuple[str, ...] = ("inner", "outer")
+    step_sizes: dict[str, str] = {}
 
     def __init__(
         self,
@@ -101,35 +112,52 @@ class Method:
         inner_scheduler: Scheduler | None = None,
         outer_scheduler: Scheduler | None = None,
         projection: Callable[[Tensor], Tensor] | None = None,
+        **unknown: Any,
     ):
+        self._refuse(unknown)
         require_variable("lam", lam)
         require_variable("theta", theta)
         self.problem, self.projection = problem, projection
         self.lam, self.theta = lam.detach().clone(), theta.detach().clone()
         self.inner_optimizer = _optimizer("inner", self.theta, inner_lr, inner_optimizer)
         self.outer_optimizer = _optimizer("outer", self.lam, outer_lr, outer_optimizer)
-        self.schedulers = [
-            make(optimizer)
-            for make, optimizer in (
-                (inner_scheduler, self.inner_optimizer),
-                (outer_scheduler, self.outer_optimizer),
+        self.schedulers = {
+            level: make(optimizer)
+            for level, make, optimizer in (
+                ("inner", inner_scheduler, self.inner_optimizer),
+                ("outer", outer_scheduler, self.outer_optimizer),
             )
             if make is not None
-        ]
+        }
         self.batches = {
             "inner": inner_batch,
             "outer": outer_batch,
             "curvature": curvature_batch,
             "cross": cross_batch,
         }
+        for role, batch in self.batches.items():
+            if batch is not None and role not in self.roles:
+                raise ValueError(
+                    f"{role}_batch: {type(self).__name__} has no use for it; leave it out"
+                )
         self.iteration, self.gradients = 0, 0.0
         self._unit = None  # an inner batch: what costs are counted in
         self._last_loss: float | Tensor | None = None
+
+    def _refuse(self, unknown: dict) -> None:
+        name = type(self).__name__
+        if "solver" in unknown:
+            raise TypeError(f"solver: {name} takes none (v by: {self.choices[1]}); leave it out")
+        if unknown:
+            raise TypeError(f"{', '.join(sorted(unknown))}: no argument of {name}")
 
     # -- what subclasses write and use
 
     def _direction(self) -> tuple[Tensor, Tensor, Tensor, SolveInfo | None]:
         raise NotImplementedError
+
+    def _commit(self) -> None:
+        """Write what could not be taken back, now that the step is good."""
 
     def _draw(self, role: str) -> Any:
         """Return the next batch of a role; the first inner batch becomes the unit of cost."""
@@ -160,17 +188,30 @@ class Method:
     def _inner_gradient(self, batch: Any) -> tuple[Tensor, Tensor]:
         """g and its gradient in theta on a batch, counted."""
         self._spend("gradient", batch)
-        return theta_gradient(self.problem.inner_loss, self.lam, self.theta, batch, "inner_loss")
+        at = self.lam, self.theta, batch
+        loss, grad = theta_gradient(self.problem.inner_loss, *at, "inner_loss")
+        _look("gradient of inner_loss in theta", grad)
+        return loss, grad
 
     def _outer_gradient(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """f and its gradients in lam and theta on a batch, counted."""
         self._spend("gradient", batch)
-        return gradient(self.problem.outer_loss, self.lam, self.theta, batch, "outer_loss")
+        at = self.lam, self.theta, batch
+        loss, grad_lam, grad_theta = gradient(self.problem.outer_loss, *at, "outer_loss")
+        _look("gradient of outer_loss in theta", grad_theta)
+        return loss, grad_lam, grad_theta
 
     def _move_theta(self, direction: Tensor) -> None:
         """One step of the inner optimiser along a direction."""
+        _look("direction for theta", direction)
         self.theta.grad = direction
         self.inner_optimizer.step()
+
+    def _set_theta(self, value: Tensor) -> None:
+        """Put theta where a method's own descent led, and let the optimiser know of a step."""
+        self.theta.copy_(value)
+        self.theta.grad = None
+        self.inner_optimizer.step()  # without a gradient it does nothing, but schedulers look
 
     def _inner_steps(self, steps: int) -> Tensor:
         """Descend on g, a batch a step; the loss before the last step."""
@@ -188,26 +229,36 @@ class Method:
             `StepInfo`; its losses are tensors, so that reading them is what waits for a GPU.
 
         Raises:
-            NotFinite: (a ValueError) if a loss or the direction is not finite: it says at which
-                step, from what value of the outer loss, and which step sizes to lower. ``lam``
-                then keeps its last value.
+            NotFinite: (a ValueError) if a loss, a direction or a variable is not finite: it says
+                at which step, from what value of the outer loss, and which step sizes to lower.
             ValueError: as the losses and the solver say.
+
+        Whatever is raised, everything is then as it was before the call.
         """
+        before = self._state(copies=False)
         try:
             inner_loss, outer_loss, direction, solve = self._direction()
-            bad = int((~torch.isfinite(direction)).sum())
-            if bad:
-                raise NotFinite(
-                    f"direction for lam: {bad} of {direction.numel()} entries are NaN or infinite"
-                )
-        except NotFinite as error:
-            raise NotFinite(f"{self._where()}: {error}") from error
-        self._move_lam(direction)
-        for scheduler in self.schedulers:
-            scheduler.step()
+            _require_finite({"direction for lam": direction, **self._like_theta()})
+            self._move_lam(direction)
+            _require_finite({"lam": self.lam})
+            for scheduler in self.schedulers.values():
+                plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(*([float(outer_loss)] if plateau else []))
+        except BaseException as error:
+            self.load_state_dict(before)
+            if isinstance(error, NotFinite):
+                raise NotFinite(f"{self._where()}: {error}") from error
+            raise
+        self._commit()
         self.iteration += 1
         self._last_loss = outer_loss
         return StepInfo(self.iteration, inner_loss, outer_loss, direction, solve, self.gradients)
+
+    def _like_theta(self) -> dict[str, Tensor]:
+        """Theta and what is remembered in its shape, by name."""
+        named = {"theta": self.theta, **{name: getattr(self, name) for name in self.remembers}}
+        shape = self.theta.shape
+        return {k: v for k, v in named.items() if isinstance(v, Tensor) and v.shape == shape}
 
     def _move_lam(self, direction: Tensor) -> None:
         self.lam.grad = direction
@@ -225,31 +276,41 @@ class Method:
 
     def _where(self) -> str:
         """What a message about divergence says first."""
-        rates = ", ".join(
-            f"{level}_lr (now {optimizer.param_groups[0]['lr']:.3g})"
-            for level, optimizer in (
-                ("inner", self.inner_optimizer),
-                ("outer", self.outer_optimizer),
-            )
-        )
+        rates = {
+            "inner_lr": self.inner_optimizer.param_groups[0]["lr"],
+            "outer_lr": self.outer_optimizer.param_groups[0]["lr"],
+            **{name: getattr(self, attribute) for name, attribute in self.step_sizes.items()},
+        }
+        smaller = ", ".join(f"{k} (now {float(v):.3g})" for k, v in rates.items() if v is not None)
         since = ""
         if self._last_loss is not None:
             since = f" (the outer loss was {float(self._last_loss):.3g} one step before)"
-        return f"{type(self).__name__}, step {self.iteration + 1}{since}, try a smaller {rates}"
+        return f"{type(self).__name__}, step {self.iteration + 1}{since}, try a smaller {smaller}"
 
     def state_dict(self) -> dict:
-        """Return everything that the next step depends on."""
+        """Return everything that the next step depends on, as copies."""
+        return self._state(copies=True)
+
+    def _state(self, copies: bool) -> dict:
+        """The state; without ``copies`` what a step only replaces is not copied."""
+        keep = _copy if copies else (lambda value: value)
         return {
             "method": type(self).__name__,
             "iteration": self.iteration,
             "gradients": self.gradients,
+            "unit": _rows(self._unit),
+            "last_loss": keep(self._last_loss),
             "lam": self.lam.clone(),
             "theta": self.theta.clone(),
-            "inner_optimizer": self.inner_optimizer.state_dict(),
-            "outer_optimizer": self.outer_optimizer.state_dict(),
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "memory": {name: _copy(getattr(self, name)) for name in self.remembers},
-            "solver": self._solver_state(),
+            "kinds": self._kinds(),
+            "inner_optimizer": _copy(self.inner_optimizer.state_dict()),
+            "outer_optimizer": _copy(self.outer_optimizer.state_dict()),
+            "schedulers": {
+                level: copy.deepcopy(scheduler.state_dict())
+                for level, scheduler in self.schedulers.items()
+            },
+            "memory": {name: keep(getattr(self, name)) for name in self.remembers},
+            "solver": None if self.solver is None else keep(self.solver.state_dict()),
             "batches": {
                 role: batch.state_dict()
                 for role, batch in self.batches.items()
@@ -257,49 +318,61 @@ class Method:
             },
         }
 
+    def _kinds(self) -> dict[str, str]:
+        """What the state is of: optimisers, schedulers, solver and samplers."""
+        parts = {
+            "inner_optimizer": self.inner_optimizer,
+            "outer_optimizer": self.outer_optimizer,
+            **{f"{level}_scheduler": one for level, one in self.schedulers.items()},
+            **{f"{role}_batch": one for role, one in self.batches.items() if _has_state(one)},
+            "solver": self.solver,
+        }
+        return {key: type(part).__name__ for key, part in parts.items() if part is not None}
+
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` returned, as if never interrupted.
 
         Raises:
-            ValueError: if the state is another method's, or of variables of other shapes.
+            ValueError: if the state is another method's, of variables of other shapes or dtypes,
+                or of other optimisers, schedulers, samplers or another solver.
         """
         name = type(self).__name__
         if state.get("method") != name:
             raise ValueError(f"state: is of method {state.get('method')!r}, expected {name!r}")
         for variable in ("lam", "theta"):
             here, there = getattr(self, variable), state[variable]
-            if here.shape != there.shape:
+            if (here.shape, here.dtype) != (there.shape, there.dtype):
                 raise ValueError(
                     f"state: {variable} has shape {tuple(there.shape)}, expected "
-                    f"{tuple(here.shape)}"
+                    f"{tuple(here.shape)} (and is {there.dtype}, expected {here.dtype})"
                 )
-        if set(state["memory"]) != set(self.remembers):
-            raise ValueError(
-                f"state: remembers {sorted(state['memory'])}, expected {sorted(self.remembers)}"
-            )
+        here, there = self._kinds(), state["kinds"]
+        for key in sorted(set(here) | set(there)):
+            if here.get(key) != there.get(key):
+                raise ValueError(
+                    f"state: {key} was {there.get(key)}, expected {here.get(key)} as given here"
+                )
+        device = self.theta.device
+        if self.solver is not None:
+            self.solver.load_state_dict(_copy(state["solver"], device))
         with torch.no_grad():
             self.lam.copy_(state["lam"])
             self.theta.copy_(state["theta"])
         self.iteration, self.gradients = state["iteration"], state["gradients"]
+        self._last_loss = _copy(state["last_loss"])
+        if state["unit"] is not None:
+            self._unit = (torch.empty(state["unit"], 0),)  # its length is all that counts
         self.inner_optimizer.load_state_dict(state["inner_optimizer"])
         self.outer_optimizer.load_state_dict(state["outer_optimizer"])
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
-        for key, value in state["memory"].items():
-            setattr(self, key, _copy(value, self.theta.device))
-        self._load_solver(state["solver"])
+        for level, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(copy.deepcopy(state["schedulers"][level]))
+        for key in self.remembers:
+            setattr(self, key, _copy(state["memory"][key], device))
         for role, batch in self.batches.items():
             if _has_state(batch):
                 batch.load_state_dict(state["batches"][role])
 
     solver = None
-
-    def _solver_state(self) -> dict | None:
-        return None if self.solver is None else self.solver.state_dict()
-
-    def _load_solver(self, state: dict | None) -> None:
-        if self.solver is not None:
-            self.solver.load_state_dict(state)
 
 
 def _copy(value: Any, device: torch.device | None = None) -> Any:
@@ -311,6 +384,27 @@ def _copy(value: Any, device: torch.device | None = None) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item, device) for key, item in value.items()}
     return value
+
+
+def _rows(batch: Any) -> int | None:
+    """Number of examples, None where a batch is not (x, y, ...)."""
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        return len(batch[0])
+    return None
+
+
+def _require_finite(named: dict[str, Tensor]) -> None:
+    """Refuse tensors with NaN or infinity in them; one look for all."""
+    counts = torch.stack([(~torch.isfinite(value)).sum() for value in named.values()])
+    for (name, value), bad in zip(named.items(), counts.tolist(), strict=True):
+        if bad:
+            raise NotFinite(f"{name}: {bad} of {value.numel()} entries are NaN or infinite")
+
+
+def _look(name: str, value: Tensor) -> None:
+    """The same where it costs next to nothing; on a GPU it would stall, and `step` looks once."""
+    if value.device.type == "cpu" and not torch.isfinite(value.sum()):
+        _require_finite({name: value})
 
 
 def _has_state(batch: Any) -> bool:
@@ -330,6 +424,11 @@ def _optimizer(level, variable, lr, factory):
         raise TypeError(
             f"{level}_optimizer: returned {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{level}_optimizer: LBFGS evaluates the loss by itself (a closure), which a bilevel "
+            "method cannot give it; take another torch.optim.Optimizer"
         )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if len(held) != 1 or held[0] is not variable:

@@ -43,7 +43,8 @@ class MRBO(Method):
     Raises:
         TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
-    Cost of a step: 2 gradients and 2 hypergradients.
+    Cost of a step: 2 gradients and 2 hypergradients; half of that at the first step, which has no
+    last point.
     Source: Yang, Ji and Liang (2021), arXiv 2106.04692; with KFAC arXiv 2603.29108, our reading.
     """
 
@@ -53,6 +54,7 @@ class MRBO(Method):
         "single loop, recursive momentum",
     )
     remembers = ("before", "d", "e")
+    roles = ("inner", "outer", "curvature", "cross")
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel_lite.algorithms.method import Method, require_positive, require_steps
 from bilevel_lite.linsolve import cg
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import cross_vp, gradient, hvp, hvp_operator
+from bilevel_lite.products import cross_vp, hvp, hvp_operator
 
 __all__ = ["NBO"]
 
@@ -55,6 +55,8 @@ class NBO(Method):
         "single loop, Newton",
     )
     remembers = ("v", "warmed")
+    roles = ("inner", "outer", "curvature", "cross")
+    step_sizes = {"linear_lr": "linear_lr"}
 
     def __init__(
         self,
@@ -95,8 +97,7 @@ class NBO(Method):
         self._move_theta(n)
         self.v = self.v - w
 
-        self._spend("gradient", outer)
-        outer_loss, direct, _ = gradient(self.problem.outer_loss, self.lam, self.theta, outer)
+        outer_loss, direct, _ = self._outer_gradient(outer)
         cross = inner if self.batches["cross"] is None else self._draw("cross")
         self._spend("cross", cross)
         jv = cross_vp(loss, self.lam, self.theta, cross, self.v)

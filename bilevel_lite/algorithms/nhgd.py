@@ -44,8 +44,9 @@ class NHGD(Method):
         inner_steps: S, steps on theta per outer iteration.
         beta: Memory of the average, or None for the plain one.
         initial: F at the start, times the identity.
-        scale: ``"fisher"`` (B) or ``"plain"`` (1).
-        kfac: The Kronecker variant.
+        scale: ``"fisher"`` (B) or ``"plain"`` (1). B is the length of the batch's first tensor, 1
+            for a batch that is no tuple or list.
+        kfac: The Kronecker variant; ``beta``, ``initial`` and ``scale`` are then without effect.
         **common: See `bilevel_lite.algorithms.method.Method`.
 
     Raises:
@@ -58,6 +59,7 @@ class NHGD(Method):
 
     choices = ("empirical Fisher (or KFAC)", "rank-one updates of the inverse", "double loop")
     remembers = ("m", "updates")
+    roles = ("inner", "outer", "cross")
 
     def __init__(
         self,
@@ -80,12 +82,12 @@ class NHGD(Method):
             raise ValueError(f"scale: got {scale!r}, expected 'fisher' or 'plain'")
         if kfac is not None and not isinstance(kfac, KFAC):
             raise TypeError(f"kfac: got {kfac!r}, expected a bilevel_lite.KFAC")
+        super().__init__(problem, lam, theta, **common)
         if kfac is None and theta.numel() > 20_000:
             raise ValueError(
                 f"theta: has {theta.numel()} entries, so F would have as many rows; give "
                 "kfac=KFAC(fisher='empirical', ema=...) instead"
             )
-        super().__init__(problem, lam, theta, **common)
         self.inner_steps, self.beta, self.scale = inner_steps, beta, scale
         self.solver, self.updates = kfac, 1
         self.m = None

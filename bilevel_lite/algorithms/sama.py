@@ -18,7 +18,7 @@ class SAMA(Method):
         theta <- inner_steps steps of an optimiser, theta+ = theta - u(grad_theta g)
         v     = D grad_theta f,   D = du / d grad (diagonal, at the last inner step)
         J v   ~ [ grad_lam g(lam, theta + eps v) - grad_lam g(lam, theta - eps v) ] / (2 eps),
-                eps = alpha / ||v||, on the last inner batch
+                eps = alpha / ||v||, at the new theta, on the last inner batch
         lam   <- lam - outer_lr (grad_lam f - J v)
 
     One inner step is differentiated (T1-T2), with D in place of step times identity. D carries the
@@ -86,8 +86,15 @@ def adaptation(optimizer: torch.optim.Optimizer, theta: Tensor, grad: Tensor) ->
                 m, s the bias-corrected moments, m' and s' their derivatives in the gradient
         AdamW   as Adam: the decay does not depend on the gradient
 
-    Coupled weight decay (SGD, Adam) enters the gradient first. Where s is zero the derivative does
-    not exist, and D is zero.
+    Adam's D is computed in a form that is free of cancellation (at the first step u is lr times the
+    gradient's sign but for eps, so that D nearly vanishes): with m_old and s_old the moments before
+    the step, uncorrected, and c1, c2 the corrections,
+
+        D = (lr / c1) [ (1-b1) b2 s_old - b1 (1-b2) grad m_old + c2 (1-b1) eps sqrt(s) ]
+            / ( c2 sqrt(s) (sqrt(s) + eps)^2 )
+
+    Coupled weight decay (SGD, Adam) enters the gradient first. Where s is zero no gradient was ever
+    seen, and D is zero (the derivative there, about lr / eps, says nothing about the loss).
 
     Args:
         optimizer: Before its step.
@@ -110,22 +117,20 @@ def adaptation(optimizer: torch.optim.Optimizer, theta: Tensor, grad: Tensor) ->
             share = 1 + group["momentum"] * share
         return torch.full_like(theta, lr * share)
     beta1, beta2 = group["betas"]
-    if not isinstance(optimizer, torch.optim.AdamW):
+    if not (isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")):
         grad = grad + group["weight_decay"] * theta
     t = int(state.get("step", 0)) + 1
-    m = beta1 * state.get("exp_avg", 0.0) + (1 - beta1) * grad
-    s = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * grad.square()
-    c1, c2 = 1 - beta1**t, 1 - beta2**t
-    root = (s / c2).sqrt()
-    below = root + group["eps"]
-    slope = (1 - beta2) * grad / (c2 * root)  # d root / d grad
-    d = lr / c1 * ((1 - beta1) / below - m * slope / below.square())
+    m, s = state.get("exp_avg", 0.0), state.get("exp_avg_sq", 0.0)
+    c1, c2, eps = 1 - beta1**t, 1 - beta2**t, group["eps"]
+    root = ((beta2 * s + (1 - beta2) * grad.square()) / c2).sqrt()
+    above = (1 - beta1) * (beta2 * s + c2 * eps * root) - beta1 * (1 - beta2) * grad * m
+    d = lr / c1 * above / (c2 * root * (root + eps).square())
     return torch.where(root > 0, d, torch.zeros_like(d))
 
 
 def _require_known(optimizer: torch.optim.Optimizer) -> None:
     group = optimizer.param_groups[0]
-    known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)
+    known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW)
     if not known or group.get("amsgrad") or group.get("maximize"):
         raise ValueError(
             f"inner_optimizer: SAMA knows the derivative of SGD, Adam and AdamW steps (no amsgrad, "

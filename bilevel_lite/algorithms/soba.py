@@ -26,24 +26,23 @@ class SOBA(Method):
         lam: Start of the outer variable; copied.
         theta: Start of the inner variable, shape (d,); copied.
         linear_lr: Step on v, in units of 1 / curvature.
-        **common: See `bilevel_lite.algorithms.method.Method`; ``curvature_batch`` and
-            ``cross_batch`` are not used and refused.
+        **common: See `bilevel_lite.algorithms.method.Method`.
 
     Raises:
         TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
-    Cost of a step: 2 gradients, 1 product, 1 cross product (both of one double backward pass).
+    Cost of a step: 2 gradients and one double backward pass (2), which gives H v and J v.
     Source: Dagreou, Ablin, Vaiter and Moreau (2022), arXiv 2201.13409.
     """
 
     choices = ("Hessian", "one gradient step, warm start", "single loop")
     remembers = ("v",)
+    step_sizes = {"linear_lr": "linear_lr"}
 
     def __init__(
         self, problem: BilevelProblem, lam: Tensor, theta: Tensor, linear_lr: float, **common: Any
     ):
         require_positive("linear_lr", linear_lr)
-        refuse_system_batches(type(self).__name__, common)
         super().__init__(problem, lam, theta, **common)
         self.linear_lr, self.v = linear_lr, torch.zeros_like(self.theta)
 
@@ -109,6 +108,7 @@ class SABA(SOBA):
         self.generator = generator
         self._unit = inner_batches[0]
         self.inner_table = self.outer_table = None
+        self._rows: list[tuple] = []  # what the tables get once the step is good
 
     def _direction(self):
         if self.inner_table is None:
@@ -117,54 +117,57 @@ class SABA(SOBA):
             rows = [self._outer_gradient(batch)[1:] for batch in self.fixed["outer"]]
             self.outer_table = [torch.stack(column) for column in zip(*rows, strict=True)]
         i, j = (self._pick(level) for level in ("inner", "outer"))
-        inner_loss, *terms = self._inner_oracle(self.fixed["inner"][i])
-        g_theta, jv, hv = _saga(self.inner_table, i, terms)
-        outer_loss, *terms = self._outer_gradient(self.fixed["outer"][j])
-        direct, b = _saga(self.outer_table, j, terms)
+        inner_loss, *inner = self._inner_oracle(self.fixed["inner"][i])
+        g_theta, jv, hv = _saga(self.inner_table, i, inner)
+        outer_loss, *outer = self._outer_gradient(self.fixed["outer"][j])
+        direct, b = _saga(self.outer_table, j, outer)
+        self._rows = [(self.inner_table, i, inner), (self.outer_table, j, outer)]
         self._move_theta(g_theta)
         self.v = self.v - self.linear_lr * (hv - b)
         return inner_loss, outer_loss, direct - jv, None
+
+    def _commit(self):
+        for table, row, terms in self._rows:
+            for column, term in zip(table, terms, strict=True):
+                column[row] = term
 
     def _pick(self, level: str) -> int:
         count = len(self.fixed[level])
         return int(torch.randint(count, (1,), generator=self.generator))
 
-    def state_dict(self) -> dict:
-        """Return everything that the next step depends on, tables and generator included."""
-        return {**super().state_dict(), "generator": self.generator.get_state()}
+    def _state(self, copies: bool) -> dict:
+        counts = [len(self.fixed[level]) for level in ("inner", "outer")]
+        generator = self.generator.get_state()
+        return {**super()._state(copies), "generator": generator, "counts": counts}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` returned; see `Method.load_state_dict`."""
+        """Continue from what `state_dict` returned; see `Method.load_state_dict`.
+
+        Raises:
+            ValueError: as there, or if there were other numbers of batches.
+        """
+        counts = [len(self.fixed[level]) for level in ("inner", "outer")]
+        if state.get("counts", counts) != counts:
+            raise ValueError(
+                f"state: is of {state['counts']} inner and outer batches, expected {counts}"
+            )
         super().load_state_dict(state)
         self.generator.set_state(state["generator"].cpu())
 
 
 def _saga(table: list[Tensor], row: int, current: list[Tensor]) -> list[Tensor]:
-    """Correct each term by its table, and put it there."""
-    out = []
-    for column, term in zip(table, current, strict=True):
-        out.append(term - column[row] + column.mean(0))
-        column[row] = term
-    return out
+    """Correct each term by its table."""
+    pairs = zip(table, current, strict=True)
+    return [term - column[row] + column.mean(0) for column, term in pairs]
 
 
 def _require_equal(name: str, batches: list) -> None:
     if not isinstance(batches, list) or not batches:
-        raise ValueError(f"{name}: got {type(batches).__name__}, expected a list of batches")
+        got = "an empty list" if batches == [] else type(batches).__name__
+        raise ValueError(f"{name}: got {got}, expected a list of batches")
     sizes = {len(b[0]) for b in batches if isinstance(b, tuple | list) and isinstance(b[0], Tensor)}
     if len(sizes) > 1:
         raise ValueError(
             f"{name}: sizes are {sorted(sizes)}, expected one size (the tables' means are means "
             "over batches)"
         )
-
-
-def refuse_system_batches(name: str, common: dict) -> None:
-    """Refuse batches for H and J of their own where the method uses the inner one.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for role in ("curvature_batch", "cross_batch"):
-        if common.get(role) is not None:
-            raise ValueError(f"{role}: {name} takes H and J on the inner batch; leave it out")

@@ -18,9 +18,11 @@ class StocBiO(Method):
         v     = step sum_{q=0}^{terms-1} prod_{j=1}^{q} (I - step H(batch_j)) b
         lam   <- lam - outer_lr (grad_lam f - J v)
 
-    Each H has a fresh batch, so that the mean of a product is the product of the means. (Released
-    code leaves out the first summand and the factor ``step`` of the others; this is the sum as
-    written. ``terms`` counts summands; the paper's Q is terms - 1.)
+    Each H has a fresh batch: where these are drawn independently, the mean of a product is the
+    product of the means, and v is unbiased for the series with the mean H. (Batches drawn without
+    replacement within a pass are not quite independent. Released code leaves out the first summand
+    and the factor ``step`` of the others; this is the sum as written. ``terms`` counts summands;
+    the paper's Q is terms - 1.)
 
     Args:
         problem: The two losses.
@@ -39,6 +41,8 @@ class StocBiO(Method):
     """
 
     choices = ("Hessian, a batch a factor", "Neumann series", "double loop")
+    roles = ("inner", "outer", "curvature", "cross")
+    step_sizes = {"step": "series_step"}
 
     def __init__(
         self,
