@@ -70,6 +70,11 @@ def cost_rows() -> list[str]:
 def test_the_costs_are_the_stored_ones():
     for row in cost_rows():
         assert row in README, f"README lacks: {row}"
+    (run,) = experiment.stored("bench_cpu")["runs"]
+    rows = next(case["rows"] for case in run["cases"] if case["model"] == "resnet18")
+    for name, text in (("kfac-mc", "holds {} MiB beyond"), ("hvp", "product holds {} MiB,"),
+                       ("curvlinops kfac-mc", "\n{} MiB.")):  # fmt: skip
+        assert text.format(round(rows[name]["bytes"] / 2**20)) in README
 
 
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)
