@@ -20,8 +20,10 @@ class NBO(Method):
         theta <- theta - n,        v <- v - w
         lam   <- lam - outer_lr ( grad_lam f - J v ),      at the new theta and v
 
-    With n exact the error of theta after the step is quadratic in the error before. Both systems
-    start from zero; that of v is a warm start written as a correction. Three ways to solve them:
+    With n exact the error of theta after the step is quadratic in the error before. That of v is of
+    first order, for H and b belong to the old theta, and so is the hypergradient's (chapter 17).
+    Both systems start from zero; that of v is a warm start written as a correction. Three ways to
+    solve them:
 
         "gd"     steps + 1 gradient steps of linear_lr on each quadratic, H of one batch (NBO-GD)
         "sgd"    the same with a fresh batch of H for each step (NSBO-SGD)

@@ -1,0 +1,293 @@
+"""Checks of chapter 17, natural hypergradients."""
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+
+from bilevel_lite.exercises import Wrong, close, exercise
+from bilevel_lite.problem import BilevelProblem
+
+
+def _draw(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _compare(got, truth, mistakes, what, rtol=1e-8):
+    """Compare with the truth; name the mistake if the answer is a known wrong one."""
+    try:
+        value = torch.as_tensor(got).detach().to(truth)
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is not None and value.shape == truth.shape:
+        size = float(truth.norm())
+        if not float((value - truth).norm()) <= rtol * size:
+            for sentence, wrong in mistakes:
+                if float((value - wrong).norm()) <= 10 * rtol * max(size, float(wrong.norm())):
+                    raise Wrong(sentence)
+    close(got, truth, what, rtol)
+
+
+def _pair(answer, what):
+    """Two tensors, theta and v."""
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
+        raise Wrong(f"{what} should return two tensors, theta and v.")
+    return answer
+
+
+def _problem(generator, n=40, d=4, gamma=0.02):
+    """Weighted logistic regression with an l2 term, its outer loss, and a point."""
+    x, x_val = _draw(generator, n, d), _draw(generator, 30, d)
+    y = (_draw(generator, n) > 0).to(x)
+    y_val = (_draw(generator, 30) > 0).to(x)
+
+    def inner_loss(lam, theta, batch=None):
+        o = x @ theta
+        return (lam.sigmoid() * (F.softplus(o) - y * o)).mean() + gamma * theta.square().sum()
+
+    def outer_loss(lam, theta, batch=None):
+        o = x_val @ theta
+        return (F.softplus(o) - y_val * o).mean()
+
+    lam, theta, v = _draw(generator, n), _draw(generator, d), 3 * _draw(generator, d)
+    return inner_loss, outer_loss, lam, theta, v
+
+
+def _oracles(inner_loss, outer_loss, lam):
+    """H, grad_theta g and b as functions of theta, by torch.func."""
+    return (
+        lambda theta: torch.func.hessian(inner_loss, argnums=1)(lam, theta),
+        lambda theta: torch.func.grad(inner_loss, argnums=1)(lam, theta),
+        lambda theta: torch.func.grad(outer_loss, argnums=1)(lam, theta),
+    )
+
+
+@exercise("17.1")
+def check_predictions(answer):
+    """(17.5), the costs that the package states, and the root of (17.10)."""
+    try:
+        values = [float(value) for value in answer]
+    except (TypeError, ValueError):
+        raise Wrong("The answer should be four numbers.") from None
+    if len(values) != 4:
+        raise Wrong(f"The answer should be four numbers; there are {len(values)}.")
+    low, high = 0.01, 1.0
+    for _ in range(100):
+        c = (low + high) / 2
+        low, high = (low, c) if (2.718281828459045**c - 1) / c > 1.1 else (c, high)
+    rows = (
+        ("NBO-GD", 15, "Use (17.5); a product with H or J counts 2."),
+        ("AID", 23, "Ten gradients, one of f, five products of 2, and J v."),
+        ("NHGD", 13, "Ten gradients, one of f, and J v: the inverse costs no gradient."),
+    )
+    for value, (name, truth, hint) in zip(values[:3], rows, strict=True):
+        if not abs(value - truth) < 1e-9:
+            raise Wrong(f"{name}: {value:.6g} is not right. {hint}")
+    memory = 7850 / c
+    if abs(values[3] - 7850) < 100:
+        raise Wrong("A memory as long as the dimension has c = 1: an excess of 72 %.")
+    if abs(values[3] - 78_500) < 1000:
+        raise Wrong("Nearly twice too long: for small c, (e^c - 1) / c is 1 + c / 2, not 1 + c.")
+    if not abs(values[3] / memory - 1) < 0.02:
+        raise Wrong(
+            f"The memory: {values[3]:.6g} is not right. Solve (e^c - 1) / c = 1.1 for c, for "
+            "example by trial, and then c = d (1 - beta)."
+        )
+
+
+@exercise("17.2")
+def check_constant(newton_constant):
+    """The third and second derivative by automatic differentiation."""
+    generator = torch.Generator().manual_seed(172)
+    for gamma in (0.0, 0.05):
+        x, y = _draw(generator, 30), (_draw(generator, 30) > 0).double()
+        sigma = torch.rand(30, generator=generator, dtype=torch.float64)
+
+        def g(theta, x=x, y=y, sigma=sigma, gamma=gamma):
+            o = x * theta
+            return (sigma * (F.softplus(o) - y * o)).mean() + gamma * theta**2
+
+        theta = torch.zeros((), dtype=torch.float64)
+        first = torch.func.grad(g)
+        second = torch.func.grad(first)
+        third = torch.func.grad(second)
+        for _ in range(50):
+            theta = theta - first(theta) / second(theta)
+        truth, p = third(theta) / (2 * second(theta)), (x * theta).sigmoid()
+        h = (sigma * p * (1 - p) * x**2).mean()
+        t = (sigma * p * (1 - p) * (1 - 2 * p) * x**3).mean()
+        plain = (p * (1 - p) * x**2).mean() + 2 * gamma
+        plain_t = (p * (1 - p) * (1 - 2 * p) * x**3).mean()
+        _compare(
+            newton_constant(x.clone(), y.clone(), sigma.clone(), gamma, theta.clone()),
+            truth,
+            [
+                ("The sign is wrong: expand g'(theta) AND g''(theta) around theta*.", -truth),
+                ("A factor of 2 is missing: the two second-order terms partly cancel.", 2 * truth),
+                ("That is half of the constant: compare with the factor in (17.3).", truth / 2),
+                ("The l2 term adds 2 rho to the second derivative.", t / (2 * h)),
+                ("The l2 term adds 2 rho, not rho.", t / (2 * (h + gamma))),
+                ("The weights are missing.", plain_t / (2 * plain)),
+            ],
+            f"The constant at rho = {gamma}",
+        )
+
+
+@exercise("17.3")
+def check_fisher(fisher_from_batches):
+    """Every batch drawn once: the estimate is then exact."""
+    generator = torch.Generator().manual_seed(173)
+    for N, B in ((7, 3), (6, 2), (6, 5)):
+        rows = _draw(generator, N, 3) + torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
+        m, truth = rows.mean(0), rows.T @ rows / N
+        Q = torch.stack([rows[list(batch)].mean(0) for batch in combinations(range(N), B)])
+        second, mm = Q.T @ Q / len(Q), torch.outer(m, m)
+        factor = B * (N - 1) / (N - B)
+        _compare(
+            fisher_from_batches(Q.clone(), m.clone(), N, B),
+            truth,
+            [
+                ("The mean's share m m^T must be taken out before scaling.", factor * second),
+                ("That is B times the second moment: right at the optimum, for N much above B.",
+                 B * second),
+                ("Put m m^T back after scaling.", factor * (second - mm)),
+                ("The batches are drawn without replacement: the factor is not B.",
+                 mm + B * (second - mm)),
+                ("The factor is upside down.", mm + (second - mm) / factor),
+                ("The factor has N - 1 where (17.7) has it, not N.",
+                 mm + B * N / (N - B) * (second - mm)),
+                ("That is the second moment of the batches, without any scale.", second),
+                ("That is a sum over batches, not a mean.", mm + factor * (Q.T @ Q - mm)),
+            ],
+            f"The estimate of S for N = {N}, B = {B}",
+        )  # fmt: skip
+
+
+@exercise("17.4")
+def check_shared_step(shared_step):
+    """Dense algebra."""
+    generator = torch.Generator().manual_seed(174)
+    inner_loss, outer_loss, lam, theta, v = _problem(generator)
+    hessian, grad_g, grad_f = _oracles(inner_loss, outer_loss, lam)
+    H, solve = hessian(theta), torch.linalg.solve
+    theta_new = theta - solve(H, grad_g(theta))
+    H_new, b, b_new = hessian(theta_new), grad_f(theta), grad_f(theta_new)
+    v_new = v - solve(H, H_new @ v - b_new)
+    problem = BilevelProblem(inner_loss, outer_loss)
+    got = _pair(
+        shared_step(problem, lam.clone(), theta.clone(), v.clone(), len(theta)), "shared_step"
+    )
+    _compare(
+        got[0],
+        theta_new,
+        [
+            ("theta moves the wrong way: subtract n.", theta + solve(H, grad_g(theta))),
+            ("theta did not move.", theta),
+            ("theta made a plain gradient step: n solves H n = grad g.", theta - grad_g(theta)),
+        ],
+        "theta",
+        1e-6,
+    )
+    _compare(
+        got[1],
+        v_new,
+        [
+            ("v solves the system of the old theta, as in (17.2): move the residual.", solve(H, b)),
+            ("v moves the wrong way: subtract w.", v + solve(H, H_new @ v - b_new)),
+            ("v solves the system of the new theta exactly; use the old H for the solve.",
+             solve(H_new, b_new)),
+            ("H_+ v is missing: the residual uses the Hessian at the new theta.",
+             v - solve(H, H @ v - b_new)),
+            ("b belongs to the new theta as well.", v - solve(H, H_new @ v - b)),
+            ("v did not move.", v),
+        ],
+        "v",
+        1e-6,
+    )  # fmt: skip
+    one = _pair(shared_step(problem, lam.clone(), theta.clone(), v.clone(), 1), "shared_step")
+    if float((torch.as_tensor(one[0]) - theta_new).norm()) <= 1e-6 * float(theta_new.norm()):
+        raise Wrong("With steps = 1 theta is exact: give cg that number of steps, not more.")
+
+
+@exercise("17.5")
+def check_repaired(fisher_update):
+    """The inverse of the accumulated matrix."""
+    generator = torch.Generator().manual_seed(175)
+    d, size, beta = 4, 5, 0.8
+    root = _draw(generator, 2 * d, d)
+    fisher = root.T @ root / d
+    gradients = _draw(generator, size, d)
+    sigma = 0.2 + 2 * torch.rand(size, generator=generator, dtype=torch.float64)
+
+    def inverse(power, keep, divide=True):
+        new = (1 - beta) * (gradients.T * sigma**power) @ gradients / (size if divide else 1)
+        return torch.linalg.inv(keep * fisher + new)
+
+    def slip(power, scaled):
+        M = torch.linalg.inv(fisher)
+        for q in sigma[:, None] ** power * gradients:
+            Mq, a = M @ q, (1 - beta) / size
+            M = (M - a * torch.outer(Mq, Mq) / (beta + a * q @ Mq)) / (beta if scaled else 1)
+        return M
+
+    weight = "The gradients should carry sqrt(sigma), so that the matrix carries sigma once."
+    often = "beta forgets once an update, not once for each example."
+    never = "The old matrix is never multiplied by beta."
+    scale = "M is not divided by beta."
+    mistakes = [
+        (f"{scale} {often} {weight}", slip(1, False)),
+        (f"{scale} {often}", slip(0.5, False)),
+        (f"{often} {weight}", slip(1, True)),
+        (often, slip(0.5, True)),
+        (weight, inverse(2, beta)),
+        ("The weights are missing.", inverse(0, beta)),
+        (f"{never} {weight}", inverse(2, 1.0)),
+        (never, inverse(1, 1.0)),
+        ("The new part is a mean over the batch, not a sum.", inverse(1, beta, divide=False)),
+    ]
+    got = fisher_update(torch.linalg.inv(fisher), gradients.clone(), sigma.clone(), beta)
+    _compare(got, inverse(1, beta), mistakes, "M'")
+
+
+@exercise("17.6")
+def check_pair(pair_step):
+    """Newton's step on the stacked residual, with its whole Jacobian by torch.func."""
+    generator = torch.Generator().manual_seed(176)
+    inner_loss, outer_loss, lam, theta, v = _problem(generator)
+    hessian, grad_g, grad_f = _oracles(inner_loss, outer_loss, lam)
+    d, z = len(theta), torch.cat([theta, v])
+
+    def residual(z):
+        theta, v = z[:d], z[d:]
+        return torch.cat([grad_g(theta), hessian(theta) @ v - grad_f(theta)])
+
+    jacobian = torch.func.jacfwd(residual)(z)
+    theta_new, v_new = (z - torch.linalg.solve(jacobian, residual(z))).split(d)
+    H, b, n = hessian(theta), grad_f(theta), theta - theta_new
+    K, curvature = jacobian[d:, :d], torch.func.hessian(outer_loss, argnums=1)(lam, theta)
+    solve = torch.linalg.solve
+    H_new, b_new = hessian(theta_new), grad_f(theta_new)
+    got = _pair(
+        pair_step(inner_loss, outer_loss, lam.clone(), theta.clone(), v.clone()), "pair_step"
+    )
+    _compare(
+        got[0],
+        theta_new,
+        [("theta moves the wrong way: subtract n.", theta + n)],
+        "theta",
+    )
+    _compare(
+        got[1],
+        v_new,
+        [
+            ("That is (17.2): the block K is missing.", solve(H, b)),
+            ("The sign of K n is wrong: theta moves by -n.", solve(H, b - K @ n)),
+            ("The Hessian of f is missing from K: b moves with theta, too.",
+             solve(H, b + (K + curvature) @ n)),
+            ("The derivative of H v is missing from K.", solve(H, b - curvature @ n)),
+            ("That is (17.4), the moved residual; here the derivative at theta is asked for.",
+             v - solve(H, H_new @ v - b_new)),
+            ("That is v at the new theta, solved with its own Hessian.", solve(H_new, b_new)),
+        ],
+        "v",
+    )  # fmt: skip
