@@ -1,5 +1,6 @@
 """The fourteen methods against dense algebra, closed forms, theory and each other."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -897,6 +898,10 @@ OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, 0.3, (0.8, 0.95), 0.01, weight_decay=0.1),
     "Adam, default": lambda p: torch.optim.Adam(p, 0.3),
 }
+if "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters:
+    OPTIMIZERS["Adam, decoupled"] = lambda p: torch.optim.Adam(
+        p, 0.3, (0.8, 0.95), 0.01, weight_decay=0.1, decoupled_weight_decay=True
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
@@ -1213,7 +1218,8 @@ def test_any_torch_optimiser_and_schedule_moves_either_level(name):
             torch.optim.Rprop(p, lr=0.05))  # fmt: skip
 
     method = make(bl.AID, bl.Direct(), 2, inner_optimizer=optimizer, outer_optimizer=optimizer,
-                  inner_scheduler=halve, outer_scheduler=cosine)  # fmt: skip
+                  inner_scheduler=halve, outer_scheduler=cosine,
+                  projection=lambda lam: lam.clamp(-0.39, 0.29))  # fmt: skip
     lam, theta = LAM.clone(), THETA.clone()
     by_hand = optimizer([theta]), optimizer([lam])
     schedules = halve(by_hand[0]), cosine(by_hand[1])
@@ -1227,6 +1233,7 @@ def test_any_torch_optimiser_and_schedule_moves_either_level(name):
         lam.grad = f.lam - g_at(lam, theta, D).j @ v
         close(info.hypergradient, lam.grad, 1e-8)  # before the optimiser can have touched it
         by_hand[1].step()
+        lam.clamp_(-0.39, 0.29)
         for schedule in schedules:
             schedule.step()
     close(method.lam, lam, 1e-8)
@@ -1364,23 +1371,39 @@ def test_a_run_goes_on_after_a_smaller_step():
     same_path(method, fresh, 3, NEVER)
 
 
-def test_an_interrupted_step_changes_nothing():
+@pytest.mark.parametrize("name", ["AID kept KFAC", "SABA", "NHGD KFAC"])
+def test_an_interrupted_step_changes_nothing(name):
     def interrupt(lam):
         raise KeyboardInterrupt
 
-    task = Supervised()
-    method = task.make(bl.AID, bl.KFAC(0.1, ema=0.5), 3, inner_optimizer=momentum)
+    method, resumed = RUNS[name](Supervised()), RUNS[name](Supervised())
     for _ in range(2):
         method.step()
-    before = method.state_dict()
+    before, projection = method.state_dict(), method.projection
     method.projection = interrupt
     with pytest.raises(KeyboardInterrupt):
         method.step()
     assert same(before, method.state_dict())
-    method.projection = None
-    resumed = task.make(bl.AID, bl.KFAC(0.1, ema=0.5), 3, inner_optimizer=momentum)
+    method.projection = projection
     resumed.load_state_dict(before)
-    same_path(method, resumed, 2, NEVER)
+    same_path(method, resumed, 3, NEVER)
+
+
+def test_what_overflows_in_memory_is_seen_at_once():
+    problem = bl.BilevelProblem(
+        lambda lam, t, _: (t - lam).square().sum(), lambda lam, t, _: 1e200 * t.sum()
+    )
+    method = bl.SOBA(problem, torch.ones(2), torch.ones(2), 1e200, inner_lr=0.1, outer_lr=0.1)
+    with pytest.raises(NotFinite, match=r"SOBA, step 1, .*: v: 2 of 2 entries are NaN or inf"):
+        method.step()
+    assert float(method.v.norm()) == 0
+
+
+def test_bvfsm_says_when_the_slack_is_lost_in_rounding():
+    method = make(bl.BVFSM, 2, 0.0, 0.1, 1e-20)
+    with pytest.raises(ValueError, match="slack: is lost in the rounding of g = .* at step 1"):
+        method.step()
+    assert torch.equal(method.theta, THETA)
 
 
 @pytest.mark.parametrize("where", ["inner", "outer"])

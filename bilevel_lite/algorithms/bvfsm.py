@@ -52,7 +52,8 @@ class BVFSM(Method):
             descent: give ``inner_lr``, the step on z and the first that is tried on theta.
 
     Raises:
-        TypeError, ValueError: as `Method`; ValueError for an option out of range.
+        TypeError, ValueError: as `Method`; ValueError for an option out of range, and in `step` for
+            a slack that has become too small for g's rounding.
 
     Cost of a step: 3 inner_steps + 3 gradients, and a forward pass (half a gradient) for each look
     at g, and at f where the gap is positive.
@@ -115,13 +116,18 @@ class BVFSM(Method):
         loss, f_theta = theta_gradient(
             self.problem.outer_loss, self.lam, self.theta, outer, "outer_loss"
         )
-        gap = level - here
+        gap = float(level - here)
+        if not gap > 0:
+            raise ValueError(
+                f"slack: is lost in the rounding of g = {float(here):.3g} at step "
+                f"{self.iteration + 1}; give a larger slack or a smaller decay"
+            )
         slope = f_theta + nu / gap * g_theta
-        value, steep = float(loss - nu * gap.log()), float(dot(slope, slope))
+        value, steep = float(loss) - nu * math.log(gap), float(dot(slope, slope))
         if not math.isfinite(steep):
             raise NotFinite(f"direction for theta: its squared norm is {steep}")
         # below the rounding of the two losses no fall can be seen
-        seen = abs(value) + nu * float(level.abs() / gap)
+        seen = float(loss.abs()) + nu * (abs(math.log(gap)) + float(level.abs()) / gap)
         enough = value + 4 * torch.finfo(self.theta.dtype).eps * seen
         first, trial = lr, self.theta - lr * slope
         while not self._barrier(level, nu, trial, inner, outer) <= enough - lr / 4 * steep:
