@@ -207,7 +207,7 @@ def check_broken_rule(answer):
             raise Wrong(f"{name} has shape {tuple(F.shape)}; it should be square, at most 10 x 10.")
         if not torch.allclose(F, F.T, atol=1e-12):
             raise Wrong(f"{name} is not symmetric.")
-        if float(torch.linalg.eigvalsh(F)[0]) < -1e-12:
+        if float(torch.linalg.eigvalsh(F)[0]) < -1e-6 * float(F.abs().max()):  # float32 is fine
             raise Wrong(f"{name} has a negative eigenvalue.")
         if float(F.trace()) <= 0:
             raise Wrong(f"{name} is zero; then every rule gives V / tau.")
@@ -247,6 +247,8 @@ def check_choose_damping(choose_damping):
             raise Wrong("The function should return one number, a damping of the list.") from None
         if abs(got - truth) <= 1e-9 * truth:
             continue
+        swapped = torch.stack([torch.linalg.solve(H_2 + t * _eye(H_2), b) for t in dampings])
+        exchanged = (swapped @ H_1 * swapped).sum(1) / 2 - swapped @ b
         known = (
             ("The batch that solves must not judge: use H_2 in q.", own / 2 - along),
             ("That is the damping with the largest q.", along - other / 2),
@@ -255,6 +257,7 @@ def check_choose_damping(choose_damping):
                 "That minimises the residual with H_2, whose mean is not smallest at H^-1 b.",
                 residual,
             ),
+            ("The batches are exchanged: solve with H_1 and judge with H_2.", exchanged),
         )
         if got not in dampings:
             raise Wrong(f"{got:g} is not in the list of dampings; return the damping itself.")

@@ -107,6 +107,7 @@ WRONG = {
     "6.6": [
         lambda *a: choose(*a, q=lambda v, H_1, H_2, b: 0.5 * v @ H_1 @ v - b @ v),
         lambda *a: choose(*a, top=True),
+        lambda H_1, H_2, b, dampings: choose(H_2, H_1, b, dampings),
         lambda *a: choose(*a, q=lambda v, H_1, H_2, b: v @ H_2 @ v - b @ v),
         lambda *a: choose(*a, q=lambda v, H_1, H_2, b: (H_2 @ v - b).norm()),
         lambda *a: a[3].index(choose(*a)),
