@@ -207,6 +207,12 @@ def check_shared_step(shared_step):
     one = _pair(shared_step(problem, lam.clone(), theta.clone(), v.clone(), 1), "shared_step")
     if float((torch.as_tensor(one[0]) - theta_new).norm()) <= 1e-6 * float(theta_new.norm()):
         raise Wrong("With steps = 1 theta is exact: give cg that number of steps, not more.")
+    g = grad_g(theta)
+    first = theta - g * (g @ g) / (g @ H @ g)
+    r = hessian(first) @ v - grad_f(first)
+    second = v - r * (r @ r) / (r @ H @ r)
+    _compare(one[0], first, [], "theta with steps = 1 (one step of cg from zero)", 1e-6)
+    _compare(one[1], second, [], "v with steps = 1 (one step of cg from zero)", 1e-6)
 
 
 @exercise("17.5")

@@ -111,6 +111,7 @@ WRONG = {
         lambda *a: shared(*a, sign=-1),
         lambda *a: shared(*a, at_new=False),
         lambda *a: shared(*a, exact=True),
+        lambda problem, lam, theta, v, steps: shared(problem, lam, theta, v, steps + 1),
         lambda problem, lam, theta, v, steps: (theta, v),
         lambda problem, lam, theta, v, steps: (shared(problem, lam, theta, v, steps)[0], v),
         wrong_v,
