@@ -17,8 +17,10 @@ def _positive(generator, d):
 
 def _numbers(answer, count):
     try:
+        if not isinstance(answer, str):
+            answer = torch.as_tensor(answer, dtype=torch.float64).flatten()
         values = [float(value) for value in answer]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise Wrong(f"The answer should be {count} numbers.") from None
     if len(values) != count:
         raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
