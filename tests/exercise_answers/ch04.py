@@ -4,39 +4,39 @@ import torch
 from torch.func import jacrev, jvp, vjp
 
 
-def logistic(X, theta, sigma, gamma, power=1, l2=2.0):
+def logistic(X, theta, sigma, rho, power=1, l2=2.0):
     q = (X @ theta).sigmoid()
     eye = torch.eye(X.shape[1], dtype=X.dtype)
-    return (X.T * (sigma**power * q * (1 - q))) @ X / len(X) + l2 * gamma * eye
+    return (X.T * (sigma**power * q * (1 - q))) @ X / len(X) + l2 * rho * eye
 
 
-def logistic_squared_weights(X, theta, sigma, gamma):
-    return logistic(X, theta, sigma, gamma, power=2)
+def logistic_squared_weights(X, theta, sigma, rho):
+    return logistic(X, theta, sigma, rho, power=2)
 
 
-def logistic_unweighted(X, theta, sigma, gamma):
-    return logistic(X, theta, sigma, gamma, power=0)
+def logistic_unweighted(X, theta, sigma, rho):
+    return logistic(X, theta, sigma, rho, power=0)
 
 
-def logistic_no_l2(X, theta, sigma, gamma):
-    return logistic(X, theta, sigma, gamma, l2=0.0)
+def logistic_no_l2(X, theta, sigma, rho):
+    return logistic(X, theta, sigma, rho, l2=0.0)
 
 
-def logistic_half_l2(X, theta, sigma, gamma):
-    return logistic(X, theta, sigma, gamma, l2=1.0)
+def logistic_half_l2(X, theta, sigma, rho):
+    return logistic(X, theta, sigma, rho, l2=1.0)
 
 
-def logistic_sum(X, theta, sigma, gamma):
-    return len(X) * logistic(X, theta, sigma, gamma, l2=0.0) + 2 * gamma * torch.eye(X.shape[1])
+def logistic_sum(X, theta, sigma, rho):
+    return len(X) * logistic(X, theta, sigma, rho, l2=0.0) + 2 * rho * torch.eye(X.shape[1])
 
 
-def logistic_product(X, theta, sigma, gamma):  # the squared gradients multiplied, not averaged
+def logistic_product(X, theta, sigma, rho):  # the squared gradients multiplied, not averaged
     q = (X @ theta).sigmoid()
     eye = torch.eye(X.shape[1], dtype=X.dtype)
-    return (X.T * (sigma * q**2 * (1 - q) ** 2)) @ X / len(X) + 2 * gamma * eye
+    return (X.T * (sigma * q**2 * (1 - q) ** 2)) @ X / len(X) + 2 * rho * eye
 
 
-def ggn(outputs, theta, v, sigma, gamma, power=1, l2=2.0, middle="logistic"):
+def ggn(outputs, theta, v, sigma, rho, power=1, l2=2.0, middle="logistic"):
     o, u = jvp(outputs, (theta,), (v,))
     q = o.softmax(1) if middle == "softmax" else o.sigmoid()
     w = q * (1 - q) * u
@@ -45,7 +45,7 @@ def ggn(outputs, theta, v, sigma, gamma, power=1, l2=2.0, middle="logistic"):
     if middle == "none":
         w = u
     w = sigma[:, None] ** power * w / len(o)
-    return vjp(outputs, theta)[1](w)[0] + l2 * gamma * v
+    return vjp(outputs, theta)[1](w)[0] + l2 * rho * v
 
 
 def variant(function, **options):
@@ -57,22 +57,22 @@ def variant(function, **options):
     return changed
 
 
-def ggn_sum(outputs, theta, v, sigma, gamma):
-    return len(sigma) * ggn(outputs, theta, v, sigma, gamma, l2=0.0) + 2 * gamma * v
+def ggn_sum(outputs, theta, v, sigma, rho):
+    return len(sigma) * ggn(outputs, theta, v, sigma, rho, l2=0.0) + 2 * rho * v
 
 
-def empirical(losses, theta, sigma, gamma, power=0.5, l2=2.0):
+def empirical(losses, theta, sigma, rho, power=0.5, l2=2.0):
     g = sigma[:, None] ** power * jacrev(losses)(theta)
-    return g.T @ g / len(sigma) + l2 * gamma * torch.eye(len(theta), dtype=theta.dtype)
+    return g.T @ g / len(sigma) + l2 * rho * torch.eye(len(theta), dtype=theta.dtype)
 
 
-def empirical_slip(losses, theta, sigma, gamma):
-    g = jacrev(lambda t: sigma * losses(t) + gamma * t.square().sum())(theta)
+def empirical_slip(losses, theta, sigma, rho):
+    g = jacrev(lambda t: sigma * losses(t) + rho * t.square().sum())(theta)
     return g.T @ g / len(sigma)
 
 
-def empirical_l2_inside(losses, theta, sigma, gamma):  # only the weights repaired
-    g = jacrev(lambda t: sigma.sqrt() * losses(t) + gamma * t.square().sum())(theta)
+def empirical_l2_inside(losses, theta, sigma, rho):  # only the weights repaired
+    g = jacrev(lambda t: sigma.sqrt() * losses(t) + rho * t.square().sum())(theta)
     return g.T @ g / len(sigma)
 
 
