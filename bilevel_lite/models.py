@@ -25,8 +25,13 @@ def lenet(shape: tuple[int, int, int], classes: int) -> nn.Module:
     Args:
         shape: (channels, height, width) of an image.
         classes: Number of outputs.
+
+    Raises:
+        ValueError: for images below 16 x 16, of which nothing would be left.
     """
     channels, height, width = shape
+    if min(height, width) < 16:
+        raise ValueError(f"model: lenet needs images of 16 x 16 or more, got {height} x {width}")
     pooled = 16 * (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
