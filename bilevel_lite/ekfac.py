@@ -11,13 +11,22 @@ Where a factor has fewer columns than rows its basis is thin: every G_i lies in 
 basis spans, so E is zero outside, where v = V / tau.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel_lite.curvature import Operator
-from bilevel_lite.kfac import KFAC, Block, Estimate, estimate, require_bias, require_rest
+from bilevel_lite.kfac import (
+    KFAC,
+    Block,
+    Estimate,
+    block_operator,
+    estimate,
+    require_bias,
+    require_rest,
+)
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
 from bilevel_lite.problem import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
@@ -186,25 +195,14 @@ def ekfac_operator(
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True
     )
-    bases = {}
+    blocks = []
     for layer in done.tape.layers:
         a = None if layer.weight is None else done.a(layer).spectrum()
         b = done.b[layer.name].spectrum()
-        bases[layer.name] = (a, b, *_corrected(done, layer, a, b))
-
-    def matvec(v):
-        out = torch.zeros_like(v)
-        for layer in done.tape.layers:
-            a, b, e_weight, e_bias = bases[layer.name]
-            weight, own_bias = layer.read(v)
-            if weight is not None:
-                weight = in_basis(a, b, e_weight, weight)
-            if own_bias is not None:
-                own_bias = in_basis(None, b, e_bias[:, None], own_bias)
-            layer.write(out, weight, own_bias)
-        for name, d in done.diagonal.items():
-            place = done.tape.rest[name][0]
-            out[place] = d * v[place]
-        return out + 2 * risk.l2 * v
-
-    return Operator(matvec, theta)
+        weight, bias = _corrected(done, layer, a, b)
+        if weight is not None:
+            weight = partial(in_basis, a, b, weight)
+        if bias is not None:
+            bias = partial(in_basis, None, b, bias[:, None])
+        blocks.append(Block(layer, weight, bias))
+    return block_operator(blocks, done, risk, theta)

@@ -21,6 +21,7 @@ I / tau under every rule.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,18 +231,29 @@ def kfac_operator(
     require_bias(bias)
     require_rest(rest)
     done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
-    factors = {layer.name: (done.a(layer), done.b[layer.name]) for layer in done.tape.layers}
+    blocks = []
+    for layer in done.tape.layers:
+        a, b = done.a(layer), done.b[layer.name].dense()
+        weight = None if a is None else partial(_sandwich, b, a.dense())
+        blocks.append(Block(layer, weight, partial(torch.matmul, b)))
+    return block_operator(blocks, done, risk, theta)
+
+
+def _sandwich(b: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    return b @ v @ a
+
+
+def block_operator(
+    blocks: list["Block"], done: Estimate, risk: WeightedRisk, theta: Tensor
+) -> Operator:
+    """Layers' blocks, the diagonals of an estimate, and 2 l2 I, as one `Operator`."""
+    places = {name: done.tape.rest[name][0] for name in done.diagonal}
+    diagonals = [DiagonalBlock(places[name], d) for name, d in done.diagonal.items()]
 
     def matvec(v):
         out = torch.zeros_like(v)
-        for layer in done.tape.layers:
-            a, b = factors[layer.name]
-            weight, own_bias = layer.read(v)
-            weight = None if weight is None else b.dense() @ weight @ a.dense()
-            layer.write(out, weight, None if own_bias is None else b.dense() @ own_bias)
-        for name, d in done.diagonal.items():
-            place = done.tape.rest[name][0]
-            out[place] = d * v[place]
+        for block in [*blocks, *diagonals]:
+            block(v, out)
         return out + 2 * risk.l2 * v
 
     return Operator(matvec, theta)
@@ -282,7 +294,7 @@ class KFACInfo(SolveInfo):
 
 @dataclass
 class Block:
-    """The damped inverse of one layer's block, ready to be applied."""
+    """What acts on one layer's part of a vector: the block, or its damped inverse."""
 
     layer: Layer
     weight: Solve | None
@@ -300,14 +312,14 @@ class Block:
 
 @dataclass
 class DiagonalBlock:
-    """The damped inverse of a diagonal block; with ``inverse`` None, v = 0."""
+    """The same for a diagonal block, by its factor; with ``factor`` None, the result is 0."""
 
     place: slice
-    inverse: Tensor | float | None
+    factor: Tensor | float | None
 
     def __call__(self, b: Tensor, out: Tensor) -> None:
         """Write this block's part of v into ``out``."""
-        out[self.place] = 0 if self.inverse is None else self.inverse * b[self.place]
+        out[self.place] = 0 if self.factor is None else self.factor * b[self.place]
 
 
 class KFAC(Solver):

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_steps
+from bilevel_lite.algorithms.method import Method
 from bilevel_lite.hypergrad import hypergradient
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.solvers import Solver
 
@@ -55,7 +56,7 @@ class AID(Method):
         **common: Any,
     ):
         require_solver(solver)
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         super().__init__(
             problem, lam, theta, inner_lr, outer_lr, inner_batch, outer_batch, **common
         )

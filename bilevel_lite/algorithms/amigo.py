@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive, require_steps
+from bilevel_lite.algorithms.method import Method, require_positive
 from bilevel_lite.kfac import KFAC
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import cross_vp, hvp
 
@@ -63,8 +64,8 @@ class AmIGO(Method):
         reading: str = "precondition",
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
-        require_steps("linear_steps", linear_steps)
+        at_least("inner_steps", inner_steps, 1)
+        at_least("linear_steps", linear_steps, 1)
         if reading not in ("precondition", "replace"):
             raise ValueError(f"reading: got {reading!r}, expected 'precondition' or 'replace'")
         if kfac is not None and not isinstance(kfac, KFAC):

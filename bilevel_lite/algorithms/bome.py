@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive, require_steps
+from bilevel_lite.algorithms.method import Method, require_positive
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import dot, gradient, theta_gradient
 
@@ -60,7 +61,7 @@ class BOME(Method):
         barrier: str = "squared",
         **common: Any,
     ):
-        require_steps("copy_steps", copy_steps)
+        at_least("copy_steps", copy_steps, 1)
         require_positive("eta", eta)
         if barrier not in ("squared", "gap"):
             raise ValueError(f"barrier: got {barrier!r}, expected 'squared' or 'gap'")

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_steps
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import dot, gradient
 
@@ -48,7 +49,7 @@ class BSG1(Method):
         floor: float = 1e-4,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         if not floor >= 0:
             raise ValueError(f"floor: got {floor}, expected a number that is zero or positive")
         super().__init__(problem, lam, theta, **common)

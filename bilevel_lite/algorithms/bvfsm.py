@@ -10,8 +10,8 @@ from bilevel_lite.algorithms.method import (
     Method,
     require_plain_inner,
     require_positive,
-    require_steps,
 )
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem, NotFinite
 from bilevel_lite.products import dot, gradient, theta_gradient
 
@@ -75,7 +75,7 @@ class BVFSM(Method):
         decay: float = 0.5,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         require_positive("nu", nu)
         require_positive("slack", slack)
         for name, value in (("mu", mu), ("decay", decay)):

@@ -8,8 +8,8 @@ from bilevel_lite.algorithms.method import (
     Method,
     require_plain_inner,
     require_positive,
-    require_steps,
 )
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient, theta_gradient
 
@@ -58,7 +58,7 @@ class F2SA(Method):
         growth: float = 0.1,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         require_positive("penalty", penalty)
         if not growth >= 0:
             raise ValueError(f"growth: got {growth}, expected a number that is zero or positive")

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_plain_inner, require_steps
+from bilevel_lite.algorithms.method import Method, require_plain_inner
 from bilevel_lite.hypergrad import unrolled_hypergradient
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem, evaluate
 
 __all__ = ["ITD"]
@@ -54,9 +55,9 @@ class ITD(Method):
         mode: str = "reverse",
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         if truncate is not None:
-            require_steps("truncate", truncate)
+            at_least("truncate", truncate, 1)
         if mode not in ("reverse", "forward"):
             raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
         if mode == "forward" and truncate is not None:

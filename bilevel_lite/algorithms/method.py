@@ -439,16 +439,6 @@ def _optimizer(level, variable, lr, factory):
     return optimizer
 
 
-def require_steps(name: str, value: int, least: int = 1) -> None:
-    """Refuse anything but an integer of at least ``least``.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
 def require_positive(name: str, value: float | None) -> None:
     """Refuse anything but a positive number.
 

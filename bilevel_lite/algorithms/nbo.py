@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive, require_steps
-from bilevel_lite.linsolve import cg
+from bilevel_lite.algorithms.method import Method, require_positive
+from bilevel_lite.linsolve import at_least, cg
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import cross_vp, hvp, hvp_operator
 
@@ -73,8 +73,8 @@ class NBO(Method):
     ):
         if solve not in ("gd", "sgd", "cg"):
             raise ValueError(f"solve: got {solve!r}, expected 'gd', 'sgd' or 'cg'")
-        require_steps("steps", steps, least=0)
-        require_steps("warm_up", warm_up, least=0)
+        at_least("steps", steps, 0)
+        at_least("warm_up", warm_up, 0)
         if solve != "cg" or warm_up:
             require_positive("linear_lr", linear_lr)
         if common.get("inner_lr") is None and common.get("inner_optimizer") is None:

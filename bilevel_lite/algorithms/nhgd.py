@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_fraction, require_positive, require_steps
+from bilevel_lite.algorithms.method import Method, require_fraction, require_positive
 from bilevel_lite.kfac import KFAC
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import cross_vp, dot
 
@@ -73,7 +74,7 @@ class NHGD(Method):
         kfac: KFAC | None = None,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         require_positive("initial", initial)
         if beta is not None:
             require_fraction("beta", beta)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive, require_steps
+from bilevel_lite.algorithms.method import Method, require_positive
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient
 
@@ -52,7 +53,7 @@ class SAMA(Method):
         alpha: float = 0.1,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
+        at_least("inner_steps", inner_steps, 1)
         require_positive("alpha", alpha)
         super().__init__(problem, lam, theta, **common)
         _require_known(self.inner_optimizer)

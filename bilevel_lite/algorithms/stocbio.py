@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive, require_steps
+from bilevel_lite.algorithms.method import Method, require_positive
+from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import cross_vp, hvp
 
@@ -54,8 +55,8 @@ class StocBiO(Method):
         step: float = 0.1,
         **common: Any,
     ):
-        require_steps("inner_steps", inner_steps)
-        require_steps("terms", terms)
+        at_least("inner_steps", inner_steps, 1)
+        at_least("terms", terms, 1)
         require_positive("step", step)
         super().__init__(problem, lam, theta, **common)
         self.inner_steps, self.terms, self.series_step = inner_steps, terms, step

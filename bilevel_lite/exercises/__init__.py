@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-__all__ = ["Wrong", "check", "close", "exercise"]
+__all__ = ["Wrong", "check", "close", "compare", "draw", "exercise", "numbers"]
 
 _CHECKS = {}
 
@@ -115,3 +115,51 @@ def close(got, expected, what: str = "the result", rtol: float = 1e-6, hint: str
     error = float((got - expected).norm()) / size
     if not error <= rtol:
         raise Wrong(f"{what} is off by a relative error of {error:.1e}. {hint}".rstrip())
+
+
+def draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Standard normal numbers in float64, whatever default a notebook has set."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def numbers(answer, count: int) -> list[float]:
+    """Read an answer as so many numbers: a list, a tuple or a tensor of any shape.
+
+    Raises:
+        Wrong: if it is something else, or has another number of them.
+    """
+    try:
+        if not isinstance(answer, str):
+            answer = torch.as_tensor(answer, dtype=torch.float64).flatten()
+        values = [float(value) for value in answer]
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"The answer should be {count} numbers.") from None
+    if len(values) != count:
+        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
+    return values
+
+
+def compare(got, truth: torch.Tensor, mistakes: list, what: str, rtol: float = 1e-8) -> None:
+    """Compare with the truth; name the mistake if the answer is a known wrong one.
+
+    Args:
+        got: The student's tensor or number.
+        truth: The truth.
+        mistakes: Pairs (sentence for the student, the wrong result that it explains).
+        what: What the message calls the answer.
+        rtol: Largest relative error.
+
+    Raises:
+        Wrong: as `close`, or with the sentence of the mistake.
+    """
+    try:
+        value = torch.as_tensor(got).detach().to(truth)
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is not None and value.shape == truth.shape:
+        size = float(truth.norm())
+        if not float((value - truth).norm()) <= rtol * size:
+            for sentence, wrong in mistakes:
+                if wrong.shape == value.shape and float((value - wrong).norm()) <= 1e-6 * size:
+                    raise Wrong(sentence)
+    close(got, truth, what, rtol)

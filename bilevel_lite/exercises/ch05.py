@@ -2,55 +2,24 @@
 
 import torch
 
-from bilevel_lite.exercises import Wrong, close, exercise
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from bilevel_lite.exercises import Wrong, close, compare, draw, exercise, numbers
 
 
 def _positive(generator, d):
     """A random symmetric positive definite matrix, shape (d, d)."""
-    root = _draw(generator, d + 3, d)
+    root = draw(generator, d + 3, d)
     return root.T @ root / d
-
-
-def _numbers(answer, count):
-    try:
-        if not isinstance(answer, str):
-            answer = torch.as_tensor(answer, dtype=torch.float64).flatten()
-        values = [float(value) for value in answer]
-    except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"The answer should be {count} numbers.") from None
-    if len(values) != count:
-        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
-    return values
-
-
-def _compare(got, truth, mistakes, what, rtol=1e-8):
-    """Compare with the truth; name the mistake if the answer is a known wrong one."""
-    try:
-        value = torch.as_tensor(got).detach().to(truth)
-    except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is not None and value.shape == truth.shape:
-        size = float(truth.norm())
-        if not float((value - truth).norm()) <= rtol * size:
-            for sentence, wrong in mistakes:
-                if wrong.shape == value.shape and float((value - wrong).norm()) <= 1e-6 * size:
-                    raise Wrong(sentence)
-    close(got, truth, what, rtol)
 
 
 @exercise("5.1")
 def check_by_hand(answer):
     """The 4 x 4 Kronecker product, written out."""
-    values = torch.tensor(_numbers(answer, 4), dtype=torch.float64)
+    values = torch.tensor(numbers(answer, 4), dtype=torch.float64)
     A = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     B = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     V = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     truth = torch.kron(B, A) @ V.flatten()
-    _compare(
+    compare(
         values,
         truth,
         [
@@ -68,7 +37,7 @@ def check_by_hand(answer):
 @exercise("5.2")
 def check_shapes(answer):
     """Counted from the shapes that the exercise gives."""
-    values = _numbers(answer, 4)
+    values = numbers(answer, 4)
     d2, d1 = 16 * 5 * 5 + 1, 32
     if values[0] == d1 and values[1] == d2:
         raise Wrong("A belongs to the inputs, B to the outputs; they are swapped.")
@@ -89,7 +58,7 @@ def check_inverse(kfac_inverse_scratch):
     generator = torch.Generator().manual_seed(53)
     for d1, d2, delta in ((3, 5, 0.2), (4, 4, 1e-3), (6, 2, 1.5)):
         A, B = 7 * _positive(generator, d2), 0.3 * _positive(generator, d1)
-        V = _draw(generator, d1, d2)
+        V = draw(generator, d1, d2)
         pi, root = ((A.trace() / d2) / (B.trace() / d1)).sqrt(), delta**0.5
 
         def solve(on_a, on_b, A=A, B=B, V=V):
@@ -98,7 +67,7 @@ def check_inverse(kfac_inverse_scratch):
             return torch.linalg.solve(dense, V.flatten()).view_as(V)
 
         traces = (A.trace() / B.trace()).sqrt()
-        _compare(
+        compare(
             kfac_inverse_scratch(A.clone(), B.clone(), V.clone(), delta),
             solve(pi * root, root / pi),
             [
@@ -120,7 +89,7 @@ def check_inverse(kfac_inverse_scratch):
 def check_mc_factor(mc_factor):
     """The exact expectation, within the noise of many draws."""
     generator = torch.Generator().manual_seed(54)
-    logits, sigma = 1.5 * _draw(generator, 40, 3), 0.2 + 3 * _draw(generator, 40).square()
+    logits, sigma = 1.5 * draw(generator, 40, 3), 0.2 + 3 * draw(generator, 40).square()
     p, n, samples = logits.softmax(1), 40, 4000
     h = torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
 
@@ -175,8 +144,8 @@ def check_repaired(repaired):
     """A dense solve; every mixture of the three mistakes is known."""
     generator = torch.Generator().manual_seed(55)
     n, d1, d2, delta = 12, 3, 5, 0.1
-    a, gamma = _draw(generator, n, d2), 2 * _draw(generator, n, d1)
-    sigma, b = 0.1 + _draw(generator, n).square(), _draw(generator, d1 * d2)
+    a, gamma = draw(generator, n, d2), 2 * draw(generator, n, d1)
+    sigma, b = 0.1 + draw(generator, n).square(), draw(generator, d1 * d2)
 
     def solve(power, twice, transposed):
         A = a.T @ a / n + delta * torch.eye(d2).to(a)
@@ -198,13 +167,13 @@ def check_repaired(repaired):
                 if found:
                     mistakes.append((" ".join(found), solve(power, twice, transposed)))
     got = repaired(a.clone(), gamma.clone(), sigma.clone(), b.clone(), delta)
-    _compare(got, solve(1, False, False), mistakes, "The solution")
+    compare(got, solve(1, False, False), mistakes, "The solution")
 
 
 @exercise("5.6")
 def check_cost(answer):
     """Ten products of 2 gradients each; (1 + probes) / 2 for KFAC."""
-    values = _numbers(answer, 4)
+    values = numbers(answer, 4)
     if values[0] == 10:
         raise Wrong("CG: a product costs 2 gradients.")
     rows = (

@@ -4,36 +4,17 @@ from contextlib import contextmanager
 
 import torch
 
-from bilevel_lite.exercises import Wrong, close, exercise
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from bilevel_lite.exercises import Wrong, compare, draw, exercise
 
 
 def _positive(generator, d):
     """A random symmetric positive definite matrix, shape (d, d)."""
-    root = _draw(generator, d + 3, d)
+    root = draw(generator, d + 3, d)
     return root.T @ root / d
 
 
 def _eye(matrix):
     return torch.eye(len(matrix), dtype=matrix.dtype)
-
-
-def _compare(got, truth, mistakes, what, rtol=1e-8):
-    """Compare with the truth; name the mistake if the answer is a known wrong one."""
-    try:
-        value = torch.as_tensor(got).detach().to(truth)
-    except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is not None and value.shape == truth.shape:
-        size = float(truth.norm())
-        if not float((value - truth).norm()) <= rtol * size:
-            for sentence, wrong in mistakes:
-                if wrong.shape == value.shape and float((value - wrong).norm()) <= 1e-6 * size:
-                    raise Wrong(sentence)
-    close(got, truth, what, rtol)
 
 
 @exercise("6.1")
@@ -71,7 +52,7 @@ def check_best_pi(best_pi):
         on_b = torch.kron(B, _eye(A)).norm()
         pi = (on_a / on_b).sqrt()
         plain = A.norm() / B.norm()
-        _compare(
+        compare(
             best_pi(A.clone(), B.clone()),
             pi,
             [
@@ -115,7 +96,7 @@ def check_damping_path(damping_path):
     generator = torch.Generator().manual_seed(63)
     names = ("eigh", "eigvalsh", "eig", "svd", "solve", "inv", "cholesky", "solve_ex", "inv_ex")
     for d1, d2 in ((3, 5), (4, 2)):
-        A, B, V = _positive(generator, d2), 2 * _positive(generator, d1), _draw(generator, d1, d2)
+        A, B, V = _positive(generator, d2), 2 * _positive(generator, d1), draw(generator, d1, d2)
         taus, counts = [1e-3, 0.2, 1.0, 30.0], {}
         with _counted(names, counts):
             got = damping_path(A.clone(), B.clone(), V.clone(), list(taus))
@@ -136,7 +117,7 @@ def check_damping_path(damping_path):
         unrotated = torch.stack([inside / (torch.outer(beta, alpha) + tau) for tau in taus])
         if isinstance(got, (list, tuple)):
             got = torch.stack([torch.as_tensor(v) for v in got])
-        _compare(
+        compare(
             got,
             truth,
             [
@@ -162,7 +143,7 @@ def check_repaired(repaired):
     generator = torch.Generator().manual_seed(64)
     for d1, d2, delta, l2 in ((3, 5, 0.2, 0.07), (4, 3, 1e-3, 0.3)):
         A, B = 3 * _positive(generator, d2), 0.5 * _positive(generator, d1)
-        V = _draw(generator, d1, d2)
+        V = draw(generator, d1, d2)
 
         def solve(tau, power, in_factors=0.0, A=A, B=B, V=V):
             A, B = A + in_factors * _eye(A), B + in_factors * _eye(B)
@@ -174,7 +155,7 @@ def check_repaired(repaired):
         root = "The product of the two dampings should be tau: each factor gets its square root."
         twice = "The penalty's second derivative is 2 l2, not l2."
         inside = "The penalty is no part of A or B: it adds 2 l2 I to the block, so it joins tau."
-        _compare(
+        compare(
             repaired(A.clone(), B.clone(), V.clone(), delta, l2),
             solve(delta + 2 * l2, 0.5),
             [
@@ -234,8 +215,8 @@ def check_choose_damping(choose_damping):
     d, dampings = 8, [10.0 ** (k / 2) for k in range(-8, 5)]
     scales = torch.logspace(0, -2, d, dtype=torch.float64)
     for m in (9, 12, 40):
-        x_1, x_2 = _draw(generator, m, d) * scales.sqrt(), _draw(generator, m, d) * scales.sqrt()
-        H_1, H_2, b = x_1.T @ x_1 / m, x_2.T @ x_2 / m, scales.sqrt() * _draw(generator, d)
+        x_1, x_2 = draw(generator, m, d) * scales.sqrt(), draw(generator, m, d) * scales.sqrt()
+        H_1, H_2, b = x_1.T @ x_1 / m, x_2.T @ x_2 / m, scales.sqrt() * draw(generator, d)
         path = torch.stack([torch.linalg.solve(H_1 + t * _eye(H_1), b) for t in dampings])
         along, own, other = path @ b, (path @ H_1 * path).sum(1), (path @ H_2 * path).sum(1)
         residual = (path @ H_2 - b).norm(dim=1)

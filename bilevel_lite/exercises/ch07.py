@@ -3,11 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bilevel_lite.exercises import Wrong, close, exercise
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from bilevel_lite.exercises import Wrong, close, draw, exercise
 
 
 def _same(got, other, rtol=1e-6):
@@ -66,7 +62,7 @@ def check_normalised(normalised_scale):
     """The Hessian of the normalised loss in the outputs, by automatic differentiation."""
     generator = torch.Generator().manual_seed(72)
     n, classes = 6, 3
-    logits, sigma = _draw(generator, n, classes), 0.2 + 3 * _draw(generator, n).square()
+    logits, sigma = draw(generator, n, classes), 0.2 + 3 * draw(generator, n).square()
     y = torch.randint(classes, (n,), generator=generator)
 
     def loss(outputs):
@@ -101,9 +97,9 @@ def check_empirical_factors(empirical_factors):
     """Factors from gradients of single examples, taken one by one."""
     generator = torch.Generator().manual_seed(73)
     n, d1, d2 = 9, 3, 4
-    a, gamma = _draw(generator, n, d2), _draw(generator, n, d1)
+    a, gamma = draw(generator, n, d2), draw(generator, n, d1)
     for zero in (False, True):
-        sigma = 0.1 + _draw(generator, n).square()
+        sigma = 0.1 + draw(generator, n).square()
         if zero:
             sigma[[2, 5]] = 0.0
         g = sigma[:, None] * gamma / n
@@ -156,7 +152,7 @@ def check_class_weights(repaired):
     """The expectation, within the noise of many draws."""
     generator = torch.Generator().manual_seed(74)
     n, classes, copies = 4, 3, 20_000
-    logits = 1.2 * _draw(generator, n, classes)
+    logits = 1.2 * draw(generator, n, classes)
     y = torch.tensor([0, 1, 2, 0])
     weight = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
     p = logits.softmax(1)
@@ -233,9 +229,9 @@ def check_best_input_factor(best_input_factor):
     """Linear least squares on the Kronecker products, written out."""
     generator = torch.Generator().manual_seed(76)
     for n, d1, d2 in ((8, 3, 2), (15, 2, 4)):
-        a, gamma = _draw(generator, n, d2), _draw(generator, n, d1)
-        sigma = 0.1 + _draw(generator, n).square()
-        root = _draw(generator, d1, d1 + 2)
+        a, gamma = draw(generator, n, d2), draw(generator, n, d1)
+        sigma = 0.1 + draw(generator, n).square()
+        root = draw(generator, d1, d1 + 2)
         B = root @ root.T + 0.1 * torch.eye(d1, dtype=torch.float64)
         block = sum(
             s * torch.kron(torch.outer(g, g), torch.outer(x, x))

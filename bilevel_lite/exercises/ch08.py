@@ -2,46 +2,17 @@
 
 import torch
 
-from bilevel_lite.exercises import Wrong, close, exercise
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers
 
 
 def _basis(generator, d):
-    return torch.linalg.qr(_draw(generator, d, d))[0]
-
-
-def _numbers(answer, count):
-    try:
-        values = [float(value) for value in answer]
-    except (TypeError, ValueError):
-        raise Wrong(f"The answer should be {count} numbers.") from None
-    if len(values) != count:
-        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
-    return values
-
-
-def _compare(got, truth, mistakes, what, rtol=1e-8):
-    """Compare with the truth; name the mistake if the answer is a known wrong one."""
-    try:
-        value = torch.as_tensor(got).detach().to(truth)
-    except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is not None and value.shape == truth.shape:
-        size = float(truth.norm())
-        if not float((value - truth).norm()) <= rtol * size:
-            for sentence, wrong in mistakes:
-                if wrong.shape == value.shape and float((value - wrong).norm()) <= 1e-6 * size:
-                    raise Wrong(sentence)
-    close(got, truth, what, rtol)
+    return torch.linalg.qr(draw(generator, d, d))[0]
 
 
 @exercise("8.1")
 def check_memory(answer):
     """Found by running the recursion on weights, not from a formula."""
-    values = _numbers(answer, 3)
+    values = numbers(answer, 3)
     beta, weight, updates, first = 0.95, 1.0, 0, None
     squares = 1.0  # sum of the squared weights
     while updates < 2000:
@@ -85,7 +56,7 @@ def check_corrected(corrected_variance):
             ("That is the limit for many updates.", (1 - beta) / (1 + beta)),
             ("That is the standard deviation: square it.", float(truth) ** 0.5),
         ]
-        _compare(
+        compare(
             corrected_variance(beta, t),
             truth,
             [(sentence, torch.tensor(wrong, dtype=torch.float64)) for sentence, wrong in mistakes],
@@ -99,7 +70,7 @@ def check_eigenvalues(ekfac_eigenvalues):
     """The diagonal of U^T G U, with G formed from the gradients of the examples."""
     generator = torch.Generator().manual_seed(83)
     for n, d1, d2, T in ((7, 3, 5, 4), (6, 4, 4, 2), (5, 2, 3, 1)):
-        a, g = _draw(generator, n, d2, T), _draw(generator, n, d1, T)
+        a, g = draw(generator, n, d2, T), draw(generator, n, d1, T)
         U_A, U_B = _basis(generator, d2), _basis(generator, d1)
         gradients = torch.einsum("nct,npt->ncp", g, a)
 
@@ -112,7 +83,7 @@ def check_eigenvalues(ekfac_eigenvalues):
         z = torch.einsum("pk,npt->nkt", U_A, a)
         early = torch.einsum("njt,nkt->jk", x.square(), z.square()) / n
         products = torch.outer(x.square().sum((0, 2)) / n, z.square().sum((0, 2)) / (n * T))
-        _compare(
+        compare(
             ekfac_eigenvalues(a.clone(), g.clone(), U_A.clone(), U_B.clone()),
             truth,
             [
@@ -139,8 +110,8 @@ def check_repaired(repaired):
     """A dense solve; every mixture of the three mistakes is known."""
     generator = torch.Generator().manual_seed(84)
     n, d1, d2, delta = 30, 3, 5, 0.04
-    gamma, V = _draw(generator, n, d1), _draw(generator, d1, d2)
-    a = _draw(generator, n, d2) * (0.2 + gamma[:, :1].square()) * torch.arange(1, d2 + 1)
+    gamma, V = draw(generator, n, d1), draw(generator, d1, d2)
+    a = draw(generator, n, d2) * (0.2 + gamma[:, :1].square()) * torch.arange(1, d2 + 1)
     gamma = gamma * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     U_A = torch.linalg.eigh(a.T @ a / n)[1]
     U_B = torch.linalg.eigh(gamma.T @ gamma / n)[1]
@@ -170,13 +141,13 @@ def check_repaired(repaired):
         sentence = " ".join(text for text, on in zip(told, present, strict=True) if on)
         mistakes.append((sentence, solve(*present)))
     got = repaired(a.clone(), gamma.clone(), V.clone(), delta)
-    _compare(got, truth, mistakes, "The solution", rtol=1e-7)
+    compare(got, truth, mistakes, "The solution", rtol=1e-7)
 
 
 @exercise("8.5")
 def check_window(answer):
     """The minimum over a fine grid of windows."""
-    values = _numbers(answer, 2)
+    values = numbers(answer, 2)
     windows = torch.logspace(0, 5, 400_001, dtype=torch.float64)
 
     def best(s2, d2):
@@ -199,10 +170,10 @@ def check_builds(build_indices):
     """A plain loop over drifts, on paths that also turn back."""
     generator = torch.Generator().manual_seed(86)
     for limit, scale in ((0.2, 0.1), (0.5, 0.2), (10.0, 0.1), (0.05, 0.2)):
-        start = 3 + _draw(generator, 6).abs()
+        start = 3 + draw(generator, 6).abs()
         thetas = [start]
         for _ in range(25):
-            thetas.append(thetas[-1] * 1.05 + scale * start.norm() * _draw(generator, 6) / 6**0.5)
+            thetas.append(thetas[-1] * 1.05 + scale * start.norm() * draw(generator, 6) / 6**0.5)
         got = build_indices([theta.clone() for theta in thetas], limit)
         try:
             got = [int(k) for k in got]

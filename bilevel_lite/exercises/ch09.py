@@ -5,22 +5,8 @@ import math
 import torch
 
 from bilevel_lite.algorithms import AID
-from bilevel_lite.exercises import Wrong, close, exercise
+from bilevel_lite.exercises import Wrong, close, draw, exercise, numbers
 from bilevel_lite.problem import BilevelProblem
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def _numbers(answer, count):
-    try:
-        values = [float(value) for value in answer]
-    except (TypeError, ValueError):
-        raise Wrong(f"The answer should be {count} numbers.") from None
-    if len(values) != count:
-        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
-    return values
 
 
 def _require(rows, rtol):
@@ -37,7 +23,7 @@ def _require(rows, rtol):
 @exercise("9.1")
 def check_costs(answer):
     """Counted by hand from the definition of the methods."""
-    aid, soba, amigo, f2sa = _numbers(answer, 4)
+    aid, soba, amigo, f2sa = numbers(answer, 4)
     _require(
         [
             (aid, "AID", 10 + 1 + 5 * 2 + 2,
@@ -67,7 +53,7 @@ def check_costs(answer):
 @exercise("9.2")
 def check_rest(answer):
     """Each direction is linear in lam; its zero by Newton's method on the derivatives."""
-    lam, v, identity, penalty = _numbers(answer, 4)
+    lam, v, identity, penalty = numbers(answer, 4)
     h, j = 4.0, -8.0
 
     def rest(p, direct=0.5):  # direct lam - j p (2 lam - 3) = 0
@@ -102,9 +88,9 @@ def check_rest(answer):
 def _quadratic(seed, d=5, p=3):
     """g and f with known matrices, and one AmIGO iteration by matrices."""
     generator = torch.Generator().manual_seed(seed)
-    root = _draw(generator, d + 3, d)
+    root = draw(generator, d + 3, d)
     H = root.T @ root / d
-    J, target, centre = _draw(generator, p, d), _draw(generator, d), _draw(generator, p)
+    J, target, centre = draw(generator, p, d), draw(generator, d), draw(generator, p)
 
     def inner_loss(lam, theta, batch):
         return batch * (0.5 * theta @ H @ theta + lam @ J @ theta)
@@ -129,7 +115,7 @@ def _quadratic(seed, d=5, p=3):
         return lam - gamma * (direct - sign * scale * J @ u), theta, v
 
     batches = torch.tensor(scale).double(), torch.tensor(weight).double()
-    starts = _draw(generator, p), _draw(generator, d), _draw(generator, d)
+    starts = draw(generator, p), draw(generator, d), draw(generator, d)
     return BilevelProblem(inner_loss, outer_loss), starts, batches, iterate
 
 
@@ -170,9 +156,9 @@ def check_stocbio(repaired):
     """The sum of products, written with matrices; every mixture of the three mistakes is known."""
     generator = torch.Generator().manual_seed(94)
     d, count, step = 4, 3, 0.2
-    roots = [_draw(generator, d + 2, d) for _ in range(count)]
+    roots = [draw(generator, d + 2, d) for _ in range(count)]
     matrices = [r.T @ r / d for r in roots]
-    b = _draw(generator, d)
+    b = draw(generator, d)
 
     def series(first, factor, reuse, count=count, reverse=False):
         p, total = b, b if first else torch.zeros_like(b)
@@ -214,12 +200,12 @@ def _labs(kappa, seed, n=200, n_val=100, d=20, labs=10, rho=0.01):
         return q * r.diagonal().sign()
 
     c = torch.eye(labs, dtype=torch.float64).repeat_interleave(n // labs, 0)
-    q = n**0.5 * orthonormal(_draw(generator, n, d) + c @ _draw(generator, labs, d))
+    q = n**0.5 * orthonormal(draw(generator, n, d) + c @ draw(generator, labs, d))
     scale = torch.logspace(0, -0.5 * math.log10(kappa), d, dtype=torch.float64)
-    r = scale[:, None] * orthonormal(_draw(generator, d, d))
-    q_val, signal = _draw(generator, n_val, d), _draw(generator, d)
-    y = q @ signal + c @ _draw(generator, labs) + 0.1 * _draw(generator, n)
-    y_val = q_val @ signal + 0.1 * _draw(generator, n_val)
+    r = scale[:, None] * orthonormal(draw(generator, d, d))
+    q_val, signal = draw(generator, n_val, d), draw(generator, d)
+    y = q @ signal + c @ draw(generator, labs) + 0.1 * draw(generator, n)
+    y_val = q_val @ signal + 0.1 * draw(generator, n_val)
     x, x_val = q @ r, q_val @ r
 
     def inner_loss(lam, theta, batch):

@@ -5,12 +5,8 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 
-from bilevel_lite.exercises import Wrong, close, exercise
+from bilevel_lite.exercises import Wrong, close, draw, exercise
 from bilevel_lite.problem import BilevelProblem
-
-
-def _draw(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def _compare(got, truth, mistakes, what, rtol=1e-8):
@@ -37,9 +33,9 @@ def _pair(answer, what):
 
 def _problem(generator, n=40, d=4, gamma=0.02):
     """Weighted logistic regression with an l2 term, its outer loss, and a point."""
-    x, x_val = _draw(generator, n, d), _draw(generator, 30, d)
-    y = (_draw(generator, n) > 0).to(x)
-    y_val = (_draw(generator, 30) > 0).to(x)
+    x, x_val = draw(generator, n, d), draw(generator, 30, d)
+    y = (draw(generator, n) > 0).to(x)
+    y_val = (draw(generator, 30) > 0).to(x)
 
     def inner_loss(lam, theta, batch=None):
         o = x @ theta
@@ -49,7 +45,7 @@ def _problem(generator, n=40, d=4, gamma=0.02):
         o = x_val @ theta
         return (F.softplus(o) - y_val * o).mean()
 
-    lam, theta, v = _draw(generator, n), _draw(generator, d), 3 * _draw(generator, d)
+    lam, theta, v = draw(generator, n), draw(generator, d), 3 * draw(generator, d)
     return inner_loss, outer_loss, lam, theta, v
 
 
@@ -100,7 +96,7 @@ def check_constant(newton_constant):
     """The third and second derivative by automatic differentiation."""
     generator = torch.Generator().manual_seed(172)
     for gamma in (0.0, 0.05):
-        x, y = _draw(generator, 30), (_draw(generator, 30) > 0).double()
+        x, y = draw(generator, 30), (draw(generator, 30) > 0).double()
         sigma = torch.rand(30, generator=generator, dtype=torch.float64)
 
         def g(theta, x=x, y=y, sigma=sigma, gamma=gamma):
@@ -138,7 +134,7 @@ def check_fisher(fisher_from_batches):
     """Every batch drawn once: the estimate is then exact."""
     generator = torch.Generator().manual_seed(173)
     for N, B in ((7, 3), (6, 2), (6, 5)):
-        rows = _draw(generator, N, 3) + torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
+        rows = draw(generator, N, 3) + torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
         m, truth = rows.mean(0), rows.T @ rows / N
         Q = torch.stack([rows[list(batch)].mean(0) for batch in combinations(range(N), B)])
         second, mm = Q.T @ Q / len(Q), torch.outer(m, m)
@@ -220,9 +216,9 @@ def check_repaired(fisher_update):
     """The inverse of the accumulated matrix."""
     generator = torch.Generator().manual_seed(175)
     d, size, beta = 4, 5, 0.8
-    root = _draw(generator, 2 * d, d)
+    root = draw(generator, 2 * d, d)
     fisher = root.T @ root / d
-    gradients = _draw(generator, size, d)
+    gradients = draw(generator, size, d)
     sigma = 0.2 + 2 * torch.rand(size, generator=generator, dtype=torch.float64)
 
     def inverse(power, keep, divide=True):
