@@ -197,12 +197,12 @@ def _json(value: dict) -> str:
 
 
 def provenance(device: torch.device, seed: int, seconds: float) -> dict:
-    """Say where a number comes from: command, commit, device, versions, seed, date, wall time.
+    """Say where a number comes from: command, commit, device, versions, seed, date, time.
 
     Args:
         device: The device that was used.
         seed: The seed.
-        seconds: Wall time, all parts of an interrupted run added up.
+        seconds: As a `Clock` counts them, all parts of an interrupted run added up.
     """
     import numpy
 
@@ -243,16 +243,28 @@ def _commit() -> str | None:
 
 
 class Clock:
-    """Wall time of a run, added up over its interruptions; evaluation can be kept out of it."""
+    """Seconds of a run, added up over its interruptions; evaluation can be kept out of them.
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds, self._since = seconds, None
+    With one CPU thread they are processor time, which other work on the machine does not change;
+    otherwise wall time, on a GPU with its queue emptied.
+
+    Args:
+        seconds: To start from.
+        device: Where the work runs.
+    """
+
+    def __init__(self, seconds: float = 0.0, device: torch.device | str = "cpu"):
+        self.seconds, self._since, self._cuda = seconds, None, torch.device(device).type == "cuda"
+        alone = not self._cuda and torch.get_num_threads() == 1
+        self._now = time.process_time if alone else time.perf_counter
 
     def __enter__(self):
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     def __exit__(self, *_):
-        self.seconds += time.perf_counter() - self._since
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.seconds += self._now() - self._since
 
 
 def stored(name: str) -> dict:

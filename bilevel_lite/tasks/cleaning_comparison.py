@@ -129,7 +129,7 @@ def run(
         "kind": "hyperclean_methods", "dataset": dataset, "model": model, "methods": methods,
         "seeds": seeds, "trials": trials, "search_budget": search_budget, "budget": budget,
     }  # fmt: skip
-    timer = Clock()
+    timer = Clock(device=place)
     with cleaning_run.float32(), RunFolder(out, config) as folder:
         if folder.state:
             timer.seconds = folder.state["seconds"]

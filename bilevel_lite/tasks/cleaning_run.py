@@ -156,7 +156,7 @@ def run_job(s: Settings, device: torch.device, folder: RunFolder, task: hc.Hyper
     if state["method"] is not None:
         method.load_state_dict(state["method"])
         print(f"resuming {folder.path} after iteration {method.iteration}")
-    clock = Clock(state["seconds"])
+    clock = Clock(state["seconds"], device)
 
     def save():
         folder.checkpoint(
