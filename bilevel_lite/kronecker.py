@@ -170,7 +170,12 @@ Factor = Matrix | Columns | Spectrum
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     _require_finite_factor(matrix)
-    values, vectors = torch.linalg.eigh(matrix)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # in float32, many eigenvalues near zero can stop LAPACK
+        if matrix.dtype != torch.float32:
+            raise
+        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(matrix.double()))
     return values.clamp(min=0), vectors  # F is a second moment: what is below zero is rounding
 
 

@@ -401,6 +401,25 @@ def test_dual_form_never_forms_a_matrix_and_equals_the_primal():
     assert columns.spectrum().thin and columns.spectrum().vectors.shape == (40, 5)
 
 
+def test_eigenvectors_come_from_float64_where_lapack_gives_up_in_float32(monkeypatch):
+    real = torch.linalg.eigh
+
+    def eigh(matrix):  # what LAPACK did to a factor of MNIST, whose border pixels are all zero
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return real(matrix)
+
+    root = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = (root @ root.T).float()
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    spectrum = kronecker.Matrix(matrix).spectrum()
+    assert spectrum.vectors.dtype == torch.float32
+    torch.testing.assert_close(spectrum.dense(), matrix, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: eigh(m.float()))
+    with pytest.raises(torch.linalg.LinAlgError):  # in float64 there is nothing better to try
+        kronecker.Matrix(matrix.double()).spectrum()
+
+
 @pytest.mark.parametrize("make", [
     lambda: KFAC(1e-4, "exact"),
     lambda: KFAC(1e-4, "exact", damping_rule="exact"),
