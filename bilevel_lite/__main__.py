@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from bilevel_lite import bench
+from bilevel_lite import bench, models
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, collect
 from bilevel_lite.plotting import draw_stored
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import cleaning_run
+from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     run.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits")
-    run.add_argument("--model", choices=["linear", "mlp", "lenet"], default="linear")
+    run.add_argument("--model", choices=sorted(models.MODELS), default="linear")
     run.add_argument(
         "--method",
         nargs="+",
@@ -51,6 +51,27 @@ def parser() -> argparse.ArgumentParser:
             help=f"{meaning} (default: depends on the dataset)",
         )
 
+    study = commands.add_parser(
+        "study",
+        help="one study of full-scale hypercleaning: a search for each variant, then some seeds",
+        description="Stop it at any moment; the same command resumes it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    asks = "; ".join(f"{name}: {asks}" for name, (asks, _) in cleaning_studies.STUDIES.items())
+    study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
+    study.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="mnist")
+    study.add_argument("--model", choices=sorted(models.MODELS), default="linear")
+    study.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
+    study.add_argument("--out", required=True, help="output folder")
+    study.add_argument("--seeds", type=int, default=3, help="final runs of each variant")
+    study.add_argument("--trials", type=int, default=8, help="points tried for each variant")
+    study.add_argument("--search-steps", type=int, default=250, help="outer iterations of a trial")
+    study.add_argument("--outer-steps", type=int, default=1000, help="of a final run")
+    study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
+    study.add_argument("--batchnorm", choices=["refresh", "frozen"], default="refresh")
+    study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
+    study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
@@ -76,8 +97,6 @@ def _hyperclean(options: dict) -> None:
     methods = options.pop("method")
     search = {name: options.pop(name) for name in ("seeds", "trials", "search_budget", "storage")}
     if methods == ["all"] or len(methods) > 1:
-        from bilevel_lite.tasks import cleaning_comparison
-
         given = [k for k in cleaning_run.OPTIONS if options[k] is not None and k != "budget"]
         if given or options["seed"]:
             name = (given or ["seed"])[0].replace("_", "-")
@@ -97,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "hyperclean":
             _hyperclean(options)
+        elif command == "study":
+            cleaning_studies.run(**options)
         elif command == "bench":
             device = pick_device(options["device"])
             out = options["out"] or f"runs/bench-{device.type}"

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from bilevel_lite.problem import check_labels
 
-__all__ = ["Batches", "DataError", "Dataset", "available", "corrupt_labels", "load", "split"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "Dataset",
+    "available",
+    "corrupt_labels",
+    "load",
+    "pair_flips",
+    "split",
+]
 
 
 class DataError(RuntimeError):
@@ -34,7 +43,8 @@ class Dataset(NamedTuple):
         x_test: Test inputs.
         y_test: Test labels.
         num_classes: Labels are 0 .. num_classes-1.
-        image_shape: (height, width) of an input, for pictures.
+        image_shape: (height, width) of a grey input, (3, height, width) of a coloured one.
+        source: What is to be said beside every number made from it; empty for the original.
     """
 
     name: str
@@ -43,7 +53,8 @@ class Dataset(NamedTuple):
     x_test: Tensor
     y_test: Tensor
     num_classes: int
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, ...]
+    source: str = ""
 
 
 class _File(NamedTuple):
@@ -84,8 +95,9 @@ def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> 
     """Load a dataset by name.
 
     Args:
-        name: ``"mnist"`` (60,000 + 10,000 images of 28 x 28) or ``"digits"`` (1,437 + 360 images
-            of 8 x 8 that ship with scikit-learn; no download).
+        name: ``"mnist"`` (60,000 + 10,000 images of 28 x 28), ``"cifar10"`` (50,000 + 10,000
+            coloured images of 32 x 32) or ``"digits"`` (1,437 + 360 images of 8 x 8 that ship with
+            scikit-learn; no download).
         dtype: Of the inputs; torch's default dtype if None.
         download: Whether the network may be used when no local copy is found.
 
@@ -96,7 +108,7 @@ def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> 
         ValueError: for an unknown name.
         DataError: if a file cannot be had, or is corrupted or truncated.
     """
-    loaders = {"mnist": _load_mnist, "digits": _load_digits}
+    loaders = {"mnist": _load_mnist, "cifar10": _load_cifar10, "digits": _load_digits}
     if name not in loaders:
         raise ValueError(f"dataset: got {name!r}, expected one of {sorted(loaders)}")
     return loaders[name](dtype or torch.get_default_dtype(), download)
@@ -134,38 +146,63 @@ def _load_mnist(dtype, download):
     return Dataset("mnist", **images, **labels, num_classes=10, image_shape=(28, 28))
 
 
-def _fetch(folder: str, file: _File, download: bool) -> bytes:
-    """Return a file's unzipped, verified content: local folder, then cache, then network."""
+def _load_cifar10(dtype, download):
+    from bilevel_lite import cifar10
+
     local = os.environ.get("BILEVEL_LITE_DATA")
-    if local:
-        path = Path(local) / folder / f"{file.name}.gz"
-        if path.exists():
-            return _verified(path, file)
+    pack = Path(local) / "cifar10" if local else None
+    if pack and cifar10.is_pack(pack):
+        arrays, source = cifar10.read_pack(pack), cifar10.PACK_SOURCE
+    else:
+        name, sha256, hosts = cifar10.ARCHIVE
+        path = _find("cifar10", name, sha256, hosts, download)
+        arrays, source = cifar10.read_archive(path), ""
+    return Dataset(
+        "cifar10",
+        **{key: torch.from_numpy(arrays[key]).to(dtype).div_(255) for key in ("x", "x_test")},
+        **{key: torch.from_numpy(arrays[key]).long() for key in ("y", "y_test")},
+        num_classes=10,
+        image_shape=(3, 32, 32),
+        source=source,
+    )
+
+
+def _fetch(folder: str, file: _File, download: bool) -> bytes:
+    """Return a file's unzipped, verified content."""
+    path = _find(folder, f"{file.name}.gz", file.sha256_gz, _MNIST_HOSTS, download)
+    return _verified(path, file)
+
+
+def _find(folder: str, name: str, sha256: str, hosts: tuple[str, ...], download: bool) -> Path:
+    """Return where a file lies: local folder, then cache, then (checked) network."""
+    local = os.environ.get("BILEVEL_LITE_DATA")
+    if local and (Path(local) / folder / name).exists():
+        return Path(local) / folder / name
     import pooch
 
     cache = Path(os.environ.get("BILEVEL_LITE_CACHE") or pooch.os_cache("bilevel_lite"))
-    cached = cache / folder / f"{file.name}.gz"
+    cached = cache / folder / name
     if cached.exists():
-        return _verified(cached, file)
+        return cached
     if not download:
-        raise DataError(f"no local copy of {file.name}, and no download: it is switched off")
+        raise DataError(f"no local copy of {name}, and no download: it is switched off")
     problems = []
-    for host in _MNIST_HOSTS:
+    for host in hosts:
         try:
             path = pooch.retrieve(
-                host + cached.name,
-                known_hash=f"sha256:{file.sha256_gz}",
-                fname=cached.name,
+                host + name,
+                known_hash=f"sha256:{sha256}",
+                fname=name,
                 path=cached.parent,
                 downloader=pooch.HTTPDownloader(timeout=10, progressbar=_progress_bar()),
             )
-            return _verified(Path(path), file)
+            return Path(path)
         except ValueError:  # pooch has deleted it: its hash is not the known one
             problems.append(f"{host} sent a file that is damaged or not the original")
         except OSError as error:  # requests' errors are among them
             problems.append(f"{host} could not be read ({type(error).__name__})")
     raise DataError(
-        f"no local copy of {file.name}, and no download: {'; '.join(problems)}. Put the four files "
+        f"no local copy of {name}, and no download: {'; '.join(problems)}. Put the dataset's files "
         f"in a folder {folder}/ and name its parent in BILEVEL_LITE_DATA"
     )
 
@@ -240,32 +277,85 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
 
 
 def corrupt_labels(
-    y: Tensor, rate: float, num_classes: int, generator: torch.Generator
+    y: Tensor,
+    rate: float,
+    num_classes: int,
+    generator: torch.Generator,
+    transition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Redraw a fraction of the labels uniformly over all classes.
+    """Redraw a fraction of the labels, uniformly over all classes or by a matrix.
 
-    A redrawn label is right by luck with probability 1 / num_classes: of ten classes with rate
-    0.5, about 45 % of all labels end up wrong.
+    A label redrawn uniformly is right by luck with probability 1 / num_classes: of ten classes with
+    rate 0.5, about 45 % of all labels end up wrong.
 
     Args:
         y: Labels, shape (n,).
         rate: Fraction redrawn, from 0 to 1.
-        num_classes: Labels are 0 .. num_classes-1.
+        num_classes: C; labels are 0 .. C-1.
         generator: CPU generator.
+        transition: Class-dependent noise, shape (C, C): row c holds the probabilities of what a
+            redrawn label c becomes (`pair_flips` is one). Uniform by default.
 
     Returns:
         The noisy labels, shape (n,), and a mask of those that are now *wrong*, shape (n,), bool.
 
     Raises:
-        ValueError: if the rate or a label is out of range.
+        ValueError: if the rate or a label is out of range, or ``transition`` has another shape,
+            negative entries, or rows that do not add up to 1.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
     check_labels(y, num_classes)
     chosen = torch.randperm(len(y), generator=generator)[: round(rate * len(y))].to(y.device)
     noisy = y.clone()
-    noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator).to(y)
+    if transition is None:
+        drawn = torch.randint(num_classes, (len(chosen),), generator=generator)
+    else:
+        _check_transition(transition, num_classes)
+        rows = transition.detach().cpu()[y[chosen].cpu()]
+        # the class where the cumulated probabilities pass a uniform number
+        uniform = torch.rand(len(chosen), 1, generator=generator, dtype=rows.dtype)
+        drawn = (rows.cumsum(1) <= uniform).sum(1).clamp(max=num_classes - 1)
+    noisy[chosen] = drawn.to(y)
     return noisy, noisy != y
+
+
+def pair_flips(num_classes: int) -> Tensor:
+    """Return the transition matrix that turns every label c into the next one, (c + 1) mod C."""
+    return torch.eye(num_classes).roll(1, 1)
+
+
+def _check_transition(transition: Tensor, num_classes: int) -> None:
+    if tuple(transition.shape) != (num_classes, num_classes):
+        raise ValueError(
+            f"transition: got shape {tuple(transition.shape)}, expected "
+            f"({num_classes}, {num_classes})"
+        )
+    off = float((transition.sum(1) - 1).abs().max())
+    if not (off < 1e-5 and float(transition.min()) >= 0):
+        raise ValueError(
+            f"transition: rows must be probabilities; the smallest entry is "
+            f"{float(transition.min()):.3g}, a row's sum differs from 1 by {off:.3g}"
+        )
+
+
+def standardise(dataset: Dataset) -> Dataset:
+    """Shift and scale a dataset to mean 0 and variance 1, each colour by its training pixels.
+
+    Args:
+        dataset: With ``image_shape`` of a coloured image (a grey one has a single colour).
+
+    Returns:
+        The same dataset with other ``x`` and ``x_test``.
+    """
+    channels = dataset.image_shape[0] if len(dataset.image_shape) == 3 else 1
+    x = dataset.x.view(len(dataset.x), channels, -1)
+    mean, std = x.mean((0, 2))[:, None], x.std((0, 2))[:, None]
+
+    def scaled(values):
+        return ((values.view(len(values), channels, -1) - mean) / std).view_as(values)
+
+    return dataset._replace(x=scaled(dataset.x), x_test=scaled(dataset.x_test))
 
 
 class Batches:

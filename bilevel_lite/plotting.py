@@ -275,10 +275,12 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         ValueError: for an unknown name, or a result that no function here draws.
     """
     from bilevel_lite.experiment import stored
+    from bilevel_lite.tasks.cleaning_figures import draw_study
 
     drawers = {
         "hyperclean": draw_hyperclean,
         "hyperclean_methods": draw_hyperclean_methods,
+        "hyperclean_study": draw_study,
         "bench": draw_bench,
     }
     folder = Path(__file__).resolve().parent.parent / "figures"

@@ -241,13 +241,21 @@ def test_aid_options_and_states():
 
 
 def test_data(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"dataset: got 'mnits', expected one of \['digits'"):
+    with pytest.raises(ValueError, match=r"dataset: got 'mnits', expected one of \['cifar10'"):
         data.load("mnits")
     g = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="rate: got 1.5"):
         data.corrupt_labels(torch.zeros(3, dtype=torch.long), 1.5, 10, g)
     with pytest.raises(ValueError, match="labels: found 12"):
         data.corrupt_labels(torch.tensor([12]), 0.5, 10, g)
+    y = torch.tensor([0, 1, 1])
+    for matrix, message in (
+        (torch.eye(3), r"transition: got shape \(3, 3\), expected \(2, 2\)"),
+        (torch.tensor([[0.5, 0.4], [0, 1]]), "a row's sum differs from 1 by 0.1"),
+        (torch.tensor([[1.5, -0.5], [0, 1]]), "the smallest entry is -0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.corrupt_labels(y, 0.5, 2, g, matrix)
     with pytest.raises(ValueError, match="need 11 examples, but there are 10"):
         data.split(10, (5, 6), g)
     x, y = torch.ones(4, 2), torch.zeros(4, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The comparison of all methods: the same points for each, resumed to the same numbers."""
+"""The comparison of all methods and the studies: same points for each, resumed to same numbers."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from bilevel_lite import plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.tasks import cleaning_comparison as comparison
-from bilevel_lite.tasks import cleaning_methods
+from bilevel_lite.tasks import cleaning_figures, cleaning_methods, cleaning_search, cleaning_studies
 
 optuna = pytest.importorskip("optuna")
 
@@ -37,11 +37,11 @@ def whole(tmp_path_factory):
 
 
 def test_every_method_has_a_space_and_is_tried_equally_often(whole):
-    # dense NHGD keeps a matrix of d x d numbers: it has a command, but no place in the search
-    assert set(comparison.SPACES) == set(cleaning_methods.METHODS) - {"nhgd"}
+    # dense NHGD keeps a matrix of d x d numbers; KFAC as a preconditioner is for the solvers' study
+    assert set(comparison.SPACES) == set(cleaning_methods.METHODS) - {"nhgd", "aid-pcg"}
     for space in comparison.SPACES.values():
-        points = comparison._points(space, 8)
-        assert len(points) == 8 and points == comparison._points(space, 9)[:8]
+        points = cleaning_search._points(space, 8)
+        assert len(points) == 8 and points == cleaning_search._points(space, 9)[:8]
         for name, (low, high) in space.items():
             values = [math.log(p[name] / low) / math.log(high / low) for p in points]
             assert all(-1e-3 <= v <= 1.001 for v in values)
@@ -49,7 +49,7 @@ def test_every_method_has_a_space_and_is_tried_equally_often(whole):
             assert sorted(min(7, int(8 * v)) for v in values) == list(range(8))
     result = numbers(whole)
     for row in result["results"]:
-        assert [{k: t[k] for k in row["space"]} for t in row["trials"]] == comparison._points(
+        assert [{k: t[k] for k in row["space"]} for t in row["trials"]] == cleaning_search._points(
             row["space"], 3
         )
         losses = [t["tuning_loss"] for t in row["trials"] if t["tuning_loss"] is not None]
@@ -117,3 +117,112 @@ def test_bad_input(tmp_path, extra, message, capsys):
 
 def test_the_task_is_the_same_for_all(whole):
     assert torch.get_default_dtype() == torch.float64  # the run put it back
+
+
+# ------------------------------------------------------------------ the studies
+
+SHORT = ["--dataset", "digits", "--device", "cpu", "--trials", "2", "--seeds", "2",
+         "--search-steps", "4", "--outer-steps", "8"]  # fmt: skip
+ONLY = {
+    "solvers": ["identity", "kfac-empirical", "pcg-3"],
+    "batch": ["cg-3-b32", "kfac-b32", "kfac-b256"],
+    "refresh": ["kfac-every1", "kfac-every5", "ekfac-every1"],
+    "ema": ["ema0-damping0.1-b64", "ema0.9-damping0.1-b64", "ema0.9-damping1-b256"],
+    "noise": ["kfac-uniform-0", "kfac-uniform-0.4", "kfac-pair-0.4"],
+}
+
+
+def test_every_study_covers_what_it_says():
+    counts = {name: len(cleaning_studies.variants(name, "mnist", "mlp")) for name in ONLY}
+    assert counts == {"solvers": 18, "batch": 16, "refresh": 8, "ema": 32, "noise": 27}
+    for study in ONLY:
+        for variant in cleaning_studies.variants(study, "mnist", "linear"):
+            assert set(variant.space) & set(variant.settings) == set(), variant
+            # no two variants of a study are the same run
+        runs = [
+            (str(v.settings), v.space) for v in cleaning_studies.variants(study, "mnist", "mlp")
+        ]
+        assert all(runs.count(run) == 1 for run in runs)
+    names = [v.name for v in cleaning_studies.variants("solvers", "mnist", "linear")]
+    assert "cg-3" in names and not any(name.endswith("-ggn") for name in names)
+    sizes = {v.name: v.settings for v in cleaning_studies.variants("batch", "mnist", "linear")}
+    assert sizes["kfac-b4096"]["outer_batch_size"] == 4096
+
+
+@pytest.mark.parametrize("study", sorted(ONLY))
+def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
+    words = ["study", study, *SHORT, "--only", *ONLY[study], "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    first = numbers(tmp_path / "run")
+    assert [row["method"] for row in first["results"]] == ONLY[study]
+    by_name = {v.name: v for v in cleaning_studies.variants(study, "digits", "linear")}
+    for row in first["results"]:
+        assert row["settings"] == by_name[row["method"]].settings
+        assert [run["history"][-1]["iteration"] for run in row["runs"]] == [8, 8]
+        assert len(row["trials"]) == 2
+        rated = row["settings"].get("noise", 0.5) > 0
+        assert all(("precision" in run["best"]) == rated for run in row["runs"])
+        stored = json.loads((tmp_path / "run" / f"{row['method']}-0" / "config.json").read_text())
+        for key, value in {**row["settings"], **row["chosen"]}.items():
+            assert stored[key] == value
+    capsys.readouterr()
+    # the last variant is run again as if the process had died after the others
+    log = tmp_path / "run" / "log.jsonl"
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:-1]))
+    torch.save({**state, "log_bytes": log.stat().st_size}, tmp_path / "run" / "checkpoint.pt")
+    assert main(words) == 0
+    assert numbers(tmp_path / "run") == first
+    fig = cleaning_figures.draw_study(
+        {"runs": [json.loads((tmp_path / "run/result.json").read_text())]}
+    )
+    assert "digits, linear model, 8 outer iterations, 2 seeds" in fig.get_suptitle()
+    plotting.plt.close(fig)
+
+
+def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
+    run_job = cleaning_search.cleaning_run.run_job
+
+    def diverges(s, *arguments):
+        if s.seed == 1:
+            raise cleaning_search.NotFinite("AID, step 3: theta is not finite")
+        return run_job(s, *arguments)
+
+    monkeypatch.setattr(cleaning_search.cleaning_run, "run_job", diverges)
+    words = ["study", "solvers", *SHORT, "--only", "identity", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    (row,) = numbers(tmp_path / "run")["results"]
+    assert [run["seed"] for run in row["runs"]] == [0]
+    assert row["diverged"] == [{"seed": 1, "why": "AID, step 3: theta is not finite"}]
+    assert "(1 of 2 seeds diverged)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["solvers", "--only", "sgd"], "only: solvers has no ['sgd']; expected some of"),
+        (["noise", "--outer-steps", "0"], "outer_steps: got 0, expected a positive number"),
+        (["noise", "--search-steps", "0"], "search_outer_steps: got 0, expected a positive"),
+        (["batch", "--seeds", "0"], "seeds: got 0, expected at least 1"),
+    ],
+)
+def test_bad_input_of_a_study(tmp_path, words, message, capsys):
+    command = ["study", words[0], "--dataset", "digits", *words[1:], "--out", str(tmp_path / "r")]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="study: got 'speed', expected one of"):
+        cleaning_studies.variants("speed", "digits", "linear")
+
+
+def test_out_of_memory_names_the_batch_to_lower(tmp_path, monkeypatch, capsys):
+    def step(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("bilevel_lite.algorithms.aid.AID.step", step)
+    words = ["hyperclean", "--dataset", "digits", "--baselines", "0", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "a")]
+    assert main([*words, *out, "--outer-batch-size", "50", "--cross-batch-size", "60"]) == 1
+    assert "out of memory: lower --curvature-batch-size (now 1000)" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "b")]) == 1
+    assert "lower --outer-batch-size (now the whole set)" in capsys.readouterr().err

@@ -1,14 +1,17 @@
 """Datasets, downloads that go wrong, label noise, samplers."""
 
 import gzip
+import hashlib
+import io
 import os
 import struct
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from bilevel_lite import data
+from bilevel_lite import cifar10, data
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(
@@ -27,6 +30,65 @@ def test_mnist_is_mnist():
     assert float(d.x.mean()) == pytest.approx(0.1307, abs=1e-4)  # the published mean and spread
     assert float(d.x.std()) == pytest.approx(0.3081, abs=1e-4)
     assert float(d.x.min()) == 0 and float(d.x.max()) == 1
+
+
+@pytest.mark.skipif(
+    not REAL or not cifar10.is_pack(Path(REAL) / "cifar10"), reason="no JPEG copy of CIFAR-10"
+)
+def test_cifar10_from_its_jpeg_copy_says_so():
+    d = data.load("cifar10", dtype=torch.float32, download=False)
+    assert d.source == "JPEG-recompressed CIFAR-10" and d.image_shape == (3, 32, 32)
+    assert d.x.shape == (50_000, 3072) and d.x_test.shape == (10_000, 3072)
+    assert torch.bincount(d.y).tolist() == [5000] * 10
+    assert torch.bincount(d.y_test).tolist() == [1000] * 10
+    colours = d.x.view(-1, 3, 1024).mean((0, 2))  # the published means of the original
+    assert colours.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=3e-4)
+
+
+def fake_archive(path, records=2):
+    """An archive of the right layout: image k of file i is filled with 10 i + k."""
+    with tarfile.open(path, "w:gz") as archive:
+        for i, name in enumerate([*cifar10.TRAIN, "test_batch.bin"]):
+            content = b"".join(
+                bytes([k]) + bytes([10 * i + k]) * 1024 + bytes([1]) * 1024 + bytes([2]) * 1024
+                for k in range(records)
+            )
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_cifar10_from_the_archive(tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_LITE_DATA", str(tmp_path))
+    path = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
+    path.parent.mkdir()
+    fake_archive(path)
+    with pytest.raises(data.DataError, match="damaged or not the known file: it has sha256"):
+        data.load("cifar10", download=False)  # its hash is not the original's
+    hashes = (path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ())
+    monkeypatch.setattr(cifar10, "ARCHIVE", hashes)
+    d = data.load("cifar10", download=False)
+    assert d.source == "" and d.x.shape == (10, 3072) and d.y.tolist() == [0, 1] * 5
+    grey = d.x_test.view(2, 3, 32, 32) * 255  # channels x rows x columns
+    assert torch.equal(grey[1], torch.tensor([51.0, 1.0, 2.0]).view(3, 1, 1).expand(3, 32, 32))
+    with pytest.raises(data.DataError, match="expected a multiple of 3073; is it truncated"):
+        cifar10.read_records(bytes(3072))
+    with pytest.raises(data.DataError, match="has a label 17, expected 0 to 9"):
+        cifar10.read_records(bytes([17]) + bytes(3072))
+
+
+def test_standardised_pixels_have_mean_0_and_variance_1_by_colour():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(50, 3, 4, generator=g) * torch.tensor([1.0, 2.0, 3.0])[:, None]
+    d = data.Dataset("toy", x.flatten(1), torch.zeros(50), x[:7].flatten(1), None, 2, (3, 2, 2))
+    out = data.standardise(d)
+    by_colour = out.x.view(50, 3, 4).transpose(0, 1).flatten(1)
+    assert float(by_colour.mean(1).abs().max()) < 1e-6
+    assert float((by_colour.std(1) - 1).abs().max()) < 1e-6
+    assert torch.equal(out.x_test, out.x[:7])  # by the training pixels, not by its own
+    grey = data.standardise(d._replace(image_shape=(3, 4)))
+    assert float(grey.x.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(grey.x.std()) == pytest.approx(1)
 
 
 def test_digits_are_scikit_learns():
@@ -92,7 +154,7 @@ def test_without_network_one_line_says_what_is_used(tmp_path, monkeypatch, capsy
         data.load("mnist")
     assert data.available("mnist") == "digits"
     assert capsys.readouterr().out == (
-        "mnist is not at hand here (no local copy of train-images-idx3-ubyte, and no download); "
+        "mnist is not at hand here (no local copy of train-images-idx3-ubyte.gz, and no download); "
         "using digits.\n"
     )
 
@@ -123,6 +185,18 @@ def test_label_noise_redraws_the_rate_and_marks_only_wrong_labels():
     assert torch.equal(noisy, same)
     clean, none = data.corrupt_labels(y, 0.0, 10, torch.Generator())
     assert torch.equal(clean, y) and not none.any()
+
+
+def test_label_noise_by_a_matrix():
+    y, g = torch.arange(3).repeat(20_000), torch.Generator().manual_seed(0)
+    noisy, wrong = data.corrupt_labels(y, 0.3, 3, g, data.pair_flips(3))
+    assert int(wrong.sum()) == 18_000  # each redrawn label is wrong
+    assert torch.equal(noisy[wrong], (y[wrong] + 1) % 3)
+    matrix = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [0.9, 0.0, 0.1]])
+    noisy, _ = data.corrupt_labels(y, 1.0, 3, g, matrix)
+    counts = torch.bincount(3 * y + noisy, minlength=9).view(3, 3) / 20_000
+    assert float((counts - matrix).abs().max()) < 0.015  # four standard errors
+    assert torch.equal(counts == 0, matrix == 0)
 
 
 def test_splits_are_disjoint():

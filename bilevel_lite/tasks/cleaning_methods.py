@@ -59,6 +59,10 @@ def _aid(solver) -> Callable[[Parts], Method]:
     return build
 
 
+def _kfac(kind: type[KFAC], s: Any) -> KFAC:
+    return kind(s.damping, s.fisher, ema=s.ema, every=s.every, seed=s.seed)
+
+
 def _amigo(**options) -> Callable[[Parts], Method]:
     def build(p: Parts) -> Method:
         s, kfac = p.s, None
@@ -111,12 +115,17 @@ def _nhgd(kronecker: bool) -> Callable[[Parts], Method]:
 
 # name -> the method; `iters`, `step`, `damping` and `strength` mean what the help text says
 METHODS: dict[str, Callable[[Parts], Method]] = {
-    "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping)),
-    "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping)),
-    "aid-neumann": _aid(lambda s: Neumann(s.iters, s.step, damping=s.damping)),
+    "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature)),
+    "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping, curvature=s.curvature)),
+    "aid-neumann": _aid(
+        lambda s: Neumann(s.iters, s.step, damping=s.damping, curvature=s.curvature)
+    ),
     "aid-identity": _aid(lambda s: Identity(s.step)),
-    "aid-kfac": _aid(lambda s: KFAC(s.damping, seed=s.seed)),
-    "aid-ekfac": _aid(lambda s: EKFAC(s.damping, seed=s.seed)),
+    "aid-kfac": _aid(lambda s: _kfac(KFAC, s)),
+    "aid-ekfac": _aid(lambda s: _kfac(EKFAC, s)),
+    "aid-pcg": _aid(
+        lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature, precondition=_kfac(KFAC, s))
+    ),
     "amigo": _amigo(),
     "amigo-kfac": _amigo(reading="precondition"),
     "amigo-kfac-replace": _amigo(reading="replace"),

@@ -1,5 +1,7 @@
 """The hypercleaning job of the command line: baselines, the learned weights, a result, a figure."""
 
+import base64
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +10,7 @@ import torch
 
 from bilevel_lite import data, models
 from bilevel_lite.algorithms.method import Method
-from bilevel_lite.experiment import Clock, RunFolder, provenance
+from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
 from bilevel_lite.session import pick_device, progress
 from bilevel_lite.tasks import cleaning_methods
 from bilevel_lite.tasks import hypercleaning as hc
@@ -35,8 +37,15 @@ OPTIONS = {
         "the method's own number: MRBO's memory, SAMA's alpha, BSG-1's floor, BOME's eta, BVFSM's "
         "nu and slack, F2SA's penalty, NHGD's beta",
     ),
-    "noise": (float, "fraction of training labels redrawn uniformly"),
+    "curvature": (str, "H of CG and Neumann: hessian or ggn"),
+    "fisher": (str, "gradients of KFAC and EKFAC: mc, exact or empirical"),
+    "ema": (float, "memory of KFAC's factors, 0 is none"),
+    "every": (int, "outer iterations for which KFAC's factors are kept"),
+    "noise": (float, "fraction of training labels redrawn"),
+    "noise_kind": (str, "what a redrawn label becomes: uniform (any class) or pair (the next one)"),
     "l2": (float, "coefficient of ||theta||^2 in the inner loss"),
+    "stem": (str, "first layers of resnet18: cifar or imagenet"),
+    "batchnorm": (str, "its statistics: refresh (at each outer iteration) or frozen (at theta0)"),
     "evaluate_every": (int, "outer iterations between evaluations and checkpoints"),
     "baselines": (int, "also train the baselines and retrain with the weights; 0 does not"),
     "budget": (float, "stop after so many gradients (of one inner batch), 0 is no such limit"),
@@ -64,8 +73,15 @@ class Settings:
     damping: float = 0.1
     step: float = 0.1
     strength: float = 0.5
+    curvature: str = "hessian"
+    fisher: str = "mc"
+    ema: float = 0.0
+    every: int = 1
     noise: float = 0.5
+    noise_kind: str = "uniform"
     l2: float = 1e-5
+    stem: str = "cifar"
+    batchnorm: str = "refresh"
     evaluate_every: int = 10
     budget: float = 0.0
     baselines: int = 1
@@ -81,6 +97,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 250,
         "curvature_batch_size": 1000,
         "l2": 1e-4,
+    },
+    "cifar10": {
+        "outer_steps": 1000,
+        "inner_lr": 0.02,
+        "outer_lr": 1000.0,
+        "batch_size": 256,
+        "curvature_batch_size": 256,
+        "outer_batch_size": 256,
+        "cross_batch_size": 256,
+        "evaluate_every": 20,
     },
 }
 
@@ -100,8 +126,8 @@ def run(
     """Learn one weight per training example; write log, checkpoints, result and figure to ``out``.
 
     Args:
-        dataset: ``"mnist"`` or ``"digits"``.
-        model: ``"linear"`` or ``"mlp"``.
+        dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
+        model: A key of `bilevel_lite.models.MODELS`.
         method: One of `METHODS`.
         seed: Of the split, the noise, the initial parameters and the batches.
         out: The output folder. If it holds an unfinished run with the same settings, that run is
@@ -122,6 +148,8 @@ def run(
             raise ValueError(f"{name}: got {value!r}, expected one of {sorted(known)}")
     chosen = {k: v for k, v in options.items() if v is not None}
     settings = Settings(dataset, model, method, seed, **{**DEFAULTS[dataset], **chosen})
+    if settings.noise_kind not in NOISE:
+        raise ValueError(f"noise_kind: got {settings.noise_kind!r}, expected {sorted(NOISE)}")
     for name in ("outer_steps", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
@@ -170,14 +198,16 @@ def run_job(s: Settings, device: torch.device, folder: RunFolder, task: hc.Hyper
 
     for name in BASELINES if s.baselines else ():
         if name not in state["baselines"]:
-            state["baselines"][name] = _baseline(name, task)
+            with no_memory(s):
+                state["baselines"][name] = _baseline(name, task, s)
             save()
 
     steps = range(method.iteration, s.outer_steps)
     if 0 < s.budget <= method.gradients:
         steps = range(0)
     for _ in progress(steps, initial=method.iteration, total=s.outer_steps, desc=s.method):
-        with clock:
+        with clock, no_memory(s):
+            task.refresh(method.theta)
             info = method.step()
         last = info.iteration == s.outer_steps or 0 < s.budget <= info.gradients
         if info.iteration % s.evaluate_every == 0 or last:
@@ -200,19 +230,50 @@ def run_job(s: Settings, device: torch.device, folder: RunFolder, task: hc.Hyper
     return result
 
 
+@contextmanager
+def no_memory(s: Settings):
+    """Turn a GPU's refusal into a sentence that names the largest batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sizes = {name: getattr(s, name) for name in OPTIONS if name.endswith("batch_size")}
+        whole = [name for name, size in sizes.items() if not size]
+        name = whole[0] if whole else max(sizes, key=sizes.get)
+        now = "the whole set" if whole else sizes[name]
+        raise RunError(
+            f"the device is out of memory: lower --{name.replace('_', '-')} (now {now}); the last "
+            "checkpoint is kept"
+        ) from error
+
+
+# what a redrawn label becomes: number of classes -> transition matrix, None is any class
+NOISE = {"uniform": lambda classes: None, "pair": data.pair_flips}
+
+
 def build_task(s: Settings, device: torch.device) -> hc.Hypercleaning:
     """Load the data, split it, redraw labels, build the model: all from the settings' seed."""
     dataset = data.load(s.dataset)
+    if len(dataset.image_shape) == 3:
+        dataset = data.standardise(dataset)
+    options = {"stem": s.stem} if s.model == "resnet18" else {}
     with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
         torch.manual_seed(s.seed)
         if s.model not in models.FLAT:
+            shape = (*(1,) * (3 - len(dataset.image_shape)), *dataset.image_shape)
             dataset = dataset._replace(
-                x=dataset.x.view(-1, 1, *dataset.image_shape),
-                x_test=dataset.x_test.view(-1, 1, *dataset.image_shape),
+                x=dataset.x.view(-1, *shape), x_test=dataset.x_test.view(-1, *shape)
             )
-        model = models.build(s.model, tuple(dataset.x.shape[1:]), dataset.num_classes)
-    generator = torch.Generator().manual_seed(s.seed)
-    return hc.build(dataset, model, s.noise, s.l2, generator, device)
+        model = models.build(s.model, tuple(dataset.x.shape[1:]), dataset.num_classes, **options)
+    return hc.build(
+        dataset,
+        model,
+        s.noise,
+        s.l2,
+        torch.Generator().manual_seed(s.seed),
+        device,
+        transition=NOISE[s.noise_kind](dataset.num_classes),
+        batchnorm=s.batchnorm,
+    )
 
 
 BASELINES = {
@@ -222,20 +283,31 @@ BASELINES = {
 }
 
 
-def _baseline(name: str, task: hc.Hypercleaning) -> dict:
+def _baseline(name: str, task: hc.Hypercleaning, s: Settings) -> dict:
     """Train without weights; l2 and the iterate are chosen on the tuning split."""
     x, y = task.validation
     labels = {"noisy": task.train[1], "clean": task.y_clean}.get(name)
     if labels is not None:
         x, y = torch.cat([task.train[0], x]), torch.cat([labels, y])
-    return _best_fit(task, (x, y))
+    return _best_fit(task, s, (x, y))
 
 
-def _best_fit(task: hc.Hypercleaning, split, weights=None) -> dict:
-    """Train once for each l2 of the grid and report the one that is best on the tuning split."""
+def _best_fit(task: hc.Hypercleaning, s: Settings, split, weights=None) -> dict:
+    """Train with fixed weights and report the fit that is best on the tuning split.
+
+    Vector models by L-BFGS, once for each l2 of a grid; the others by SGD with the run's own l2,
+    step size and number of steps.
+    """
     fits = []
-    for l2 in BASELINE_L2:
-        theta = hc.train(task.model, split, task.theta0, task.tuning, l2, weights=weights)
+    for l2 in BASELINE_L2 if s.model in models.FLAT else (s.l2,):
+        if s.model in models.FLAT:
+            theta = hc.train(task.model, split, task.theta0, task.tuning, l2, weights=weights)
+        else:
+            generator = torch.Generator().manual_seed(s.seed)
+            size, steps = min(s.batch_size, len(split[1])), s.outer_steps * s.inner_steps
+            theta = hc.train_minibatch(
+                task, split, l2, s.inner_lr, steps, size, generator, weights, s.inner_momentum
+            )
         fits.append((hc.evaluate(task.model, theta, task.tuning), l2, theta))
     tuning, l2, theta = min(fits, key=lambda fit: fit[0]["loss"])
     test = hc.evaluate(task.model, theta, task.test)
@@ -258,11 +330,13 @@ def _evaluate(task: hc.Hypercleaning, method: Method, info, seconds: float) -> d
         "outer_loss": float(info.outer_loss),
         "negative_curvature": info.solve is not None and info.solve.negative_curvature,
     }
+    task.refresh(method.theta)
     for name in ("tuning", "test"):
         for key, value in hc.evaluate(task.model, method.theta, getattr(task, name)).items():
             row[f"{name}_{key}"] = value
     if 0 < int(task.wrong.sum()) < len(task.wrong):
         row["auc"] = hc.auc(method.lam, task.wrong)
+        row["precision"] = hc.precision(method.lam, task.wrong)
     return row
 
 
@@ -285,15 +359,37 @@ def _result(s: Settings, task: hc.Hypercleaning, folder: RunFolder, state: dict)
             "tuning": len(task.tuning[1]),
             "test": len(task.test[1]),
         },
+        "source": task.source,
         "baselines": state["baselines"],
         "best": best["row"],
-        **({"retrained": _best_fit(task, (x, y), weights)} if s.baselines else {}),
+        **({"retrained": _best_fit(task, s, (x, y), weights)} if s.baselines else {}),
         "weights": {
             "edges": edges.tolist(),
             "clean": torch.histogram(best["lam"][~wrong], edges).hist.int().tolist(),
             "corrupted": torch.histogram(best["lam"][wrong], edges).hist.int().tolist(),
         },
+        "surest": pictures(task, lam, best["theta"].to(task.theta0)),
         "history": folder.rows(),
+    }
+
+
+def pictures(task: hc.Hypercleaning, lam: torch.Tensor, theta: torch.Tensor, count: int = 24):
+    """The images that the weights are surest are mislabelled, as JSON values.
+
+    Returns:
+        ``shape``; ``given`` and ``true``, a label each; ``pixels``, grey values from 0 to 255 of
+        all images, each stretched to its whole range, compressed by zlib, in base 64.
+    """
+    task.refresh(theta)
+    positions = hc.surest(task, lam, theta, count)
+    x = task.train[0][positions].flatten(1).cpu()
+    low, high = x.min(1, keepdim=True).values, x.max(1, keepdim=True).values
+    pixels = ((x - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8)
+    return {
+        "shape": list(task.image_shape),
+        "given": task.train[1][positions].tolist(),
+        "true": task.y_clean[positions].tolist(),
+        "pixels": base64.b64encode(zlib.compress(pixels.numpy().tobytes(), 9)).decode(),
     }
 
 
@@ -322,5 +418,10 @@ def table(result: dict) -> str:
         f"{best['gradients']:.0f} gradients and {best['seconds']:.0f} s"
     )
     if "auc" in best:
-        lines.append(f"corrupted or clean, told by the weight: AUC {best['auc']:.4f}")
+        lines.append(
+            f"corrupted or clean, told by the weight: AUC {best['auc']:.4f}, precision at the "
+            f"noise rate {best['precision']:.4f}"
+        )
+    if result["source"]:
+        lines.append(f"data: {result['source']}")
     return "\n".join(lines)

@@ -1,0 +1,118 @@
+"""CIFAR-10 as files: the original binary archive, or a copy whose images were stored as JPEG.
+
+A record of the original is one label byte and 3,072 pixel bytes, channels x rows x columns
+(Krizhevsky, Learning multiple layers of features from tiny images, 2009).
+"""
+
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from bilevel_lite.data import DataError
+
+__all__ = ["ARCHIVE", "PACK_SOURCE", "is_pack", "read_archive", "read_pack", "read_records"]
+
+# file name, sha256, hosts
+ARCHIVE = (
+    "cifar-10-binary.tar.gz",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    ("https://www.cs.toronto.edu/~kriz/",),
+)
+TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
+PIXELS = 3 * 32 * 32
+
+# The copy: train.jpegs and test.jpegs hold JPEG files end to end, *_index.npz lengths and labels.
+PACK_SOURCE = "JPEG-recompressed CIFAR-10"
+PACK = {
+    "train.jpegs": "0d64f7a07ec7c78a203de8b37d857f1cd77480afbf196a6bc6f415a68e2384de",
+    "train_index.npz": "155f2ac82e2dc524cf781ad9fb1cf32d867bfe104b800807a461ef704234d2fb",
+    "test.jpegs": "90983a768ba9275b95beeb294504c3e7e588ad71f4fb7c347404177f904a8625",
+    "test_index.npz": "c1c077805be46f1c0e471524479a742eadfda37b20e5c325c0b5f8c76123886b",
+}
+
+
+def read_records(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Read records of the binary version.
+
+    Returns:
+        Pixels, shape (n, 3072), and labels, shape (n,), both uint8; writable copies.
+
+    Raises:
+        DataError: if the length is not a multiple of a record's, or a label is above 9.
+    """
+    if not content or len(content) % (1 + PIXELS):
+        raise DataError(
+            f"CIFAR-10 file of {len(content)} bytes: expected a multiple of {1 + PIXELS}; is it "
+            "truncated?"
+        )
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + PIXELS)
+    if records[:, 0].max() > 9:
+        raise DataError(f"CIFAR-10 file has a label {records[:, 0].max()}, expected 0 to 9")
+    return records[:, 1:].copy(), records[:, 0].copy()
+
+
+def read_archive(path: Path) -> dict[str, np.ndarray]:
+    """Read the original archive, without unpacking it to disk.
+
+    Returns:
+        ``x, y, x_test, y_test`` as uint8, 50,000 and 10,000 records.
+
+    Raises:
+        DataError: if the file is not the original.
+    """
+    _check(path, ARCHIVE[1])
+    with tarfile.open(path, "r:gz") as archive:
+
+        def member(name: str) -> bytes:
+            return archive.extractfile(f"cifar-10-batches-bin/{name}").read()
+
+        x, y = read_records(b"".join(member(name) for name in TRAIN))
+        x_test, y_test = read_records(member("test_batch.bin"))
+    return {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether the folder holds the JPEG copy."""
+    return all((folder / name).exists() for name in PACK)
+
+
+def read_pack(folder: Path) -> dict[str, np.ndarray]:
+    """Read the JPEG copy: other pixels than the original's by compression noise, another order.
+
+    Returns:
+        As `read_archive`.
+
+    Raises:
+        DataError: if a file is not the known one.
+    """
+    out = {}
+    for split, suffix in (("train", ""), ("test", "_test")):
+        for name in (f"{split}.jpegs", f"{split}_index.npz"):
+            _check(folder / name, PACK[name])
+        with np.load(folder / f"{split}_index.npz", allow_pickle=False) as index:
+            ends, out[f"y{suffix}"] = np.cumsum(index["length"], dtype=np.int64), index["label"]
+        out[f"x{suffix}"] = _decode((folder / f"{split}.jpegs").read_bytes(), ends)
+    return out
+
+
+def _decode(content: bytes, ends: np.ndarray) -> np.ndarray:
+    from PIL import Image  # comes with matplotlib
+
+    pixels, start = np.empty((len(ends), PIXELS), np.uint8), 0
+    for row, end in zip(pixels, ends, strict=True):
+        image = np.asarray(Image.open(io.BytesIO(content[start:end])).convert("RGB"))
+        row[:] = image.transpose(2, 0, 1).ravel()
+        start = end
+    return pixels
+
+
+def _check(path: Path, sha256: str) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise DataError(
+            f"{path.name} is damaged or not the known file: it has sha256 {found[:12]}..., "
+            f"expected {sha256[:12]}...; delete {path} and try again"
+        )

@@ -1,0 +1,206 @@
+"""Figures of the studies of full-scale hypercleaning, and pictures of rejected images."""
+
+import base64
+import zlib
+from statistics import mean
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+from bilevel_lite.plotting import COLORS, PALETTE, STYLE
+
+__all__ = ["draw_study", "draw_surest", "unpack_images"]
+
+
+def draw_study(result: dict):
+    """Draw a study of full-scale hypercleaning.
+
+    Args:
+        result: ``{"runs": [results of ``python -m bilevel_lite study NAME``, perhaps in parts]}``.
+
+    Returns:
+        The figure.
+    """
+    first = result["runs"][0]
+    rows = [row for run in result["runs"] for row in run["results"] if row["runs"]]
+    with mpl.rc_context(STYLE):
+        fig = DRAW_STUDY[first["study"]](rows)
+        source = first["source"] or first["dataset"]
+        steps, seeds = int(first["final"]["outer_steps"]), first["seeds"]
+        fig.suptitle(
+            f"{source}, {first['model']} model, {steps} outer iterations, {seeds} seeds", fontsize=9
+        )
+    return fig
+
+
+def _bests(row: dict, key: str) -> list[float]:
+    return [run["best"][key] for run in row["runs"]]
+
+
+def _pace(row: dict) -> float:
+    """Seconds per outer iteration, mean over the seeds."""
+    return mean(run["best"]["seconds"] / run["best"]["iteration"] for run in row["runs"])
+
+
+def _point(ax, x: float, values: list[float], **style) -> None:
+    """The mean of the seeds, and a bar from the lowest to the highest."""
+    y = mean(values)
+    ax.errorbar([x], [y], [[y - min(values)], [max(values) - y]], fmt="o", capsize=2, **style)
+
+
+def _colour(name: str) -> str:
+    """Colour of a variant, by the first word of its name."""
+    known = {**COLORS, "ekfac": PALETTE[4], "pcg": PALETTE[3]}
+    return known[name.split("-")[0]]
+
+
+def _draw_solvers(rows):
+    fig, ax = plt.subplots(figsize=(7.0, 4.2))
+    for row in rows:
+        x, losses = _pace(row), _bests(row, "test_loss")
+        _point(ax, x, losses, color=_colour(row["method"]))
+        ax.annotate(
+            row["method"], (x, mean(losses)), xytext=(5, 4), textcoords="offset points", fontsize=7
+        )
+    ax.set(xscale="log", xlabel="seconds per outer iteration", ylabel="test loss")
+    return fig
+
+
+def _lines(axes, rows, split, values, xlabels) -> None:
+    """Lines over a setting: ``split(row)`` gives (line, x), each of ``values`` an axis."""
+    names = list(dict.fromkeys(split(row)[0] for row in rows))
+    for ax, (label, value) in zip(axes, values.items(), strict=True):
+        for name in names:
+            group = sorted((split(row)[1], value(row)) for row in rows if split(row)[0] == name)
+            ax.plot(*zip(*[(x, mean(y)) for x, y in group], strict=True), color=_colour(name),
+                    label=name)  # fmt: skip
+            for x, several in group:
+                _point(ax, x, several, color=_colour(name), ms=3)
+        ax.set(xlabel=xlabels, ylabel=label)
+
+
+MEASURES = {
+    "test loss": lambda row: _bests(row, "test_loss"),
+    "AUC": lambda row: _bests(row, "auc"),
+    "seconds per outer iteration": lambda row: [_pace(row)],
+}
+
+
+def _draw_batch(rows):
+    def split(row):
+        return row["method"].rsplit("-b", 1)[0], row["settings"]["batch_size"]
+
+    fig, axes = plt.subplots(1, 3, figsize=(9.0, 3.0))
+    _lines(axes, rows, split, MEASURES, "batch size")
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+    axes[2].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    return fig
+
+
+def _draw_refresh(rows):
+    def split(row):
+        return row["method"].split("-every")[0], row["settings"]["every"]
+
+    fig, axes = plt.subplots(1, 3, figsize=(9.0, 3.0))
+    _lines(axes, rows, split, MEASURES, "outer iterations for which factors are kept")
+    for ax in axes:
+        ax.set_xscale("log")
+    axes[0].legend(fontsize=7)
+    return fig
+
+
+def _draw_ema(rows):
+    sizes = sorted({row["settings"]["batch_size"] for row in rows})
+    fig, axes = plt.subplots(1, len(sizes), figsize=(9.0, 3.2), sharey=True, squeeze=False)
+    shades = mpl.colormaps["viridis"]
+    memories = sorted({row["settings"]["ema"] for row in rows})
+    for ax, size in zip(axes[0], sizes, strict=True):
+        for k, memory in enumerate(memories):
+            group = [
+                row for row in rows
+                if row["settings"]["batch_size"] == size and row["settings"]["ema"] == memory
+            ]  # fmt: skip
+            colour = shades(0.9 * k / max(1, len(memories) - 1))
+            xs = [row["settings"]["damping"] for row in group]
+            ax.plot(xs, [mean(_bests(r, "test_loss")) for r in group], color=colour)
+            for x, row in zip(xs, group, strict=True):
+                label = f"memory {memory:g}" if x == xs[0] else None
+                _point(ax, x, _bests(row, "test_loss"), color=colour, ms=3, label=label)
+        ax.set(xscale="log", xlabel="damping", title=f"batch {size}")
+    axes[0, 0].set_ylabel("test loss")
+    axes[0, 0].legend(fontsize=7)
+    return fig
+
+
+def _draw_noise(rows):
+    kinds = ("uniform", "pair")
+    names = {"test loss": MEASURES["test loss"]}
+    names["AUC"] = lambda row: _bests(row, "auc")
+    names["precision"] = lambda row: _bests(row, "precision")
+    fig, axes = plt.subplots(2, 3, figsize=(9.0, 5.4), sharex=True)
+    for line, kind in zip(axes, kinds, strict=True):
+        for ax, (label, value) in zip(line, names.items(), strict=True):
+            group = [
+                row for row in rows
+                if (row["settings"]["noise_kind"] == kind or row["settings"]["noise"] == 0)
+                and (label == "test loss" or row["settings"]["noise"] > 0)
+            ]  # fmt: skip
+            _lines(
+                [ax],
+                group,
+                lambda row: (row["method"].rsplit(f"-{row['settings']['noise_kind']}", 1)[0],
+                             row["settings"]["noise"]),
+                {label: value},
+                "labels redrawn" if kind == "pair" else "",
+            )  # fmt: skip
+            ax.set_title(f"{kind} noise", fontsize=8)
+    axes[0, 0].legend(fontsize=7)
+    return fig
+
+
+DRAW_STUDY = {
+    "solvers": _draw_solvers,
+    "batch": _draw_batch,
+    "refresh": _draw_refresh,
+    "ema": _draw_ema,
+    "noise": _draw_noise,
+}
+
+
+def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 12):
+    """Draw the images that learned weights are surest are mislabelled, with both labels.
+
+    Args:
+        surest: As in a result: ``shape, given, true, pixels``.
+        classes: Names of the classes; numbers by default.
+        columns: Images in a row.
+
+    Returns:
+        The figure; titles of labels that are in fact right are vermilion.
+    """
+    names = classes or [str(c) for c in range(1 + max(surest["given"] + surest["true"]))]
+    images = unpack_images(surest)
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            -(-len(images) // columns), columns, squeeze=False,
+            figsize=(0.75 * columns, 1.0 * -(-len(images) // columns)),
+        )  # fmt: skip
+        for ax in axes.flat:
+            ax.axis("off")
+        for ax, image, given, true in zip(
+            axes.flat, images, surest["given"], surest["true"], strict=False
+        ):
+            ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+            colour = PALETTE[1] if given == true else "black"
+            ax.set_title(names[given], fontsize=7, color=colour, pad=2)
+    return fig
+
+
+def unpack_images(surest: dict):
+    """Return a result's pictures as an array, (n, height, width) or (n, height, width, 3)."""
+    values = np.frombuffer(zlib.decompress(base64.b64decode(surest["pixels"])), np.uint8)
+    images = values.reshape(-1, *surest["shape"])
+    return images.transpose(0, 2, 3, 1) if images.ndim == 4 else images

@@ -1,0 +1,315 @@
+"""Variants of the hypercleaning job under one protocol: the same search for each, then some seeds.
+
+For every variant the same number of trials: the first points of a scrambled Sobol sequence in the
+box of its step sizes and numbers, each run on seed 0 for the same length and judged by the tuning
+loss. The best point then runs for every seed. Optuna keeps the trials, in SQLite or any database it
+takes, so that the search can be stopped, resumed and shared.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.problem import NotFinite
+from bilevel_lite.session import pick_device, progress
+from bilevel_lite.tasks import cleaning_methods, cleaning_run
+from bilevel_lite.tasks import hypercleaning as hc
+from bilevel_lite.tasks.cleaning_run import DEFAULTS, Settings
+
+__all__ = ["Variant", "run", "table"]
+
+LOOKS = 50  # evaluations in a run, whatever an iteration costs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a study.
+
+    Attributes:
+        name: In the table and the figure.
+        settings: What it sets, ``method`` among it.
+        space: What its search covers: setting -> (low, high), all on a logarithmic scale; empty
+            where nothing is searched for.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    space: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def run(
+    config: dict,
+    base: dict[str, Any],
+    variants: list[Variant],
+    search: dict[str, float],
+    final: dict[str, float],
+    out: str,
+    seeds: int = 3,
+    trials: int = 8,
+    storage: str | None = None,
+    device: str | None = None,
+) -> dict:
+    """Search for each variant, then run its best settings for every seed.
+
+    Args:
+        config: ``kind``, ``dataset``, ``model`` and what else tells this study from others.
+        base: Settings of all variants, beyond the dataset's defaults.
+        variants: What is compared.
+        search: Length of a trial: ``budget`` (in gradients) or ``outer_steps``.
+        final: Length of a final run, the same way.
+        out: Output folder; stopped, the same call goes on there.
+        seeds: How many, from 0.
+        trials: Points tried for each, on seed 0.
+        storage: Optuna's database; SQLite in ``out`` by default.
+        device: Such as ``"cpu"``; CUDA if there, by default.
+
+    Returns:
+        The result, also written to ``result.json``.
+
+    Raises:
+        ValueError: for a number out of range or an unknown dataset.
+        RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
+        DataError: if the dataset cannot be had.
+    """
+    for name, value in (("seeds", seeds), ("trials", trials)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for prefix, length in (("search_", search), ("", final)):
+        for name, value in length.items():
+            if not value > 0:
+                raise ValueError(f"{prefix}{name}: got {value}, expected a positive number")
+    dataset, model = config["dataset"], config["model"]
+    if dataset not in DEFAULTS:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(DEFAULTS)}")
+    try:
+        import optuna
+    except ImportError:
+        raise RunError("the search needs Optuna: pip install optuna") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place = pick_device(device)
+    config = {
+        **config, "seeds": seeds, "trials": trials, "search": search, "final": final, "base": base,
+        "variants": [{"name": v.name, "settings": v.settings} for v in variants],
+    }  # fmt: skip
+    timer = Clock(device=place)
+    with cleaning_run.float32(), RunFolder(out, config) as folder:
+        if folder.state:
+            timer.seconds = folder.state["seconds"]
+        storage = storage or f"sqlite:///{(folder.path / 'trials.db').resolve()}"
+        settings = {**DEFAULTS[dataset], "baselines": 0, **base}
+        jobs = [
+            (v, Settings(dataset, model, seed=0, **{**settings, **v.settings})) for v in variants
+        ]
+        done = {row["method"] for row in folder.rows()} if folder.state else set()
+        for variant, s in jobs:
+            if variant.name in done:
+                continue
+            with timer:
+                row = _row(s, variant, search, final, seeds, trials, storage, folder.path, place)
+            folder.log(row)
+            folder.checkpoint({"seconds": timer.seconds})
+            print(table([row]).splitlines()[-1], flush=True)
+        rows = folder.rows()
+        source = _task(_what(jobs[-1][1]), place).source
+        result = {**folder.config, "source": source, "results": rows}
+        result["provenance"] = provenance(place, 0, timer.seconds)
+        folder.finish(result)
+    print(table(rows))
+    return result
+
+
+def _row(s, variant, search, final, seeds, trials, storage, path, device) -> dict:
+    """Search and final runs of one variant."""
+    row = {
+        "method": variant.name, "settings": variant.settings, "space": variant.space, "trials": [],
+        "chosen": {}, "runs": [], "diverged": [],
+    }  # fmt: skip
+    if variant.space:
+        study = _search(s, variant, trials, search, storage, device)
+        row["trials"] = [{**t.params, "tuning_loss": _finite(t.value)} for t in _finished(study)]
+        if not math.isfinite(study.best_value):
+            return {**row, "chosen": None}
+        row["chosen"] = study.best_params
+    s = replace(s, **row["chosen"])
+    for seed in progress(range(seeds), desc=variant.name):
+        try:
+            row["runs"].append(_final(replace(s, seed=seed), variant.name, final, path, device))
+        except NotFinite as error:  # a result too
+            row["diverged"].append({"seed": seed, "why": str(error)})
+    return row
+
+
+def _of_length(s: Settings, length: dict[str, float], device: torch.device) -> Settings:
+    """Set the length, and `LOOKS` evaluations on the way."""
+    if "outer_steps" in length:
+        steps = int(length["outer_steps"])
+        return replace(s, outer_steps=steps, evaluate_every=max(1, steps // LOOKS))
+    budget = length["budget"]
+    method = cleaning_methods.build(s, _task(_what(s), device))
+    method.step()  # the first may cost more (tables are filled) or less (v is zero)
+    start = method.gradients
+    for _ in range(3):
+        method.step()
+    cost = (method.gradients - start) / 3
+    every = max(1, round(budget / LOOKS / cost))
+    return replace(s, budget=budget, outer_steps=math.ceil(budget / cost), evaluate_every=every)
+
+
+def _what(s: Settings) -> Settings:
+    """The settings that the task depends on; the others as they are by default."""
+    names = ("noise", "noise_kind", "l2", "stem", "batchnorm")
+    return Settings(s.dataset, s.model, "", s.seed, **{name: getattr(s, name) for name in names})
+
+
+_tasks: dict = {}
+
+
+def _task(what: Settings, device: torch.device) -> hc.Hypercleaning:
+    """The task of these settings; the last one made is kept."""
+    key = (*vars(what).values(), device)
+    if key not in _tasks:
+        _tasks.clear()
+        _tasks[key] = cleaning_run.build_task(what, device)
+    return _tasks[key]
+
+
+# ------------------------------------------------------------------ the search
+
+
+def _search(s: Settings, variant: Variant, trials: int, length: dict, storage: str, device):
+    """Try the points that are still to be tried; returns the study."""
+    import optuna
+    from optuna.trial import TrialState
+
+    text = json.dumps([vars(s), variant.space, length], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
+    study = optuna.create_study(
+        storage=storage,
+        study_name=f"{s.dataset}-{s.model}-{variant.name}-{key}",
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # cut off: tried anew
+        study.tell(trial.number, state=TrialState.FAIL)
+    tried = [trial.params for trial in _finished(study)]
+    for point in _points(variant.space, trials):
+        if point in tried:
+            continue
+        study.enqueue_trial(point, skip_if_exists=False)
+        trial = study.ask()
+        values = {
+            name: trial.suggest_float(name, *bounds, log=True)
+            for name, bounds in variant.space.items()
+        }
+        study.tell(trial, _tuning_loss(replace(s, **values), length, device))
+    return study
+
+
+def _finished(study) -> list:
+    from optuna.trial import TrialState
+
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _points(space: dict[str, tuple[float, float]], count: int) -> list[dict[str, float]]:
+    """The first points of a scrambled Sobol sequence, on a logarithmic scale; always the same."""
+    unit = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(count).double()
+    out = []
+    for row in unit.tolist():
+        point = {}
+        for share, (name, (low, high)) in zip(row, space.items(), strict=True):
+            point[name] = float(f"{low * (high / low) ** share:.4g}")
+        out.append(point)
+    return out
+
+
+def _tuning_loss(s: Settings, length: dict[str, float], device: torch.device) -> float:
+    """The lowest tuning loss met within the length; infinite if the run diverges before any."""
+    task = _task(_what(s), device)
+    best = math.inf
+    try:
+        with cleaning_run.no_memory(s):
+            s = _of_length(s, length, device)
+            method = cleaning_methods.build(s, task)
+            while method.iteration < s.outer_steps and not 0 < s.budget <= method.gradients:
+                task.refresh(method.theta)
+                method.step()
+                if method.iteration % s.evaluate_every == 0:
+                    task.refresh(method.theta)
+                    loss = hc.evaluate(task.model, method.theta, task.tuning)["loss"]
+                    best = min(best, loss if math.isfinite(loss) else math.inf)
+    except NotFinite:
+        pass
+    return best
+
+
+# ------------------------------------------------------------------ the final runs
+
+
+def _final(s: Settings, name: str, length: dict, path: Path, device: torch.device) -> dict:
+    """One final run, in a folder of its own, where it can be resumed."""
+    s = _of_length(s, length, device)
+    with RunFolder(path / f"{name}-{s.seed}", vars(s)) as folder:
+        if (folder.path / "result.json").exists():
+            result = folder.read_result()
+        else:
+            result = cleaning_run.run_job(s, device, folder, _task(_what(s), device))
+    return {
+        "seed": s.seed,
+        "best": result["best"],
+        "history": _thin(result["history"]),
+        "seconds": result["provenance"]["seconds"],
+        **({"surest": result["surest"]} if s.seed == 0 else {}),
+    }
+
+
+KEYS = (
+    "iteration", "seconds", "gradients", "tuning_loss", "test_loss", "test_accuracy", "auc",
+    "precision",
+)  # fmt: skip
+
+
+def _thin(history: list[dict], most: int = 60) -> list[dict]:
+    """At most so many lines of a log, and of each what the figures need."""
+    step = max(1, math.ceil(len(history) / most))
+    return [{k: _round(row[k]) for k in KEYS if k in row} for row in history[::step]]
+
+
+def _round(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def table(rows: list[dict]) -> str:
+    """The results as text: at the iterate that the tuning loss chose, mean over the seeds."""
+    width = max([20, *(len(row["method"]) + 1 for row in rows)])
+    lines = [f"{'':<{width}}{'test loss':>10}{'accuracy':>17}{'AUC':>7}{'s':>8}{'gradients':>11}"]
+    for row in sorted(rows, key=mean_test_loss):
+        if not row["runs"]:
+            lines.append(f"{row['method']:<{width}} diverged in every trial")
+            continue
+        best = [run["best"] for run in row["runs"]]
+        accuracies = [100 * b["test_accuracy"] for b in best]
+        spread = f"{mean(accuracies):.1f} ({min(accuracies):.1f}-{max(accuracies):.1f})"
+        aucs = f"{mean(b['auc'] for b in best):.3f}" if "auc" in best[0] else ""
+        lost = len(row.get("diverged", []))
+        lines.append(
+            f"{row['method']:<{width}}{mean_test_loss(row):10.4f}{spread:>17}{aucs:>7}"
+            f"{mean(b['seconds'] for b in best):8.1f}{mean(b['gradients'] for b in best):11.0f}"
+            + (f"  ({lost} of {lost + len(best)} seeds diverged)" if lost else "")
+        )
+    return "\n".join(lines)
+
+
+def mean_test_loss(row: dict) -> float:
+    """Mean over the seeds of the test loss at the chosen iterate; infinite if all diverged."""
+    return mean(run["best"]["test_loss"] for run in row["runs"]) if row["runs"] else math.inf

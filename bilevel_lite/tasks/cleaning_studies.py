@@ -1,0 +1,187 @@
+"""The studies of full-scale hypercleaning, each a list of variants under `cleaning_search`.
+
+After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figure 1), the batch size
+(Figures 3 and 7), factors kept for several iterations (Table 2), the moving average of the factors
+(Figure 6); and one of ours, the rate and kind of the noise. Its Figures 2 and 5, all methods, are
+`cleaning_comparison`. Every variant runs for the same number of outer iterations.
+"""
+
+from bilevel_lite.tasks import cleaning_search
+from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP
+from bilevel_lite.tasks.cleaning_run import DEFAULTS
+from bilevel_lite.tasks.cleaning_search import Variant
+from bilevel_lite.tasks.hypercleaning import SIZES
+
+__all__ = ["STUDIES", "run", "variants"]
+
+
+def _cg(iters: int, method: str = "aid-cg", **settings) -> tuple[dict, dict]:
+    return {"method": method, "iters": iters, **settings}, {**BOTH, **DAMPING}
+
+
+def _neumann(products: int, **settings) -> tuple[dict, dict]:
+    # the papers count products: K of them make K + 1 terms
+    return {"method": "aid-neumann", "iters": products + 1, "damping": 0.0, **settings}, {
+        **BOTH,
+        **STEP,
+    }
+
+
+def _kfac(method: str = "aid-kfac", **settings) -> tuple[dict, dict]:
+    return {"method": method, **settings}, {**BOTH, **DAMPING}
+
+
+GGN = {"curvature": "ggn"}
+
+# name -> (settings, search space); the step of the identity only scales outer_lr
+SOLVERS: dict[str, tuple[dict, dict]] = {
+    "identity": ({"method": "aid-identity"}, BOTH),
+    **{f"cg-{k}": _cg(k) for k in (1, 3, 10)},
+    **{f"cg-{k}-ggn": _cg(k, **GGN) for k in (1, 3, 10)},
+    "cg-normal-3": _cg(3, "aid-cg-normal"),
+    **{f"neumann-{k}": _neumann(k) for k in (3, 10, 20)},
+    **{f"neumann-{k}-ggn": _neumann(k, **GGN) for k in (3, 10, 20)},
+    "kfac": _kfac(),
+    "kfac-empirical": _kfac(fisher="empirical"),
+    "ekfac": _kfac("aid-ekfac"),
+    "pcg-3": _cg(3, "aid-pcg", **GGN),
+}
+
+
+def _solvers(dataset: str, model: str) -> list[Variant]:
+    # with a linear model GGN and Hessian are the same matrix
+    names = [name for name in SOLVERS if model != "linear" or not name.endswith("-ggn")]
+    return [Variant(name, *SOLVERS[name]) for name in names]
+
+
+def _sizes(dataset: str, size: int) -> dict[str, int]:
+    """The same batch size in every role, as far as the split has examples."""
+    train, validation, _ = SIZES[dataset]
+    return {role: min(size, validation if role == "outer_batch_size" else train) for role in ROLES}
+
+
+def _batch(dataset: str, model: str) -> list[Variant]:
+    out = []
+    for size in (32, 64, 128, 256) if dataset == "digits" else (64, 256, 1024, 4096):
+        for name in ("identity", "cg-3", "kfac", "ekfac"):
+            settings, space = SOLVERS[name]
+            out.append(Variant(f"{name}-b{size}", {**settings, **_sizes(dataset, size)}, space))
+    return out
+
+
+def _refresh(dataset: str, model: str) -> list[Variant]:
+    return [
+        Variant(f"{name}-every{every}", *_kfac(f"aid-{name}", every=every))
+        for name in ("kfac", "ekfac")
+        for every in (1, 5, 10, 50)
+    ]
+
+
+def _ema(dataset: str, model: str) -> list[Variant]:
+    return [
+        Variant(
+            f"ema{ema:g}-damping{damping:g}-b{size}",
+            {"method": "aid-kfac", "ema": ema, "damping": damping, **_sizes(dataset, size)},
+            BOTH,
+        )
+        for size in ((64, 256) if dataset == "digits" else (128, 1024))
+        for ema in (0.0, 0.5, 0.9, 0.99)
+        for damping in (0.001, 0.01, 0.1, 1.0)
+    ]
+
+
+def _noise(dataset: str, model: str) -> list[Variant]:
+    out = []
+    for kind in ("uniform", "pair"):
+        for rate in (0.0, 0.2, 0.4, 0.6, 0.8):
+            if kind == "pair" and rate == 0:
+                continue  # the same as uniform
+            for name in ("identity", "cg-3", "kfac"):
+                settings, space = SOLVERS[name]
+                settings = {**settings, "noise": rate, "noise_kind": kind}
+                out.append(Variant(f"{name}-{kind}-{rate:g}", settings, space))
+    return out
+
+
+# name -> (what it asks, its variants on a dataset and a model)
+STUDIES = {
+    "solvers": ("test loss against time per outer iteration, by solver", _solvers),
+    "batch": ("test loss by batch size", _batch),
+    "refresh": ("factors kept for several outer iterations, KFAC and EKFAC", _refresh),
+    "ema": ("moving average of the factors, by damping and batch size", _ema),
+    "noise": ("rate and kind of the label noise", _noise),
+}
+
+
+def variants(study: str, dataset: str, model: str) -> list[Variant]:
+    """Return the variants of a study.
+
+    Raises:
+        ValueError: for an unknown study or dataset.
+    """
+    if study not in STUDIES:
+        raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
+    if dataset not in DEFAULTS:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(DEFAULTS)}")
+    return STUDIES[study][1](dataset, model)
+
+
+def run(
+    study: str,
+    dataset: str,
+    model: str,
+    out: str,
+    only: list[str] | None = None,
+    seeds: int = 3,
+    trials: int = 8,
+    search_steps: int = 250,
+    outer_steps: int = 1000,
+    stem: str = "cifar",
+    batchnorm: str = "refresh",
+    storage: str | None = None,
+    device: str | None = None,
+) -> dict:
+    """Run or resume a study.
+
+    Args:
+        study: A key of `STUDIES`.
+        dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
+        model: A key of `bilevel_lite.models.MODELS`.
+        out: Output folder; stopped, the same command goes on there.
+        only: Names of variants to run; all of them by default.
+        seeds: How many, from 0.
+        trials: Points tried for each variant, on seed 0.
+        search_steps: Outer iterations of a trial.
+        outer_steps: Outer iterations of a final run.
+        stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
+        batchnorm: ``"refresh"`` or ``"frozen"``.
+        storage: Optuna's database; SQLite in ``out`` by default.
+        device: Such as ``"cpu"``; CUDA if there, by default.
+
+    Returns:
+        The result, also written to ``result.json``.
+
+    Raises:
+        ValueError: for an unknown name or a number out of range.
+        RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
+        DataError: if the dataset cannot be had.
+    """
+    chosen = variants(study, dataset, model)
+    known = [variant.name for variant in chosen]
+    unknown = sorted(set(only or []) - set(known))
+    if unknown:
+        raise ValueError(f"only: {study} has no {unknown}; expected some of {known}")
+    chosen = [variant for variant in chosen if not only or variant.name in only]
+    base = {**MINIBATCHES[dataset], "stem": stem, "batchnorm": batchnorm}
+    return cleaning_search.run(
+        {"kind": "hyperclean_study", "study": study, "dataset": dataset, "model": model},
+        base,
+        chosen,
+        {"outer_steps": search_steps},
+        {"outer_steps": outer_steps},
+        out,
+        seeds,
+        trials,
+        storage,
+        device,
+    )
