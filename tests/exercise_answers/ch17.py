@@ -44,11 +44,12 @@ def update(M, gradients, sigma, beta, power=0.5, mean=True, forget=True):
     return M
 
 
-def slip(M, gradients, sigma, beta, power=1, scaled=False):
-    a = (1 - beta) / len(gradients)
+def slip(M, gradients, sigma, beta, power=1.0, mean=False, often=True):
+    a = (1 - beta) / (len(gradients) if mean else 1)
     for q in sigma[:, None] ** power * gradients:
         Mq = M @ q
-        M = (M - a * torch.outer(Mq, Mq) / (beta + a * q @ Mq)) / (beta if scaled else 1)
+        M = M - a * torch.outer(Mq, Mq) / (beta + a * q @ Mq)
+        M = M / beta if often else M
     return M
 
 
@@ -81,6 +82,7 @@ WRONG = {
         (15, 23, 23, 41_800),
         (15, 23, 13, 7850),
         (15, 23, 13, 78_500),
+        (15, 23, 13, 39_250),
         (15, 23, 13, 0.19),
         (15, 23, 13),
         "15 23 13 41800",
@@ -120,12 +122,13 @@ WRONG = {
     "17.5": [
         slip,
         lambda *a: slip(*a, power=0.5),
-        lambda *a: slip(*a, scaled=True),
-        lambda *a: slip(*a, power=0.5, scaled=True),
+        lambda *a: slip(*a, mean=True),
+        lambda *a: slip(*a, power=0.5, mean=True),
+        lambda *a: slip(*a, power=0.5, mean=True, often=False),
         lambda *a: update(*a, power=1),
+        lambda *a: update(*a, power=1, mean=False),
         lambda *a: update(*a, power=0),
         lambda *a: update(*a, forget=False),
-        lambda *a: update(*a, power=1, forget=False),
         lambda *a: update(*a, mean=False),
     ],
     "17.6": [
