@@ -7,6 +7,7 @@ numbers are those of a run that was never interrupted.
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -21,7 +22,8 @@ import torch
 
 __all__ = ["RunError", "RunFolder", "collect", "provenance", "stored"]
 
-FORMAT = 1  # of the folder; raised when an older folder can no longer be resumed
+FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
+RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -144,13 +146,13 @@ class RunFolder:
         """Read ``result.json`` of a finished run.
 
         Raises:
-            RunError: if it cannot be read.
+            RunError: if it cannot be read, was edited, or was made by another version.
         """
-        return self._read_json("result.json")
+        return unseal(self._read_json("result.json"), self.path / "result.json")
 
     def finish(self, result: dict) -> None:
-        """Write ``result.json``."""
-        self._write("result.json", _json(result))
+        """Write ``result.json``, sealed."""
+        self._write("result.json", _json(seal(result)))
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -194,6 +196,35 @@ class _Writing:
 
 def _json(value: dict) -> str:
     return json.dumps(value, indent=1) + "\n"
+
+
+def seal(result: dict) -> dict:
+    """Add the format's number and a hash of the content, by which an edited file is told."""
+    content = json.loads(json.dumps({**result, "result_format": RESULT_FORMAT}))
+    return {**content, "sha256": _digest(content)}
+
+
+def unseal(sealed: dict, path: Path) -> dict:
+    """Return a result without its seal.
+
+    Raises:
+        RunError: if it was made by another version, or edited.
+    """
+    content = dict(sealed)
+    digest = content.pop("sha256", None)
+    if content.get("result_format") != RESULT_FORMAT:
+        raise RunError(
+            f"{path} was made by another version (result format "
+            f"{content.get('result_format')!r}, this one reads {RESULT_FORMAT}); make it anew"
+        )
+    if digest != _digest(content):
+        raise RunError(f"{path} was edited: its content does not match its sha256; make it anew")
+    del content["result_format"]
+    return content
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def provenance(device: torch.device, seed: int, seconds: float) -> dict:
@@ -272,13 +303,14 @@ def stored(name: str) -> dict:
 
     Raises:
         ValueError: if there is none of that name.
+        RunError: if it was edited, or made by another version.
     """
     folders = [Path(__file__).parent / "_results", _REPOSITORY / "figures" / "data"]
     known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
     for folder in folders:
         path = folder / f"{name}.json"
         if path.exists():
-            return json.loads(path.read_text("utf-8"))
+            return unseal(json.loads(path.read_text("utf-8")), path)
     raise ValueError(f"name: there is no stored result {name!r}; known: {known}")
 
 
@@ -293,18 +325,19 @@ def collect(folders: list[str], name: str) -> Path:
         The file written.
 
     Raises:
-        RunError: if a folder holds no result, or the kinds differ.
+        RunError: if a folder holds no result, or one that was edited or made by another version, or
+            the kinds differ.
     """
     runs = []
     for folder in folders:
         path = Path(folder) / "result.json"
         if not path.exists():
             raise RunError(f"{folder} holds no result.json: is the run finished?")
-        runs.append(json.loads(path.read_text("utf-8")))
+        runs.append(unseal(json.loads(path.read_text("utf-8")), path))
     kinds = sorted({run.get("kind") for run in runs})
     if len(kinds) != 1:
         raise RunError(f"the runs are of different kinds: {kinds}")
     target = _REPOSITORY / "figures" / "data" / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(_json({"kind": kinds[0], "runs": runs}), encoding="utf-8")
+    target.write_text(_json(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
     return target

@@ -408,7 +408,7 @@ class KFAC(Solver):
 
     # -- building
 
-    def _build(self, risk, lam, theta, batch) -> Iterator[Any]:
+    def _build(self, risk, lam, theta, batch, invert: bool = True) -> Iterator[Any]:
         """Estimate the factors and give the blocks' damped inverses one by one."""
         tau = self.damping + 2 * risk.l2
         done = estimate(
@@ -422,14 +422,16 @@ class KFAC(Solver):
             factors = self._layer_factors(done, layer, old.get(layer.name))
             if self.every > 1 or self.ema:
                 new[layer.name] = factors
-            yield self._block(layer, factors, tau)
+            if invert:
+                yield self._block(layer, factors, tau)
             del factors
             if not self._sharing:
                 del done.tape.calls[layer.name]  # streaming: its input is needed no more
         diagonal = {
             name: self._mix(self._diagonal.get(name), d) for name, d in done.diagonal.items()
         }
-        yield from self._rest_blocks(done.tape.rest, diagonal, tau)
+        if invert:
+            yield from self._rest_blocks(done.tape.rest, diagonal, tau)
         if self.every > 1 or self.ema:
             self._factors, self._diagonal = new, diagonal
         self._shared = done if self._sharing else None
@@ -506,6 +508,22 @@ class KFAC(Solver):
             return _apply(blocks, r)
 
         return apply
+
+    def observe(self, loss: Any, lam: Tensor, theta: Tensor, batch: Any) -> float:
+        """Take a batch into the moving average of the factors, and invert nothing.
+
+        Returns:
+            The cost in gradient-equivalents; 0 without ``ema``, where nothing would be remembered.
+
+        Raises:
+            TypeError, ValueError: as `solve`.
+        """
+        if not self.ema:
+            return 0.0
+        risk = require_risk(loss, type(self).__name__)
+        for _ in self._build(risk, lam, theta, batch, invert=False):
+            pass
+        return self.last_cost
 
     def _ready(self, risk, lam, theta, batch, store: bool):
         """The blocks: kept ones while they last, else new ones (a stream unless stored)."""

@@ -1172,8 +1172,11 @@ def test_costs_with_a_kfac_and_after_resuming_with_batches_of_many_sizes():
     assert replaced.step().gradients == 3 + 1 + 1 * (16 / 8) + 2 * (4 / 8)  # a build is a gradient
     kept = task.make(bl.AmIGO, 3, 4, 0.2, bl.KFAC(every=4), inner_batch=risk_batch)
     assert kept.step().gradients == 3 + 1 + (1 + 3 * 2) * (16 / 8) + 2 * (4 / 8)
-    nhgd = task.make(bl.NHGD, 3, kfac=bl.KFAC(fisher="empirical"), inner_batch=risk_batch)
-    assert nhgd.step().gradients == 3 + 3 + 1 + 2 * (4 / 8)
+    # with a memory each inner step's factors are built, without one only the last step's
+    for memory, builds in ((0.5, 3), (0.0, 1)):
+        kfac = bl.KFAC(fisher="empirical", ema=memory)
+        nhgd = task.make(bl.NHGD, 3, kfac=kfac, inner_batch=risk_batch)
+        assert nhgd.step().gradients == 3 + builds + 1 + 2 * (4 / 8)
 
     def uneven():
         return make(bl.AmIGO, 2, 2, 0.2, inner_batch=Cycle([A, C, D]), curvature_batch=None)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def numbers(folder):
     result = json.loads((folder / "result.json").read_text())
     history = [timeless(row) for row in result.pop("history")]
     result.pop("provenance")
+    result.pop("sha256")
     result["best"] = timeless(result["best"])
     return result, history
 
@@ -84,6 +86,38 @@ def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
     result, history = numbers(tmp_path / "run")
     assert timeless(result["best"]) == history[0]
     assert 360 in calls  # the test set was looked at all the same, for the figure
+
+
+def test_an_edited_result_and_one_of_another_version_are_refused(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    path, words = copy / "result.json", [*SMALL, "--out", str(copy)]
+    result = json.loads(path.read_text())
+    better = {**result, "best": {**result["best"], "test_loss": 0.01}}
+    for changed, message in (
+        (better, "was edited: its content does not match its sha256; make it anew"),
+        ({**result, "result_format": 0}, "was made by another version (result format 0, this one"),
+        ({k: v for k, v in result.items() if k != "result_format"}, "another version (result form"),
+    ):
+        path.write_text(json.dumps(changed))
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+        assert main(["collect", str(copy), "--name", "nothing"]) == 1
+        assert message in capsys.readouterr().err
+    path.write_text(json.dumps(result, indent=None))  # other spaces, the same content
+    assert main(words) == 0
+
+
+def test_an_edited_stored_result_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    folder = tmp_path / "figures" / "data"
+    folder.mkdir(parents=True)
+    sealed = experiment.seal({"kind": "bench", "runs": [1.5]})
+    (folder / "x.json").write_text(json.dumps(sealed))
+    assert experiment.stored("x") == {"kind": "bench", "runs": [1.5]}
+    (folder / "x.json").write_text(json.dumps({**sealed, "runs": [1.25]}))
+    with pytest.raises(RunError, match="x.json was edited"):
+        experiment.stored("x")
 
 
 def test_a_killed_run_resumes_bit_equal(whole, tmp_path):

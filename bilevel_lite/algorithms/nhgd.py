@@ -36,7 +36,8 @@ class NHGD(Method):
     give a KFAC instead.
 
     With ``kfac`` (made with ``fisher="empirical"`` and an ``ema``) the same running average is kept
-    of its Kronecker factors, which need no d x d matrix; its damping is inside.
+    of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted
+    once, after the last inner step; ``every`` counts outer iterations.
 
     Args:
         problem: The two losses.
@@ -97,10 +98,10 @@ class NHGD(Method):
 
     def _direction(self):
         loss = self.problem.inner_loss
-        for _ in range(self.inner_steps):
+        for step in range(self.inner_steps):
             batch = self._draw("inner")
             inner_loss, q = self._inner_gradient(batch)
-            self._update(q, batch)
+            self._update(q, batch, last=step == self.inner_steps - 1)
             self._move_theta(q)
         outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
         v = self.m @ b if self.solver is None else self.inverse(b)
@@ -108,10 +109,14 @@ class NHGD(Method):
         self._spend("cross", cross)
         return inner_loss, outer_loss, direct - cross_vp(loss, self.lam, self.theta, cross, v), None
 
-    def _update(self, q: Tensor, batch: Any) -> None:
+    def _update(self, q: Tensor, batch: Any, last: bool) -> None:
+        at = self.problem.inner_loss, self.lam, self.theta, batch
         if self.solver is not None:
-            self.inverse = self.solver.inverse(self.problem.inner_loss, self.lam, self.theta, batch)
-            self._spend(self.solver.last_cost, batch)
+            if last:  # the only inverse that is used
+                self.inverse = self.solver.inverse(*at)
+                self._spend(self.solver.last_cost, batch)
+            else:
+                self._spend(self.solver.observe(*at), batch)
             return
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
