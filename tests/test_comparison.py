@@ -145,6 +145,10 @@ def test_every_study_covers_what_it_says():
         assert all(runs.count(run) == 1 for run in runs)
     names = [v.name for v in cleaning_studies.variants("solvers", "mnist", "linear")]
     assert "cg-3" in names and not any(name.endswith("-ggn") for name in names)
+    steep = {v.name: v.space for v in cleaning_studies.variants("solvers", "cifar10", "lenet")}
+    assert steep["neumann-3"] == {
+        "inner_lr": (0.003, 0.3), "outer_lr": (10.0, 1e5), "step": (0.002, 0.3),
+    }  # fmt: skip
     sizes = {v.name: v.settings for v in cleaning_studies.variants("batch", "mnist", "linear")}
     assert sizes["kfac-b4096"]["outer_batch_size"] == 4096
 

@@ -18,7 +18,7 @@ import bilevel_lite as bl
 from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import RunError, RunFolder
-from bilevel_lite.tasks import cleaning_run
+from bilevel_lite.tasks import cleaning_figures, cleaning_run
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(
@@ -322,6 +322,7 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
         draw = {
             "hyperclean": plotting.draw_hyperclean,
             "hyperclean_methods": plotting.draw_hyperclean_methods,
+            "hyperclean_study": cleaning_figures.draw_study,
             "bench": plotting.draw_bench,
         }
         plotting.plt.close(draw[result["kind"]](result))

@@ -1,9 +1,10 @@
 """All methods on the hypercleaning job, each with the same search (`cleaning_search`)."""
 
+from bilevel_lite.models import FLAT
 from bilevel_lite.tasks import cleaning_search
 from bilevel_lite.tasks.cleaning_search import Variant
 
-__all__ = ["MINIBATCHES", "SPACES", "run"]
+__all__ = ["MINIBATCHES", "SPACES", "run", "searched"]
 
 # What each method searches over: setting -> (low, high), all on a logarithmic scale.
 BOTH = {"inner_lr": (0.02, 1.0), "outer_lr": (10.0, 1e5)}
@@ -41,6 +42,16 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "bvfsm": {**BOTH, **_memory(0.01, 1.0)},
     "f2sa": {**BOTH, **_memory(0.1, 10.0)},
 }
+
+# Convolutional networks have a steeper loss: smaller steps on theta and on the linear system.
+CONVOLUTIONAL = {"inner_lr": (0.003, 0.3), "step": (0.002, 0.3)}
+
+
+def searched(space: dict, model: str) -> dict:
+    """Return a search space as it is for a model."""
+    steeper = {} if model in FLAT else CONVOLUTIONAL
+    return {name: steeper.get(name, bounds) for name, bounds in space.items()}
+
 
 # Every method sees minibatches in every role.
 ROLES = ("batch_size", "outer_batch_size", "cross_batch_size", "curvature_batch_size")
@@ -90,7 +101,7 @@ def run(
         raise ValueError(
             f"method: got {unknown or methods}, expected 'all' or some of {sorted(SPACES)}"
         )
-    variants = [Variant(name, {"method": name}, SPACES[name]) for name in methods]
+    variants = [Variant(name, {"method": name}, searched(SPACES[name], model)) for name in methods]
     config = {"kind": "hyperclean_methods", "dataset": dataset, "model": model}
     search, final = {"budget": search_budget}, {"budget": budget}
     base = MINIBATCHES.get(dataset, {})

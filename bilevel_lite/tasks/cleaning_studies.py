@@ -6,8 +6,10 @@ After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figur
 `cleaning_comparison`. Every variant runs for the same number of outer iterations.
 """
 
+from dataclasses import replace
+
 from bilevel_lite.tasks import cleaning_search
-from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP
+from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.cleaning_run import DEFAULTS
 from bilevel_lite.tasks.cleaning_search import Variant
 from bilevel_lite.tasks.hypercleaning import SIZES
@@ -123,7 +125,8 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
         raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
     if dataset not in DEFAULTS:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(DEFAULTS)}")
-    return STUDIES[study][1](dataset, model)
+    found = STUDIES[study][1](dataset, model)
+    return [replace(variant, space=searched(variant.space, model)) for variant in found]
 
 
 def run(
