@@ -9,7 +9,7 @@ from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, collect
 from bilevel_lite.plotting import draw_stored
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies
+from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies, hypercleaning
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--search-steps", type=int, default=250, help="outer iterations of a trial")
     study.add_argument("--outer-steps", type=int, default=1000, help="of a final run")
     study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    study.add_argument("--batchnorm", choices=["refresh", "frozen"], default="refresh")
+    study.add_argument("--batchnorm", choices=hypercleaning.BATCHNORM, default="batch")
     study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
     study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
 

@@ -10,11 +10,11 @@ from torch import nn
 import bilevel_lite as bl
 from bilevel_lite import data, models
 from bilevel_lite.params import flatten, predict
-from bilevel_lite.tasks import cleaning_figures, cleaning_run
+from bilevel_lite.tasks import cleaning_figures, cleaning_methods, cleaning_run
 from bilevel_lite.tasks import hypercleaning as hc
 
 
-def toy(model=None, sizes=(60, 30, 20), batchnorm="refresh"):
+def toy(model=None, sizes=(60, 30, 20), batchnorm="batch"):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(120, 1, 4, 4, generator=g), torch.randint(3, (120,), generator=g)
     x += y.view(-1, 1, 1, 1) * torch.randn(3, 1, 4, 4, generator=g)[y]
@@ -106,8 +106,54 @@ def test_frozen_batchnorm_stays_and_an_unknown_kind_is_refused():
     before = task.model[1].running_mean.clone()
     task.refresh(task.theta0 + 1)
     assert torch.equal(task.model[1].running_mean, before)
-    with pytest.raises(ValueError, match="batchnorm: got 'batch', expected 'refresh' or 'frozen'"):
-        toy(normed(), batchnorm="batch")
+    with pytest.raises(ValueError, match="batchnorm: got 'train', expected one of"):
+        toy(normed(), batchnorm="train")
+    soba = cleaning_run.Settings(
+        "toy", "resnet18", "soba", 0, batch_size=20, curvature_batch_size=20
+    )
+    with pytest.raises(ValueError, match="soba has no inner steps of its own .* 'refresh'"):
+        cleaning_methods.build(soba, toy(normed()))
+
+
+def test_inner_steps_use_batch_statistics_and_the_hypergradient_those_at_theta():
+    """One outer iteration by hand, with torch's own training and evaluation modes."""
+    values = {"batch_size": 20, "curvature_batch_size": 20, "inner_steps": 2, "outer_lr": 1.0}
+    s = cleaning_run.Settings("toy", "resnet18", "aid-identity", 0, **values)
+    task = toy(normed())
+    method = cleaning_methods.build(s, task)
+    method.step()
+
+    model, (x, y), lam = normed(), task.train, torch.full((60,), 0.5, requires_grad=True)
+    generator = torch.Generator().manual_seed(1_000_003)  # the inner batches'
+    batches = data.Batches(x, y, 20, generator)
+    model.train()
+    buffers = [torch.zeros_like(p) for p in model.parameters()]
+
+    def weighted(index):
+        l2 = sum((p * p).sum() for p in model.parameters())
+        ce = F.cross_entropy(model(x[index]), y[index], reduction="none")
+        return (lam[index] * ce).mean() + 1e-3 * l2
+
+    for _ in range(2):
+        grads = torch.autograd.grad(weighted(batches.draw()[2]), list(model.parameters()))
+        with torch.no_grad():
+            for p, g, m in zip(model.parameters(), grads, buffers, strict=True):
+                m.mul_(s.inner_momentum).add_(g)
+                p.sub_(s.inner_lr * m)
+    torch.testing.assert_close(method.theta, flatten(model))
+    model[1].momentum = 1.0
+    with torch.no_grad():
+        model(x)  # the statistics of all 60 examples (256 at most)
+    model.eval()
+    outer = F.cross_entropy(model(task.validation[0]), task.validation[1])
+    v = [s.step * g for g in torch.autograd.grad(outer, list(model.parameters()))]
+    grads = torch.autograd.grad(
+        weighted(torch.arange(60)), list(model.parameters()), create_graph=True
+    )
+    product = sum((g * u).sum() for g, u in zip(grads, v, strict=True))
+    (jv,) = torch.autograd.grad(product, lam)
+    torch.testing.assert_close(method.lam, (0.5 + jv).clamp(0, 1))
+    assert not task.model.training
 
 
 def test_a_model_with_batchnorm_is_cleaned_and_resumed_bit_equal(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,9 @@ class Method:
     # Roles that may have batches of their own; further step sizes, as the user knows them.
     roles: tuple[str, ...] = ("inner", "outer")
     step_sizes: dict[str, str] = {}
+    # Around the inner steps of methods that descend on g alone: a place for what shall hold there
+    # only, such as BatchNorm in training mode.
+    descending: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
 
     def __init__(
         self,
@@ -215,9 +219,10 @@ class Method:
 
     def _inner_steps(self, steps: int) -> Tensor:
         """Descend on g, a batch a step; the loss before the last step."""
-        for _ in range(steps):
-            loss, grad = self._inner_gradient(self._draw("inner"))
-            self._move_theta(grad)
+        with self.descending():
+            for _ in range(steps):
+                loss, grad = self._inner_gradient(self._draw("inner"))
+                self._move_theta(grad)
         return loss
 
     # -- what users call

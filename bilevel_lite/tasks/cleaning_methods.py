@@ -188,4 +188,12 @@ def build(s: Any, task: hc.Hypercleaning) -> Method:
         {"outer_lr": s.outer_lr, "projection": hc.project},
         fixed,
     )
-    return METHODS[s.method](parts)
+    method = METHODS[s.method](parts)
+    if task.uses_batches:
+        if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1):
+            raise ValueError(
+                f"batchnorm: {s.method} has no inner steps of its own that could use a batch's "
+                "statistics; expected 'refresh' or 'frozen'"
+            )
+        method.descending = lambda: task.descending(method.theta)
+    return method

@@ -45,7 +45,10 @@ OPTIONS = {
     "noise_kind": (str, "what a redrawn label becomes: uniform (any class) or pair (the next one)"),
     "l2": (float, "coefficient of ||theta||^2 in the inner loss"),
     "stem": (str, "first layers of resnet18: cifar or imagenet"),
-    "batchnorm": (str, "its statistics: refresh (at each outer iteration) or frozen (at theta0)"),
+    "batchnorm": (
+        str,
+        "its statistics: batch (in inner steps), refresh (at each outer iteration) or frozen",
+    ),
     "evaluate_every": (int, "outer iterations between evaluations and checkpoints"),
     "baselines": (int, "also train the baselines and retrain with the weights; 0 does not"),
     "budget": (float, "stop after so many gradients (of one inner batch), 0 is no such limit"),
@@ -81,7 +84,7 @@ class Settings:
     noise_kind: str = "uniform"
     l2: float = 1e-5
     stem: str = "cifar"
-    batchnorm: str = "refresh"
+    batchnorm: str = "batch"
     evaluate_every: int = 10
     budget: float = 0.0
     baselines: int = 1

@@ -140,7 +140,7 @@ def run(
     search_steps: int = 250,
     outer_steps: int = 1000,
     stem: str = "cifar",
-    batchnorm: str = "refresh",
+    batchnorm: str = "batch",
     storage: str | None = None,
     device: str | None = None,
 ) -> dict:
@@ -157,7 +157,7 @@ def run(
         search_steps: Outer iterations of a trial.
         outer_steps: Outer iterations of a final run.
         stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
-        batchnorm: ``"refresh"`` or ``"frozen"``.
+        batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
 

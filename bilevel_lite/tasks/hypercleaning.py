@@ -6,6 +6,7 @@
 A share of the training labels is redrawn at random; nobody says which.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ SIZES = {
 }
 
 
+BATCHNORM = ("batch", "refresh", "frozen")
+
+
 @dataclass
 class Hypercleaning:
     """A hypercleaning task, on one device.
@@ -50,8 +54,9 @@ class Hypercleaning:
         image_shape: (height, width) of a grey input, (3, height, width) of a coloured one.
         l2: Coefficient of ||theta||^2.
         source: What is to be said beside numbers made from this dataset; empty for the original.
-        batchnorm: ``"refresh"``: its statistics follow theta, by `refresh` before each outer
-            iteration; ``"frozen"``: they stay as they were at theta0.
+        batchnorm: ``"batch"``: inner steps use each batch's own statistics, all else those that
+            `refresh` takes at theta; ``"refresh"``: the inner steps do so too; ``"frozen"``: the
+            statistics stay as they were at theta0.
     """
 
     problem: BilevelProblem
@@ -69,12 +74,30 @@ class Hypercleaning:
     image_shape: tuple[int, ...]
     l2: float
     source: str = ""
-    batchnorm: str = "refresh"
+    batchnorm: str = "batch"
 
     def refresh(self, theta: Tensor) -> None:
         """Bring BatchNorm's statistics up to date with theta, unless they are to stay frozen."""
-        if self.batchnorm == "refresh":
+        if self.batchnorm != "frozen":
             refresh_batchnorm(self.model, theta, self.train[0])
+
+    @property
+    def uses_batches(self) -> bool:
+        """Whether inner steps use a batch's own statistics."""
+        return self.batchnorm == "batch" and bool(batchnorms(self.model))
+
+    @contextmanager
+    def descending(self, theta: Tensor):
+        """Around inner steps: the model in the mode that they need, then statistics at theta."""
+        if not self.uses_batches:
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+            self.refresh(theta)
 
 
 def build(
@@ -86,7 +109,7 @@ def build(
     device: torch.device | str = "cpu",
     sizes: tuple[int, int, int] | None = None,
     transition: Tensor | None = None,
-    batchnorm: str = "refresh",
+    batchnorm: str = "batch",
 ) -> Hypercleaning:
     """Split a dataset, redraw labels, and write down the two losses.
 
@@ -101,7 +124,7 @@ def build(
         sizes: (train, validation, tuning); by default `SIZES` of the dataset.
         transition: What a redrawn label becomes (`bilevel_lite.data.corrupt_labels`); by default
             any class, with the same probability.
-        batchnorm: ``"refresh"`` or ``"frozen"``, see `Hypercleaning`.
+        batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``, see `Hypercleaning`.
 
     Returns:
         `Hypercleaning`.
@@ -110,8 +133,8 @@ def build(
         ValueError: if the sizes do not fit, noise or l2 is out of range, or ``batchnorm`` is
             unknown.
     """
-    if batchnorm not in ("refresh", "frozen"):
-        raise ValueError(f"batchnorm: got {batchnorm!r}, expected 'refresh' or 'frozen'")
+    if batchnorm not in BATCHNORM:
+        raise ValueError(f"batchnorm: got {batchnorm!r}, expected one of {BATCHNORM}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     parts = data.split(len(dataset.y), sizes or SIZES[dataset.name], generator)
     (x, y), validation, tuning = [
@@ -148,12 +171,17 @@ def project(lam: Tensor) -> Tensor:
     return lam.clamp(0, 1)
 
 
+def batchnorms(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers of a model."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @torch.no_grad()
 def refresh_batchnorm(model: nn.Module, theta: Tensor, x: Tensor, examples: int = 256) -> None:
     """Set the running statistics of every BatchNorm layer to those of some examples at theta.
 
-    The statistics are then constants of the inner problem: an example's loss depends on that
-    example and theta alone, as the hypergradient and every curvature here suppose.
+    The statistics are then constants: an example's loss depends on that example and theta alone, as
+    the hypergradient and every curvature here suppose.
 
     Args:
         model: The model; without BatchNorm nothing happens. Left in evaluation mode.
@@ -163,7 +191,7 @@ def refresh_batchnorm(model: nn.Module, theta: Tensor, x: Tensor, examples: int 
 
     Cost: a forward pass on them.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batchnorms(model)
     if not norms:
         return
     before = [norm.momentum for norm in norms]
@@ -348,6 +376,7 @@ def train_minibatch(
     best, best_loss, every = task.theta0.clone(), float("inf"), max(1, steps // looks)
     for step in range(1, steps + 1):
         optimizer.zero_grad()
+        task.model.train(task.uses_batches)
         risk(lam, theta, batches.draw()).backward()
         optimizer.step()
         if step % every == 0:
@@ -355,5 +384,6 @@ def train_minibatch(
             loss = evaluate(task.model, theta, task.tuning)["loss"]
             if loss < best_loss:
                 best, best_loss = theta.detach().clone(), loss
+    task.model.eval()
     task.refresh(best)
     return best
