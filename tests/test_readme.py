@@ -7,7 +7,9 @@ import form
 import pytest
 
 from bilevel_lite import experiment
+from bilevel_lite.tasks.cleaning_comparison import SPACES
 from bilevel_lite.tasks.cleaning_run import BASELINES
+from bilevel_lite.tasks.cleaning_search import mean_test_loss
 
 README = (form.ROOT / "README.md").read_text("utf-8")
 
@@ -35,6 +37,33 @@ def test_the_numbers_are_the_stored_ones():
     assert f"AUC of {mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f})" in README
     seconds = [run["provenance"]["seconds"] for run in runs]
     assert f"{min(seconds):.0f} to {max(seconds):.0f} s of training" in README
+
+
+def method_rows() -> list[str]:
+    """The table of the comparison of all methods, best test loss first."""
+    runs = experiment.stored("hyperclean_mnist_methods")["runs"]
+    rows = sorted((row for run in runs for row in run["results"]), key=mean_test_loss)
+    lines = []
+    for row in rows:
+        best = [run["best"] for run in row["runs"]]
+        accuracies = [100 * b["test_accuracy"] for b in best]
+        losses = [b["test_loss"] for b in best]
+        lines.append(
+            f"| `{row['method']}` | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
+            f"| {mean(accuracies):.1f} % ({min(accuracies):.1f} to {max(accuracies):.1f}) "
+            f"| {mean(b['auc'] for b in best):.3f} | {mean(b['seconds'] for b in best):.0f} "
+            f"| {mean(b['gradients'] for b in best):,.0f} |"
+        )
+    return lines
+
+
+def test_the_comparison_of_all_methods_is_the_stored_one():
+    rows = method_rows()
+    assert len(rows) == len(SPACES) == len({row.split("|")[1] for row in rows})
+    figures = (form.ROOT / "figures" / "README.md").read_text("utf-8")
+    at = [figures.find(row) for row in rows]
+    assert min(at) >= 0, f"figures/README.md lacks: {rows[at.index(min(at))]}"
+    assert at == sorted(at)
 
 
 # README's name of a row -> the benchmark's row, and that of the curvlinops composition
