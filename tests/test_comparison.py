@@ -164,6 +164,7 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
         assert row["settings"] == by_name[row["method"]].settings
         assert [run["history"][-1]["iteration"] for run in row["runs"]] == [8, 8]
         assert len(row["trials"]) == 2
+        assert ["surest" in run for run in row["runs"]] == [study == "noise", False]
         rated = row["settings"].get("noise", 0.5) > 0
         assert all(("precision" in run["best"]) == rated for run in row["runs"])
         stored = json.loads((tmp_path / "run" / f"{row['method']}-0" / "config.json").read_text())

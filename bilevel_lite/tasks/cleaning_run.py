@@ -376,7 +376,7 @@ def _result(s: Settings, task: hc.Hypercleaning, folder: RunFolder, state: dict)
     }
 
 
-def pictures(task: hc.Hypercleaning, lam: torch.Tensor, theta: torch.Tensor, count: int = 24):
+def pictures(task: hc.Hypercleaning, lam: torch.Tensor, theta: torch.Tensor, count: int = 12):
     """The images that the weights are surest are mislabelled, as JSON values.
 
     Returns:

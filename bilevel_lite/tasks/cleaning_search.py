@@ -140,7 +140,7 @@ def _row(s, variant, search, final, seeds, trials, storage, path, device) -> dic
     s = replace(s, **row["chosen"])
     for seed in progress(range(seeds), desc=variant.name):
         try:
-            row["runs"].append(_final(replace(s, seed=seed), variant.name, final, path, device))
+            row["runs"].append(_final(replace(s, seed=seed), variant, final, path, device))
         except NotFinite as error:  # a result too
             row["diverged"].append({"seed": seed, "why": str(error)})
     return row
@@ -256,20 +256,21 @@ def _tuning_loss(s: Settings, length: dict[str, float], device: torch.device) ->
 # ------------------------------------------------------------------ the final runs
 
 
-def _final(s: Settings, name: str, length: dict, path: Path, device: torch.device) -> dict:
+def _final(s: Settings, variant: Variant, length: dict, path: Path, device: torch.device) -> dict:
     """One final run, in a folder of its own, where it can be resumed."""
     s = _of_length(s, length, device)
-    with RunFolder(path / f"{name}-{s.seed}", vars(s)) as folder:
+    with RunFolder(path / f"{variant.name}-{s.seed}", vars(s)) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
         else:
             result = cleaning_run.run_job(s, device, folder, _task(_what(s), device))
+    pictured = s.seed == 0 and "noise" in variant.settings
     return {
         "seed": s.seed,
         "best": result["best"],
         "history": _thin(result["history"]),
         "seconds": result["provenance"]["seconds"],
-        **({"surest": result["surest"]} if s.seed == 0 else {}),
+        **({"surest": result["surest"]} if pictured else {}),
     }
 
 
