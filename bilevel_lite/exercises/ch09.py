@@ -253,4 +253,4 @@ def check_tuned(my_aid):
             advice = "Which of the two systems is not followed: the one for theta, or that for v?"
             if last > 1:
                 advice = "That is no better than the start: is a step too long?"
-            raise Wrong(f"The gap after 1000 gradients is {last:.1e}, not below 1e-5. {advice}")
+            raise Wrong(f"The gap after 1000 gradients is {last:.2e}, not below 1e-5. {advice}")
