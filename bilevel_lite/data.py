@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import os
 import struct
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,7 +179,10 @@ def _find(folder: str, name: str, sha256: str, hosts: tuple[str, ...], download:
     local = os.environ.get("BILEVEL_LITE_DATA")
     if local and (Path(local) / folder / name).exists():
         return Path(local) / folder / name
-    import pooch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm's, in notebooks without widgets
+        import pooch
+    pooch.get_logger().setLevel("WARNING")  # the progress bar says enough
 
     cache = Path(os.environ.get("BILEVEL_LITE_CACHE") or pooch.os_cache("bilevel_lite"))
     cached = cache / folder / name

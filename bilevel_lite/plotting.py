@@ -212,7 +212,7 @@ def draw_audit(report):
         ax.set_xticks(range(len(report.rows)), [row.name for row in report.rows], rotation=20)
         ax.set(yscale="log", ylabel="length / length of the truth")
         ax.grid(False, axis="x")
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
     return fig
 
 

@@ -179,7 +179,7 @@ def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 1
         columns: Images in a row.
 
     Returns:
-        The figure; titles of labels that are in fact right are vermilion.
+        The figure; labels that are in fact right are in the colour of clean examples.
     """
     names = classes or [str(c) for c in range(1 + max(surest["given"] + surest["true"]))]
     images = unpack_images(surest)
@@ -194,7 +194,7 @@ def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 1
             axes.flat, images, surest["given"], surest["true"], strict=False
         ):
             ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
-            colour = PALETTE[1] if given == true else "black"
+            colour = COLORS["clean"] if given == true else "black"
             ax.set_title(names[given], fontsize=7, color=colour, pad=2)
     return fig
 
