@@ -227,6 +227,13 @@ def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def compact(value: dict) -> str:
+    """A result as JSON text, a line for each of its top-level entries and for each run."""
+    runs = ",\n".join(json.dumps(run) for run in value["runs"])
+    rest = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items() if k != "runs"]
+    return "{" + ",\n".join([*rest, f'"runs": [\n{runs}\n]']) + "}\n"
+
+
 def provenance(device: torch.device, seed: int, seconds: float) -> dict:
     """Say where a number comes from: command, commit, device, versions, seed, date, time.
 
@@ -339,5 +346,5 @@ def collect(folders: list[str], name: str) -> Path:
         raise RunError(f"the runs are of different kinds: {kinds}")
     target = _REPOSITORY / "figures" / "data" / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(_json(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
+    target.write_text(compact(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
     return target

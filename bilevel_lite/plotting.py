@@ -297,7 +297,8 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         if result.get("kind") not in drawers:
             raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
         fig = drawers[result["kind"]](result)
-        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        with mpl.rc_context(STYLE):  # its salt makes the file's identifiers the same every time
+            fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
         plt.close(fig)
         written.append(folder / f"{name}.svg")
     return written

@@ -24,7 +24,7 @@ def numbers(folder):
     for row in result["results"]:
         for run in row["runs"]:
             del run["seconds"], run["best"]["seconds"]
-            for line in run["history"]:
+            for line in run.get("history", []):
                 del line["seconds"]
     return result
 
@@ -56,8 +56,7 @@ def test_every_method_has_a_space_and_is_tried_equally_often(whole):
         best = next(t for t in row["trials"] if t["tuning_loss"] == min(losses))
         assert row["chosen"] == {k: best[k] for k in row["space"]}
         assert [run["seed"] for run in row["runs"]] == [0, 1]
-        for run in row["runs"]:
-            assert run["history"][-1]["gradients"] <= 120 * 1.3
+        assert row["runs"][0]["history"][-1]["gradients"] <= 120 * 1.3
 
 
 @pytest.mark.parametrize("stop_at", [2, 4])
@@ -162,7 +161,7 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
     by_name = {v.name: v for v in cleaning_studies.variants(study, "digits", "linear")}
     for row in first["results"]:
         assert row["settings"] == by_name[row["method"]].settings
-        assert [run["history"][-1]["iteration"] for run in row["runs"]] == [8, 8]
+        assert row["runs"][0]["history"][-1]["iteration"] == 8
         assert len(row["trials"]) == 2
         assert ["surest" in run for run in row["runs"]] == [study == "noise", False]
         rated = row["settings"].get("noise", 0.5) > 0

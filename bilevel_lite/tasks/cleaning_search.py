@@ -268,7 +268,7 @@ def _final(s: Settings, variant: Variant, length: dict, path: Path, device: torc
     return {
         "seed": s.seed,
         "best": result["best"],
-        "history": _thin(result["history"]),
+        **({"history": _thin(result["history"])} if s.seed == 0 else {}),
         "seconds": result["provenance"]["seconds"],
         **({"surest": result["surest"]} if pictured else {}),
     }
