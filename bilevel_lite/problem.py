@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.params import predict
 
@@ -112,6 +113,26 @@ def _culprit(lam, theta, batch) -> str:
     return "lam, theta and batch are finite, so the loss itself overflowed (a step size too large?)"
 
 
+class _LinearInParameters(TorchFunctionMode):
+    """Within it a linear map of an input without tangent is pushed forward as W' x + c'.
+
+    Torch's forward mode adds W 0: a product with a tangent of zeros as large as the batch, which
+    for the first layer on a whole training set costs three times the rest.
+    """
+
+    maps = (F.linear, F.conv2d)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.maps and len(args) > 2 and not kwargs:
+            x, weight, bias = args[:3]
+            along = [None if t is None else fwad.unpack_dual(t).tangent for t in args[:3]]
+            if along[0] is None and along[1] is not None:
+                plain = [None if t is None else fwad.unpack_dual(t).primal for t in (weight, bias)]
+                out = function(x, *plain, *args[3:])
+                return fwad.make_dual(out, function(x, *along[1:], *args[3:]))
+        return function(*args, **(kwargs or {}))
+
+
 class WeightedRisk:
     r"""A weighted empirical risk with an l2 term; call it like any loss.
 
@@ -194,7 +215,7 @@ class WeightedRisk:
 
         Cost: two forward passes' worth of arithmetic.
         """
-        with torch.no_grad(), fwad.dual_level():
+        with torch.no_grad(), fwad.dual_level(), _LinearInParameters():
             dual = self.outputs(fwad.make_dual(theta.detach(), v.detach()), batch)
             outputs, along = fwad.unpack_dual(dual)
             if along is None:

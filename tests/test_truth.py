@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import linsolve, products
@@ -487,3 +488,29 @@ def test_solvers_on_the_ggn_solve_with_the_dense_ggn(loss):
     with pytest.raises(TypeError, match="give a bilevel_lite.WeightedRisk"):
         plain = bl.BilevelProblem(lambda lam, t, b: risk(lam, t, b), risk)
         bl.CG(2, curvature="ggn").solve(plain, lam, theta, batch, b)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "first layer"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_slopes_are_the_gradients_along_v_whatever_is_trained(kind, frozen):
+    """Linear maps of plain inputs are pushed forward in a way of their own; so are frozen parts."""
+    g = torch.Generator().manual_seed(0)
+    first = nn.Linear(9, 4) if kind == "linear" else nn.Conv2d(1, 4, 2, stride=2, padding=1)
+    tail = [] if kind == "linear" else [nn.Flatten()]
+    model = nn.Sequential(first, nn.Tanh(), *tail, nn.LazyLinear(3, bias=False)).double()
+    x = torch.randn(5, *((9,) if kind == "linear" else (1, 3, 3)), generator=g)
+    y = torch.tensor([0, 2, 1, 1, 0])
+    model(x)
+    for name, parameter in list(first.named_parameters()):
+        if frozen in (name, "first layer"):
+            fixed = parameter.detach().clone()
+            delattr(first, name)
+            first.register_buffer(name, fixed)  # no part of theta
+    risk, theta = bl.WeightedRisk(model), bl.flatten(model)
+    v = torch.randn(len(theta), generator=g)
+    slopes = risk.slopes(theta, (x, y), v)
+    for i in range(5):
+        at = theta.clone().requires_grad_()
+        loss = risk.losses(at, (x[i : i + 1], y[i : i + 1]))[0]
+        (grad,) = torch.autograd.grad(loss, at)
+        assert abs(float(slopes[i] - grad @ v)) < 1e-12
