@@ -55,7 +55,6 @@ def test_the_surest_are_the_lowest_weights_and_among_them_the_highest_losses():
 
 def test_pictures_are_the_images_with_both_labels():
     task = toy()
-    task.index = task.index  # positions in the dataset
     got = cleaning_run.pictures(task, task.lam0, task.theta0, count=5)
     at = hc.surest(task, task.lam0, task.theta0, 5)
     assert got["given"] == task.train[1][at].tolist() and got["true"] == task.y_clean[at].tolist()
@@ -63,9 +62,12 @@ def test_pictures_are_the_images_with_both_labels():
     x = task.train[0][at].squeeze(1)
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     assert float((images / 255 - (x - low) / (high - low)).abs().max()) <= 0.5 / 255 + 1e-12
-    colour = {**got, "shape": [3, 2, 2], "pixels": got["pixels"]}
-    colour = {**colour, "pixels": cleaning_run.pictures(toy(), task.lam0, task.theta0, 3)["pixels"]}
-    assert cleaning_figures.unpack_images(colour).shape == (4, 2, 2, 3)  # 48 bytes, channels last
+    # 48 bytes read as coloured images of 2 x 2: 12 bytes each, channels first
+    three = cleaning_run.pictures(task, task.lam0, task.theta0, count=3)["pixels"]
+    coloured = cleaning_figures.unpack_images({"shape": [3, 2, 2], "pixels": three})
+    flat = cleaning_figures.unpack_images({"shape": [12], "pixels": three})
+    assert coloured.shape == (4, 2, 2, 3)
+    assert coloured[0, 1, 0].tolist() == [flat[0, 2], flat[0, 6], flat[0, 10]]
 
 
 def test_positions_in_the_dataset_lead_back_to_the_images():
