@@ -185,6 +185,16 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
     plotting.plt.close(fig)
 
 
+def test_a_trial_is_the_final_run_judged_by_its_lowest_tuning_loss(tmp_path):
+    """Of the same length and seed the two must agree to the last digit."""
+    words = ["study", "solvers", *SHORT, "--search-steps", "8", "--only", "kfac", "cg-3"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    for row in numbers(tmp_path / "run")["results"]:
+        lowest = min(trial["tuning_loss"] for trial in row["trials"])
+        history = [look["tuning_loss"] for look in row["runs"][0]["history"]]
+        assert row["runs"][0]["best"]["tuning_loss"] == lowest < max(history)
+
+
 def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
     run_job = cleaning_search.cleaning_run.run_job
 
