@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "pair_flips",
     "split",
+    "standardise",
 ]
 
 

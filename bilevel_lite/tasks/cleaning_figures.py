@@ -171,7 +171,7 @@ DRAW_STUDY = {
 
 
 def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 12):
-    """Draw the images that learned weights are surest are mislabelled, with both labels.
+    """Draw the images that learned weights are surest are mislabelled, each under its given label.
 
     Args:
         surest: As in a result: ``shape, given, true, pixels``.
