@@ -25,7 +25,8 @@ from bilevel_lite.tasks.cleaning_run import DEFAULTS, Settings
 
 __all__ = ["Variant", "run", "table"]
 
-LOOKS = 50  # evaluations in a run, whatever an iteration costs
+LOOKS = 50  # evaluations in a final run, whatever an iteration costs
+TRIAL_LOOKS = 20  # and in a trial
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ def _row(s, variant, search, final, seeds, trials, storage, path, device) -> dic
     return row
 
 
-def _of_length(s: Settings, length: dict[str, float], device: torch.device) -> Settings:
-    """Set the length, and `LOOKS` evaluations on the way."""
+def _of_length(s: Settings, length: dict[str, float], looks: int, device) -> Settings:
+    """Set the length, and the number of evaluations on the way."""
     if "outer_steps" in length:
         steps = int(length["outer_steps"])
-        return replace(s, outer_steps=steps, evaluate_every=max(1, steps // LOOKS))
+        return replace(s, outer_steps=steps, evaluate_every=max(1, steps // looks))
     budget = length["budget"]
     method = cleaning_methods.build(s, _task(_what(s), device))
     method.step()  # the first may cost more (tables are filled) or less (v is zero)
@@ -158,7 +159,7 @@ def _of_length(s: Settings, length: dict[str, float], device: torch.device) -> S
     for _ in range(3):
         method.step()
     cost = (method.gradients - start) / 3
-    every = max(1, round(budget / LOOKS / cost))
+    every = max(1, round(budget / looks / cost))
     return replace(s, budget=budget, outer_steps=math.ceil(budget / cost), evaluate_every=every)
 
 
@@ -239,7 +240,7 @@ def _tuning_loss(s: Settings, length: dict[str, float], device: torch.device) ->
     best = math.inf
     try:
         with cleaning_run.no_memory(s):
-            s = _of_length(s, length, device)
+            s = _of_length(s, length, TRIAL_LOOKS, device)
             method = cleaning_methods.build(s, task)
             while method.iteration < s.outer_steps and not 0 < s.budget <= method.gradients:
                 task.refresh(method.theta)
@@ -258,7 +259,7 @@ def _tuning_loss(s: Settings, length: dict[str, float], device: torch.device) ->
 
 def _final(s: Settings, variant: Variant, length: dict, path: Path, device: torch.device) -> dict:
     """One final run, in a folder of its own, where it can be resumed."""
-    s = _of_length(s, length, device)
+    s = _of_length(s, length, LOOKS, device)
     with RunFolder(path / f"{variant.name}-{s.seed}", vars(s)) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
