@@ -271,6 +271,8 @@ def _final(s: Settings, variant: Variant, length: dict, path: Path, device: torc
         "best": result["best"],
         **({"history": _thin(result["history"])} if s.seed == 0 else {}),
         "seconds": result["provenance"]["seconds"],
+        # share of the looks at which CG stopped on a direction of negative curvature
+        "negative_curvature": mean(row["negative_curvature"] for row in result["history"]),
         **({"surest": result["surest"]} if pictured else {}),
     }
 
