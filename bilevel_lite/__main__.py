@@ -67,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--trials", type=int, default=16, help="points tried for each variant")
     study.add_argument("--search-steps", type=int, default=400, help="outer iterations of a trial")
     study.add_argument("--outer-steps", type=int, default=1000, help="of a final run")
+    study.add_argument("--looks", type=int, default=50, help="evaluations in a final run")
+    study.add_argument(
+        "--at",
+        nargs="+",
+        metavar="SETTING=VALUE",
+        help="no search: all variants with these step sizes and numbers, say inner_lr=0.02",
+    )
     study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
     study.add_argument("--batchnorm", choices=hypercleaning.BATCHNORM, default="batch")
     study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
@@ -109,6 +116,18 @@ def _hyperclean(options: dict) -> None:
         cleaning_run.run(method=methods[0], **options)
 
 
+def _settings(words: list[str] | None) -> dict[str, float] | None:
+    """Read SETTING=VALUE words."""
+    out = {}
+    for word in words or []:
+        name, _, value = word.partition("=")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            raise ValueError(f"at: got {word!r}, expected SETTING=NUMBER") from None
+    return out or None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
     options = vars(parser().parse_args(arguments))
@@ -117,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "hyperclean":
             _hyperclean(options)
         elif command == "study":
+            options["at"] = _settings(options["at"])
             cleaning_studies.run(**options)
         elif command == "bench":
             device = pick_device(options["device"])

@@ -195,6 +195,25 @@ def test_a_trial_is_the_final_run_judged_by_its_lowest_tuning_loss(tmp_path):
         assert row["runs"][0]["best"]["tuning_loss"] == lowest < max(history)
 
 
+def test_a_study_without_a_search_runs_at_the_given_values(tmp_path):
+    words = ["study", "solvers", *SHORT, "--only", "identity", "cg-3", "--seeds", "1"]
+    words += ["--looks", "2", "--at", "inner_lr=0.25", "outer_lr=30", "damping=0.5"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    identity, cg = numbers(tmp_path / "run")["results"]
+    for row in (identity, cg):
+        assert row["trials"] == [] and row["chosen"] == {}
+        assert [look["iteration"] for look in row["runs"][0]["history"]] == [4, 8]
+        assert (row["settings"]["inner_lr"], row["settings"]["outer_lr"]) == (0.25, 30)
+    assert cg["settings"]["damping"] == 0.5 and "damping" not in identity["settings"]
+    stored = json.loads((tmp_path / "run" / "cg-3-0" / "config.json").read_text())
+    assert (stored["inner_lr"], stored["outer_lr"], stored["damping"]) == (0.25, 30, 0.5)
+    fig = cleaning_figures.draw_study(
+        {"runs": [json.loads((tmp_path / "run/result.json").read_text())]}
+    )
+    assert fig.get_suptitle().endswith("8 outer iterations, 1 seed, one setting, no search")
+    plotting.plt.close(fig)
+
+
 def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
     run_job = cleaning_search.cleaning_run.run_job
 
@@ -219,6 +238,9 @@ def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkey
         (["noise", "--outer-steps", "0"], "outer_steps: got 0, expected a positive number"),
         (["noise", "--search-steps", "0"], "search_outer_steps: got 0, expected a positive"),
         (["batch", "--seeds", "0"], "seeds: got 0, expected at least 1"),
+        (["noise", "--at", "inner_lr"], "at: got 'inner_lr', expected SETTING=NUMBER"),
+        (["noise", "--at", "lr=1"], "at: got ['lr'], expected some of ['damping', 'inner_lr',"),
+        (["ema", "--at", "inner_lr=1"], "damping0.001-b64 also needs ['outer_lr']"),
     ],
 )
 def test_bad_input_of_a_study(tmp_path, words, message, capsys):

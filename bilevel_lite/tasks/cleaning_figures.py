@@ -28,8 +28,11 @@ def draw_study(result: dict):
         fig = DRAW_STUDY[first["study"]](rows)
         source = first["source"] or first["dataset"]
         steps, seeds = int(first["final"]["outer_steps"]), first["seeds"]
+        searched = any(row["trials"] for row in rows)
         fig.suptitle(
-            f"{source}, {first['model']} model, {steps} outer iterations, {seeds} seeds", fontsize=9
+            f"{source}, {first['model']} model, {steps} outer iterations, {seeds} "
+            f"seed{'s' if seeds > 1 else ''}{'' if searched else ', one setting, no search'}",
+            fontsize=9,
         )
     return fig
 

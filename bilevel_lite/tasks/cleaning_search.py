@@ -25,8 +25,7 @@ from bilevel_lite.tasks.cleaning_run import DEFAULTS, Settings
 
 __all__ = ["Variant", "run", "table"]
 
-LOOKS = 50  # evaluations in a final run, whatever an iteration costs
-TRIAL_LOOKS = 20  # and in a trial
+TRIAL_LOOKS = 20  # evaluations in a trial, whatever an iteration costs
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ def run(
     trials: int = 8,
     storage: str | None = None,
     device: str | None = None,
+    looks: int = 50,
 ) -> dict:
     """Search for each variant, then run its best settings for every seed.
 
@@ -70,6 +70,7 @@ def run(
         trials: Points tried for each, on seed 0.
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
+        looks: Evaluations in a final run.
 
     Returns:
         The result, also written to ``result.json``.
@@ -79,7 +80,7 @@ def run(
         RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
         DataError: if the dataset cannot be had.
     """
-    for name, value in (("seeds", seeds), ("trials", trials)):
+    for name, value in (("seeds", seeds), ("trials", trials), ("looks", looks)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     for prefix, length in (("search_", search), ("", final)):
@@ -97,6 +98,7 @@ def run(
     place = pick_device(device)
     config = {
         **config, "seeds": seeds, "trials": trials, "search": search, "final": final, "base": base,
+        "looks": looks,
         "variants": [{"name": v.name, "settings": v.settings} for v in variants],
     }  # fmt: skip
     timer = Clock(device=place)
@@ -113,7 +115,9 @@ def run(
             if variant.name in done:
                 continue
             with timer:
-                row = _row(s, variant, search, final, seeds, trials, storage, folder.path, place)
+                row = _row(
+                    s, variant, search, final, seeds, trials, storage, folder.path, place, looks
+                )
             folder.log(row)
             folder.checkpoint({"seconds": timer.seconds})
             print(table([row]).splitlines()[-1], flush=True)
@@ -126,7 +130,7 @@ def run(
     return result
 
 
-def _row(s, variant, search, final, seeds, trials, storage, path, device) -> dict:
+def _row(s, variant, search, final, seeds, trials, storage, path, device, looks) -> dict:
     """Search and final runs of one variant."""
     row = {
         "method": variant.name, "settings": variant.settings, "space": variant.space, "trials": [],
@@ -141,7 +145,7 @@ def _row(s, variant, search, final, seeds, trials, storage, path, device) -> dic
     s = replace(s, **row["chosen"])
     for seed in progress(range(seeds), desc=variant.name):
         try:
-            row["runs"].append(_final(replace(s, seed=seed), variant, final, path, device))
+            row["runs"].append(_final(replace(s, seed=seed), variant, final, looks, path, device))
         except NotFinite as error:  # a result too
             row["diverged"].append({"seed": seed, "why": str(error)})
     return row
@@ -257,9 +261,9 @@ def _tuning_loss(s: Settings, length: dict[str, float], device: torch.device) ->
 # ------------------------------------------------------------------ the final runs
 
 
-def _final(s: Settings, variant: Variant, length: dict, path: Path, device: torch.device) -> dict:
+def _final(s: Settings, variant: Variant, length: dict, looks: int, path: Path, device) -> dict:
     """One final run, in a folder of its own, where it can be resumed."""
-    s = _of_length(s, length, LOOKS, device)
+    s = _of_length(s, length, looks, device)
     with RunFolder(path / f"{variant.name}-{s.seed}", vars(s)) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()

@@ -129,6 +129,14 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
 
 
+def _fixed(variant: Variant, at: dict[str, float]) -> Variant:
+    """The variant at these values, without a search."""
+    if missing := sorted(set(variant.space) - set(at)):
+        raise ValueError(f"at: {variant.name} also needs {missing}")
+    values = {name: at[name] for name in variant.space}
+    return replace(variant, settings={**variant.settings, **values}, space={})
+
+
 def run(
     study: str,
     dataset: str,
@@ -139,10 +147,12 @@ def run(
     trials: int = 16,
     search_steps: int = 400,
     outer_steps: int = 1000,
+    at: dict[str, float] | None = None,
     stem: str = "cifar",
     batchnorm: str = "batch",
     storage: str | None = None,
     device: str | None = None,
+    looks: int = 50,
 ) -> dict:
     """Run or resume a study.
 
@@ -156,10 +166,12 @@ def run(
         trials: Points tried for each variant, on seed 0.
         search_steps: Outer iterations of a trial.
         outer_steps: Outer iterations of a final run.
+        at: Instead of a search: values of what it would search for, where a variant has it.
         stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
         batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
+        looks: Evaluations in a final run; fewer where they cost much beside its iterations.
 
     Returns:
         The result, also written to ``result.json``.
@@ -176,6 +188,11 @@ def run(
         raise ValueError(f"only: {study} has no {unknown}; expected some of {known}")
     chosen = [variant for variant in chosen if not only or variant.name in only]
     base = {**MINIBATCHES[dataset], "stem": stem, "batchnorm": batchnorm}
+    if at is not None:
+        searched_for = {name for variant in chosen for name in variant.space}
+        if unknown := sorted(set(at) - searched_for):
+            raise ValueError(f"at: got {unknown}, expected some of {sorted(searched_for)}")
+        chosen = [_fixed(variant, at) for variant in chosen]
     return cleaning_search.run(
         {"kind": "hyperclean_study", "study": study, "dataset": dataset, "model": model},
         base,
@@ -187,4 +204,5 @@ def run(
         trials,
         storage,
         device,
+        looks,
     )
