@@ -39,9 +39,17 @@ def test_the_numbers_are_the_stored_ones():
     assert f"{min(seconds):.0f} to {max(seconds):.0f} s of training" in README
 
 
-def method_rows() -> list[str]:
-    """The table of the comparison of all methods, best test loss first."""
-    runs = experiment.stored("hyperclean_mnist_methods")["runs"]
+# results of a search, each with a table in figures/README.md
+TABLES = [
+    path.stem
+    for path in sorted((form.ROOT / "figures" / "data").glob("hyperclean_*.json"))
+    if "results" in experiment.stored(path.stem)["runs"][0]
+]
+
+
+def method_rows(name: str) -> list[str]:
+    """The table of a comparison or a study, best test loss first."""
+    runs = experiment.stored(name)["runs"]
     rows = sorted((row for run in runs for row in run["results"]), key=mean_test_loss)
     lines = []
     for row in rows:
@@ -57,13 +65,17 @@ def method_rows() -> list[str]:
     return lines
 
 
-def test_the_comparison_of_all_methods_is_the_stored_one():
-    rows = method_rows()
-    assert len(rows) == len(SPACES) == len({row.split("|")[1] for row in rows})
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_studies_are_the_stored_ones(name):
+    rows = method_rows(name)
+    assert len(rows) == len({row.split("|")[1] for row in rows})
     figures = (form.ROOT / "figures" / "README.md").read_text("utf-8")
-    at = [figures.find(row) for row in rows]
+    table = figures.partition(f"name=\"{name}\"")[2]
+    at = [table.find(row) for row in rows]
     assert min(at) >= 0, f"figures/README.md lacks: {rows[at.index(min(at))]}"
     assert at == sorted(at)
+    if name == "hyperclean_mnist_methods":
+        assert len(rows) == len(SPACES)
 
 
 # README's name of a row -> the benchmark's row, and that of the curvlinops composition

@@ -41,9 +41,9 @@ def _bests(row: dict, key: str) -> list[float]:
     return [run["best"][key] for run in row["runs"]]
 
 
-def _pace(row: dict) -> float:
-    """Seconds per outer iteration, mean over the seeds."""
-    return mean(run["best"]["seconds"] / run["best"]["iteration"] for run in row["runs"])
+def _pace(row: dict, key: str = "seconds") -> float:
+    """Seconds, or gradients, per outer iteration: mean over the seeds."""
+    return mean(run["best"][key] / run["best"]["iteration"] for run in row["runs"])
 
 
 def _point(ax, x: float, values: list[float], **style) -> None:
@@ -59,14 +59,29 @@ def _colour(name: str) -> str:
 
 
 def _draw_solvers(rows):
-    fig, ax = plt.subplots(figsize=(7.0, 4.2))
-    for row in rows:
-        x, losses = _pace(row), _bests(row, "test_loss")
-        _point(ax, x, losses, color=_colour(row["method"]))
-        ax.annotate(
-            row["method"], (x, mean(losses)), xytext=(5, 4), textcoords="offset points", fontsize=7
-        )
-    ax.set(xscale="log", xlabel="seconds per outer iteration", ylabel="test loss")
+    fig, axes = plt.subplots(1, 2, figsize=(9.0, 4.0), sharey=True)
+    rows = sorted(rows, key=lambda row: mean(_bests(row, "test_loss")))
+    losses = [mean(_bests(row, "test_loss")) for row in rows]
+    for ax, key in zip(axes, ("gradients", "seconds"), strict=True):
+        paces = [_pace(row, key) for row in rows]
+        for i, (row, x, y) in enumerate(zip(rows, paces, losses, strict=True)):
+            _point(ax, x, _bests(row, "test_loss"), color=_colour(row["method"]))
+            # a name goes above those of the points just below it
+            crowd = sum(
+                abs(np.log(x / paces[j])) < 0.12 * np.log(max(paces) / min(paces))
+                and y - losses[j] < 0.05 * (losses[-1] - losses[0])
+                for j in range(i)
+            )
+            ax.annotate(
+                row["method"], (x, y), xytext=(4, 3 + 8 * crowd), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
+        ax.set(xscale="log", xlabel=f"{key} per outer iteration")
+        ax.margins(x=0.12)
+        for which in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            which(lambda value, _: f"{value:.2g}")
+        ax.tick_params(axis="x", which="both", labelsize=7)
+    axes[0].set_ylabel("test loss")
     return fig
 
 
