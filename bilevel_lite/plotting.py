@@ -105,11 +105,13 @@ def draw_hyperclean(result: dict):
                 ax.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{name} data")
             ax.set_xlabel(label)
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(mpl.ticker.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5]))
+            ax.yaxis.set_major_locator(
+                mpl.ticker.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.2, 1.5, 2])
+            )
             ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
             ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
         axes[0].set_ylabel("test loss")
-        axes[0].legend(loc="upper right")
+        axes[0].legend(loc="best")
         edges = first["weights"]["edges"]
         for name in ("clean", "corrupted"):
             counts = first["weights"][name]
@@ -118,7 +120,8 @@ def draw_hyperclean(result: dict):
         axes[2].legend(title="label is", loc="upper center")
         settings = first["settings"]
         fig.suptitle(
-            f"Hypercleaning {settings['dataset']}, {settings['model']} model, {settings['method']}",
+            f"Hypercleaning {first.get('source') or settings['dataset']}, "
+            f"{settings['model']} model, {settings['method']}",
             fontsize=10,
         )
     return fig

@@ -70,7 +70,7 @@ def test_the_tables_of_the_studies_are_the_stored_ones(name):
     rows = method_rows(name)
     assert len(rows) == len({row.split("|")[1] for row in rows})
     figures = (form.ROOT / "figures" / "README.md").read_text("utf-8")
-    table = figures.partition(f"name=\"{name}\"")[2]
+    table = figures.partition(f'name="{name}"')[2]
     at = [table.find(row) for row in rows]
     assert min(at) >= 0, f"figures/README.md lacks: {rows[at.index(min(at))]}"
     assert at == sorted(at)
