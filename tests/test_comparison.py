@@ -214,6 +214,16 @@ def test_a_study_without_a_search_runs_at_the_given_values(tmp_path):
     plotting.plt.close(fig)
 
 
+def test_a_study_keeps_how_often_cg_met_negative_curvature(tmp_path):
+    words = ["study", "solvers", *SHORT, "--model", "mlp", "--only", "cg-10", "--seeds", "1"]
+    words += ["--at", "inner_lr=0.05", "outer_lr=10", "damping=0.001"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    ((run,),) = [row["runs"] for row in numbers(tmp_path / "run")["results"]]
+    log = (tmp_path / "run" / "cg-10-0" / "log.jsonl").read_text().splitlines()
+    met = [json.loads(line)["negative_curvature"] for line in log]
+    assert len(met) == 8 and run["negative_curvature"] == sum(met) / 8 > 0
+
+
 def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
     run_job = cleaning_search.cleaning_run.run_job
 
