@@ -74,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SETTING=VALUE",
         help="no search: all variants with these step sizes and numbers, say inner_lr=0.02",
     )
+    study.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="ROLE=SIZE",
+        help="other batch sizes than the dataset's, say outer_batch_size=1024; the roles: "
+        + ", ".join(cleaning_comparison.ROLES),
+    )
     study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
     study.add_argument("--batchnorm", choices=hypercleaning.BATCHNORM, default="batch")
     study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
@@ -116,15 +123,15 @@ def _hyperclean(options: dict) -> None:
         cleaning_run.run(method=methods[0], **options)
 
 
-def _settings(words: list[str] | None) -> dict[str, float] | None:
-    """Read SETTING=VALUE words."""
+def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
+    """Read an option's SETTING=VALUE words."""
     out = {}
     for word in words or []:
         name, _, value = word.partition("=")
         try:
             out[name] = float(value)
         except ValueError:
-            raise ValueError(f"at: got {word!r}, expected SETTING=NUMBER") from None
+            raise ValueError(f"{option}: got {word!r}, expected SETTING=NUMBER") from None
     return out or None
 
 
@@ -136,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "hyperclean":
             _hyperclean(options)
         elif command == "study":
-            options["at"] = _settings(options["at"])
+            for name in ("at", "sizes"):
+                options[name] = _settings(name, options[name])
             cleaning_studies.run(**options)
         elif command == "bench":
             device = pick_device(options["device"])

@@ -214,6 +214,21 @@ def test_a_study_without_a_search_runs_at_the_given_values(tmp_path):
     plotting.plt.close(fig)
 
 
+def test_a_study_with_other_batch_sizes(tmp_path):
+    words = ["study", "solvers", *SHORT, "--only", "kfac", "--seeds", "1"]
+    words += ["--at", "inner_lr=0.25", "outer_lr=30", "damping=0.5"]
+    sizes = {"outer_batch_size": 150, "cross_batch_size": 300}
+    words += ["--sizes", *[f"{role}={size}" for role, size in sizes.items()]]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    stored = json.loads((tmp_path / "run" / "kfac-0" / "config.json").read_text())
+    assert stored.items() >= {**sizes, "batch_size": 250, "curvature_batch_size": 250}.items()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["sizes"] == sizes
+    fig = cleaning_figures.draw_study({"runs": [result]})
+    assert fig.get_suptitle().endswith("\nouter_batch_size 150, cross_batch_size 300")
+    plotting.plt.close(fig)
+
+
 def test_a_study_keeps_how_often_cg_met_negative_curvature(tmp_path):
     words = ["study", "solvers", *SHORT, "--model", "mlp", "--only", "cg-10", "--seeds", "1"]
     words += ["--at", "inner_lr=0.05", "outer_lr=10", "damping=0.001"]
@@ -251,6 +266,10 @@ def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkey
         (["noise", "--at", "inner_lr"], "at: got 'inner_lr', expected SETTING=NUMBER"),
         (["noise", "--at", "lr=1"], "at: got ['lr'], expected some of ['damping', 'inner_lr',"),
         (["ema", "--at", "inner_lr=1"], "damping0.001-b64 also needs ['outer_lr']"),
+        (["noise", "--sizes", "batch_size=big"], "sizes: got 'batch_size=big', expected SETTING="),
+        (["noise", "--sizes", "batch=9"], "sizes: got ['batch'], expected some of ['batch_size',"),
+        (["batch", "--sizes", "batch_size=9"], "sizes: got ['batch_size'], expected some of [] in"),
+        (["noise", "--sizes", "batch_size=.5"], "sizes: got {'batch_size': 0.5}, expected whole"),
     ],
 )
 def test_bad_input_of_a_study(tmp_path, words, message, capsys):

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE
+from bilevel_lite.tasks.cleaning_search import pace
 
 __all__ = ["draw_study", "draw_surest", "unpack_images"]
 
@@ -29,9 +30,12 @@ def draw_study(result: dict):
         source = first["source"] or first["dataset"]
         steps, seeds = int(first["final"]["outer_steps"]), first["seeds"]
         searched = any(row["trials"] for row in rows)
+        notes = "" if searched else ", one setting, no search"
+        if sizes := first.get("sizes"):
+            notes += "\n" + ", ".join(f"{role} {size}" for role, size in sizes.items())
         fig.suptitle(
             f"{source}, {first['model']} model, {steps} outer iterations, {seeds} "
-            f"seed{'s' if seeds > 1 else ''}{'' if searched else ', one setting, no search'}",
+            f"seed{'s' if seeds > 1 else ''}{notes}",
             fontsize=9,
         )
     return fig
@@ -39,11 +43,6 @@ def draw_study(result: dict):
 
 def _bests(row: dict, key: str) -> list[float]:
     return [run["best"][key] for run in row["runs"]]
-
-
-def _pace(row: dict, key: str = "seconds") -> float:
-    """Seconds, or gradients, per outer iteration: mean over the seeds."""
-    return mean(run["best"][key] / run["best"]["iteration"] for run in row["runs"])
 
 
 def _point(ax, x: float, values: list[float], **style) -> None:
@@ -63,7 +62,7 @@ def _draw_solvers(rows):
     rows = sorted(rows, key=lambda row: mean(_bests(row, "test_loss")))
     losses = [mean(_bests(row, "test_loss")) for row in rows]
     for ax, key in zip(axes, ("gradients", "seconds"), strict=True):
-        paces = [_pace(row, key) for row in rows]
+        paces = [pace(row, key) for row in rows]
         for i, (row, x, y) in enumerate(zip(rows, paces, losses, strict=True)):
             _point(ax, x, _bests(row, "test_loss"), color=_colour(row["method"]))
             # a name goes above those of the points just below it
@@ -101,7 +100,7 @@ def _lines(axes, rows, split, values, xlabels) -> None:
 MEASURES = {
     "test loss": lambda row: _bests(row, "test_loss"),
     "AUC": lambda row: _bests(row, "auc"),
-    "seconds per outer iteration": lambda row: [_pace(row)],
+    "seconds per outer iteration": lambda row: [pace(row, "seconds")],
 }
 
 

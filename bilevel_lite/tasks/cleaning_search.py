@@ -23,7 +23,7 @@ from bilevel_lite.tasks import cleaning_methods, cleaning_run
 from bilevel_lite.tasks import hypercleaning as hc
 from bilevel_lite.tasks.cleaning_run import DEFAULTS, Settings
 
-__all__ = ["Variant", "run", "table"]
+__all__ = ["Variant", "mean_test_loss", "pace", "run", "table"]
 
 TRIAL_LOOKS = 20  # evaluations in a trial, whatever an iteration costs
 
@@ -321,3 +321,8 @@ def table(rows: list[dict]) -> str:
 def mean_test_loss(row: dict) -> float:
     """Mean over the seeds of the test loss at the chosen iterate; infinite if all diverged."""
     return mean(run["best"]["test_loss"] for run in row["runs"]) if row["runs"] else math.inf
+
+
+def pace(row: dict, key: str) -> float:
+    """``"seconds"``, or ``"gradients"``, per outer iteration: mean over the seeds."""
+    return mean(run["best"][key] / run["best"]["iteration"] for run in row["runs"])

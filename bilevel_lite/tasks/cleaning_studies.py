@@ -153,6 +153,7 @@ def run(
     storage: str | None = None,
     device: str | None = None,
     looks: int = 50,
+    sizes: dict[str, int] | None = None,
 ) -> dict:
     """Run or resume a study.
 
@@ -172,6 +173,8 @@ def run(
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
         looks: Evaluations in a final run; fewer where they cost much beside its iterations.
+        sizes: Other batch sizes than ``MINIBATCHES[dataset]``, by role (a name in ``ROLES``); not
+            in the studies that set them.
 
     Returns:
         The result, also written to ``result.json``.
@@ -187,14 +190,27 @@ def run(
     if unknown:
         raise ValueError(f"only: {study} has no {unknown}; expected some of {known}")
     chosen = [variant for variant in chosen if not only or variant.name in only]
-    base = {**MINIBATCHES[dataset], "stem": stem, "batchnorm": batchnorm}
+    sizes = sizes or {}
+    free = set(ROLES) - {name for variant in chosen for name in variant.settings}
+    if unknown := sorted(set(sizes) - free):
+        raise ValueError(f"sizes: got {unknown}, expected some of {sorted(free)} in {study}")
+    if bad := {role: size for role, size in sizes.items() if size < 1 or size != int(size)}:
+        raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
+    sizes = {role: int(size) for role, size in sizes.items()}
+    base = {**MINIBATCHES[dataset], **sizes, "stem": stem, "batchnorm": batchnorm}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}
         if unknown := sorted(set(at) - searched_for):
             raise ValueError(f"at: got {unknown}, expected some of {sorted(searched_for)}")
         chosen = [_fixed(variant, at) for variant in chosen]
     return cleaning_search.run(
-        {"kind": "hyperclean_study", "study": study, "dataset": dataset, "model": model},
+        {
+            "kind": "hyperclean_study",
+            "study": study,
+            "dataset": dataset,
+            "model": model,
+            **({"sizes": sizes} if sizes else {}),
+        },
         base,
         chosen,
         {"outer_steps": search_steps},
