@@ -275,6 +275,9 @@ def draw_bench(result: dict):
 def draw_stored(names: list[str] | None = None) -> list[Path]:
     """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
 
+    The study of the noise also gets ``NAME_surest.svg``: the images that each solver is surest are
+    mislabelled.
+
     Args:
         names: Which; all by default.
 
@@ -285,7 +288,7 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         ValueError: for an unknown name, or a result that no function here draws.
     """
     from bilevel_lite.experiment import stored
-    from bilevel_lite.tasks.cleaning_figures import draw_study
+    from bilevel_lite.tasks.cleaning_figures import draw_noise_surest, draw_study
 
     drawers = {
         "hyperclean": draw_hyperclean,
@@ -299,9 +302,12 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         result = stored(name)
         if result.get("kind") not in drawers:
             raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
-        fig = drawers[result["kind"]](result)
-        with mpl.rc_context(STYLE):  # its salt makes the file's identifiers the same every time
-            fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        plt.close(fig)
-        written.append(folder / f"{name}.svg")
+        figures = {name: drawers[result["kind"]](result)}
+        if result["runs"][0].get("study") == "noise":
+            figures[f"{name}_surest"] = draw_noise_surest(result)
+        for stem, fig in figures.items():
+            with mpl.rc_context(STYLE):  # its salt makes the file's identifiers always the same
+                fig.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+            plt.close(fig)
+            written.append(folder / f"{stem}.svg")
     return written

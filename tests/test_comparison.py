@@ -1,7 +1,9 @@
 """The comparison of all methods and the studies: same points for each, resumed to same numbers."""
 
+import base64
 import json
 import math
+import zlib
 
 import pytest
 import torch
@@ -150,6 +152,33 @@ def test_every_study_covers_what_it_says():
     }  # fmt: skip
     sizes = {v.name: v.settings for v in cleaning_studies.variants("batch", "mnist", "linear")}
     assert sizes["kfac-b4096"]["outer_batch_size"] == 4096
+
+
+def test_the_pictures_of_the_noise_study():
+    def row(kind, rate, given):
+        pixels = torch.arange(3 * 4, dtype=torch.uint8).numpy().tobytes()
+        pictures = {"shape": [2, 2], "given": given, "true": [1, 2, 3],
+                    "pixels": base64.b64encode(zlib.compress(pixels)).decode()}  # fmt: skip
+        settings = {"noise": rate, "noise_kind": kind}
+        runs = [{"seed": 0, "surest": pictures}, {"seed": 1}]
+        return {"method": f"kfac-{kind}-{rate:g}", "settings": settings, "runs": runs}
+
+    rows = [
+        row("uniform", 0.4, [5, 2, 7]),
+        row("uniform", 0.6, [5, 6, 7]),
+        row("pair", 0.4, [2, 3, 4]),
+    ]
+    fig = cleaning_figures.draw_noise_surest({"runs": [{"results": rows}]}, 0.4, columns=4)
+    lines = [fig.axes[:4], fig.axes[4:]]
+    assert [line[0].texts[0].get_text() for line in lines] == [
+        "kfac-uniform-0.4\n2 of 3 wrong", "kfac-pair-0.4\n3 of 3 wrong",
+    ]  # fmt: skip
+    assert [ax.get_title() for ax in lines[0]] == ["5", "2", "7", ""]
+    assert [ax.title.get_color() == "black" for ax in lines[0][:3]] == [True, False, True]
+    assert lines[1][2].images[0].get_array().tolist() == [[8, 9], [10, 11]]
+    plotting.plt.close(fig)
+    with pytest.raises(ValueError, match="rate: got 0.8, expected one of the study's"):
+        cleaning_figures.draw_noise_surest({"runs": [{"results": rows}]}, 0.8)
 
 
 @pytest.mark.parametrize("study", sorted(ONLY))

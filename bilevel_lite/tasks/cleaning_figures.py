@@ -11,7 +11,7 @@ import numpy as np
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE
 from bilevel_lite.tasks.cleaning_search import pace
 
-__all__ = ["draw_study", "draw_surest", "unpack_images"]
+__all__ = ["draw_noise_surest", "draw_study", "draw_surest", "unpack_images"]
 
 
 def draw_study(result: dict):
@@ -213,6 +213,46 @@ def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 1
             ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
             colour = COLORS["clean"] if given == true else "black"
             ax.set_title(names[given], fontsize=7, color=colour, pad=2)
+    return fig
+
+
+def draw_noise_surest(result: dict, rate: float = 0.4, columns: int = 12):
+    """Draw what each solver of the noise study is surest is mislabelled, on seed 0.
+
+    Args:
+        result: As for `draw_study`, with rows of this ``rate``.
+        rate: Of the noise; both kinds are drawn, where they are there.
+        columns: Images of each, out of those stored.
+
+    Returns:
+        The figure, a line for each variant: how many of all that are stored are in fact wrong, and
+        the images under their given labels, in the colour of clean examples where it is right.
+
+    Raises:
+        ValueError: if no row has this rate.
+    """
+    rows = [row for run in result["runs"] for row in run["results"]]
+    rows = [row for row in rows if row["runs"] and row["settings"].get("noise") == rate]
+    found = {
+        row["method"]: run["surest"] for row in rows for run in row["runs"] if run["seed"] == 0
+    }
+    if not found:
+        raise ValueError(f"rate: got {rate}, expected one of the study's")
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            len(found), columns, squeeze=False, figsize=(0.6 * columns + 1.6, 0.8 * len(found))
+        )
+        for line, (name, surest) in zip(axes, found.items(), strict=True):
+            labels = list(zip(surest["given"], surest["true"], strict=True))
+            wrong = sum(given != true for given, true in labels)
+            line[0].text(-0.15, 0.5, f"{name}\n{wrong} of {len(labels)} wrong", fontsize=7,
+                         ha="right", va="center", transform=line[0].transAxes)  # fmt: skip
+            for ax in line:
+                ax.axis("off")
+            for ax, image, (given, true) in zip(line, unpack_images(surest), labels, strict=False):
+                ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+                ax.set_title(given, fontsize=7, pad=1,
+                             color=COLORS["clean"] if given == true else "black")  # fmt: skip
     return fig
 
 
