@@ -55,14 +55,20 @@ def method_rows(name: str) -> list[str]:
     for row in rows:
         best = [run["best"] for run in row["runs"]]
         accuracies = [100 * b["test_accuracy"] for b in best]
-        losses = [b["test_loss"] for b in best]
+        auc = f"{mean(b['auc'] for b in best):.3f}" if "auc" in best[0] else "none is wrong"
         lines.append(
-            f"| `{row['method']}` | {mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
-            f"| {mean(accuracies):.1f} % ({min(accuracies):.1f} to {max(accuracies):.1f}) "
-            f"| {mean(b['auc'] for b in best):.3f} | {mean(b['seconds'] for b in best):.0f} "
+            f"| `{row['method']}` | {spread([b['test_loss'] for b in best], '.3f')} "
+            f"| {spread(accuracies, '.1f', ' %')} | {auc} "
+            f"| {mean(b['seconds'] for b in best):.0f} "
             f"| {mean(b['gradients'] for b in best):,.0f} |"
         )
     return lines
+
+
+def spread(values: list[float], form: str, unit: str = "") -> str:
+    """Mean (lowest to highest) of several seeds."""
+    seeds = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{unit}{seeds}"
 
 
 @pytest.mark.parametrize("name", TABLES)
