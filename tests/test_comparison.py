@@ -210,7 +210,7 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
     fig = cleaning_figures.draw_study(
         {"runs": [json.loads((tmp_path / "run/result.json").read_text())]}
     )
-    assert "digits, linear model, 8 outer iterations, 2 seeds" in fig.get_suptitle()
+    assert "digits, linear model, 8 of 1000 outer iterations, 2 seeds" in fig.get_suptitle()
     plotting.plt.close(fig)
 
 
@@ -239,7 +239,7 @@ def test_a_study_without_a_search_runs_at_the_given_values(tmp_path):
     fig = cleaning_figures.draw_study(
         {"runs": [json.loads((tmp_path / "run/result.json").read_text())]}
     )
-    assert fig.get_suptitle().endswith("8 outer iterations, 1 seed, one setting, no search")
+    assert fig.get_suptitle().endswith("8 of 1000 outer iterations, 1 seed, one setting, no search")
     plotting.plt.close(fig)
 
 

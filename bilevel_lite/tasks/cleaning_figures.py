@@ -13,6 +13,8 @@ from bilevel_lite.tasks.cleaning_search import pace
 
 __all__ = ["draw_noise_surest", "draw_study", "draw_surest", "unpack_images"]
 
+FULL_LENGTH = 1000  # outer iterations, as in the papers; a figure of a shorter study says so
+
 
 def draw_study(result: dict):
     """Draw a study of full-scale hypercleaning.
@@ -29,12 +31,13 @@ def draw_study(result: dict):
         fig = DRAW_STUDY[first["study"]](rows)
         source = first["source"] or first["dataset"]
         steps, seeds = int(first["final"]["outer_steps"]), first["seeds"]
+        length = f"{steps} of {FULL_LENGTH}" if steps < FULL_LENGTH else f"{steps}"
         searched = any(row["trials"] for row in rows)
         notes = "" if searched else ", one setting, no search"
         if sizes := first.get("sizes"):
             notes += "\n" + ", ".join(f"{role} {size}" for role, size in sizes.items())
         fig.suptitle(
-            f"{source}, {first['model']} model, {steps} outer iterations, {seeds} "
+            f"{source}, {first['model']} model, {length} outer iterations, {seeds} "
             f"seed{'s' if seeds > 1 else ''}{notes}",
             fontsize=9,
         )
