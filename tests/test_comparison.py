@@ -168,7 +168,7 @@ def test_the_pictures_of_the_noise_study():
         row("uniform", 0.6, [5, 6, 7]),
         row("pair", 0.4, [2, 3, 4]),
     ]
-    fig = cleaning_figures.draw_noise_surest({"runs": [{"results": rows}]}, 0.4, columns=4)
+    fig = cleaning_figures.draw_noise_surest({"runs": [{"results": rows}]}, columns=4)
     lines = [fig.axes[:4], fig.axes[4:]]
     assert [line[0].texts[0].get_text() for line in lines] == [
         "kfac-uniform-0.4\n2 of 3 wrong", "kfac-pair-0.4\n3 of 3 wrong",
@@ -179,6 +179,10 @@ def test_the_pictures_of_the_noise_study():
     plotting.plt.close(fig)
     with pytest.raises(ValueError, match="rate: got 0.8, expected one of the study's"):
         cleaning_figures.draw_noise_surest({"runs": [{"results": rows}]}, 0.8)
+    for alone in (rows[1:2], [row("uniform", 0, [1, 2, 3])]):
+        fig = cleaning_figures.draw_noise_surest({"runs": [{"results": alone}]}, columns=4)
+        assert fig.axes[0].texts[0].get_text().startswith(alone[0]["method"])
+        plotting.plt.close(fig)
 
 
 @pytest.mark.parametrize("study", sorted(ONLY))

@@ -219,12 +219,13 @@ def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 1
     return fig
 
 
-def draw_noise_surest(result: dict, rate: float = 0.4, columns: int = 12):
+def draw_noise_surest(result: dict, rate: float | None = None, columns: int = 12):
     """Draw what each solver of the noise study is surest is mislabelled, on seed 0.
 
     Args:
         result: As for `draw_study`, with rows of this ``rate``.
-        rate: Of the noise; both kinds are drawn, where they are there.
+        rate: Of the noise; both kinds are drawn, where they are there. By default the lower middle
+            one of the study's rates.
         columns: Images of each, out of those stored.
 
     Returns:
@@ -235,6 +236,9 @@ def draw_noise_surest(result: dict, rate: float = 0.4, columns: int = 12):
         ValueError: if no row has this rate.
     """
     rows = [row for run in result["runs"] for row in run["results"]]
+    if rate is None:
+        rates = sorted({row["settings"]["noise"] for row in rows} - {0}) or [0]
+        rate = rates[(len(rates) - 1) // 2]
     rows = [row for row in rows if row["runs"] and row["settings"].get("noise") == rate]
     found = {
         row["method"]: run["surest"] for row in rows for run in row["runs"] if run["seed"] == 0
