@@ -303,6 +303,7 @@ def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkey
         (["noise", "--sizes", "batch=9"], "sizes: got ['batch'], expected some of ['batch_size',"),
         (["batch", "--sizes", "batch_size=9"], "sizes: got ['batch_size'], expected some of [] in"),
         (["noise", "--sizes", "batch_size=.5"], "sizes: got {'batch_size': 0.5}, expected whole"),
+        (["noise", "--sizes", "batch_size=inf"], "sizes: got {'batch_size': inf}, expected whole"),
     ],
 )
 def test_bad_input_of_a_study(tmp_path, words, message, capsys):

@@ -194,7 +194,9 @@ def run(
     free = set(ROLES) - {name for variant in chosen for name in variant.settings}
     if unknown := sorted(set(sizes) - free):
         raise ValueError(f"sizes: got {unknown}, expected some of {sorted(free)} in {study}")
-    if bad := {role: size for role, size in sizes.items() if size < 1 or size != int(size)}:
+    if bad := {
+        role: size for role, size in sizes.items() if not (size >= 1 and float(size).is_integer())
+    }:
         raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
     sizes = {role: int(size) for role, size in sizes.items()}
     base = {**MINIBATCHES[dataset], **sizes, "stem": stem, "batchnorm": batchnorm}
