@@ -154,6 +154,16 @@ def test_every_study_covers_what_it_says():
     assert sizes["kfac-b4096"]["outer_batch_size"] == 4096
 
 
+def test_means_over_the_seeds():
+    def run(loss, iteration, seconds):
+        return {"best": {"test_loss": loss, "iteration": iteration, "seconds": seconds}}
+
+    row = {"runs": [run(0.25, 10, 20.0), run(0.75, 4, 2.0)]}
+    assert cleaning_search.mean_test_loss(row) == 0.5
+    assert cleaning_search.pace(row, "seconds") == 1.25  # of 2 and 0.5, not 22 / 14
+    assert cleaning_search.mean_test_loss({"runs": []}) == math.inf
+
+
 def test_the_pictures_of_the_noise_study():
     def row(kind, rate, given):
         pixels = torch.arange(3 * 4, dtype=torch.uint8).numpy().tobytes()

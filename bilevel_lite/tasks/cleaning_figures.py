@@ -213,10 +213,13 @@ def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 1
         for ax, image, given, true in zip(
             axes.flat, images, surest["given"], surest["true"], strict=False
         ):
-            ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
-            colour = COLORS["clean"] if given == true else "black"
-            ax.set_title(names[given], fontsize=7, color=colour, pad=2)
+            _picture(ax, image, names[given], given == true)
     return fig
+
+
+def _picture(ax, image, label, right: bool) -> None:
+    ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+    ax.set_title(label, fontsize=7, color=COLORS["clean"] if right else "black", pad=2)
 
 
 def draw_noise_surest(result: dict, rate: float | None = None, columns: int = 12):
@@ -257,9 +260,7 @@ def draw_noise_surest(result: dict, rate: float | None = None, columns: int = 12
             for ax in line:
                 ax.axis("off")
             for ax, image, (given, true) in zip(line, unpack_images(surest), labels, strict=False):
-                ax.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
-                ax.set_title(given, fontsize=7, pad=1,
-                             color=COLORS["clean"] if given == true else "black")  # fmt: skip
+                _picture(ax, image, given, given == true)
     return fig
 
 
