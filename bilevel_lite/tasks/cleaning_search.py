@@ -324,5 +324,5 @@ def mean_test_loss(row: dict) -> float:
 
 
 def pace(row: dict, key: str) -> float:
-    """``"seconds"`` or ``"gradients"`` per outer iteration to the chosen one, mean over the seeds."""
+    """``"seconds"`` or ``"gradients"`` per outer iteration up to the best, mean over the seeds."""
     return mean(run["best"][key] / run["best"]["iteration"] for run in row["runs"])
