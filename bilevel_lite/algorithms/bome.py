@@ -46,7 +46,7 @@ class BOME(Method):
     Source: Ye et al. (2022), arXiv 2209.08709.
     """
 
-    choices = ("none: the value of g", "none", "single loop, multiplier")
+    choices = ("none: the value of g", "none", "loop over a copy, multiplier")
     remembers = ("multiplier",)
     step_sizes = {"copy_lr": "copy_lr"}
 
