@@ -145,8 +145,10 @@ def sample_weights(risk: WeightedRisk, lam: Tensor, batch: Any) -> Tensor | None
     if sigma is None:
         return None
     sigma = sigma.detach()
-    low = float(sigma.min()) if sigma.numel() else 0.0
-    if not (low >= 0 and math.isfinite(float(sigma.sum()))):
+    if not sigma.numel():
+        return sigma
+    low, total = torch.stack([sigma.min(), sigma.sum()]).tolist()
+    if not (low >= 0 and math.isfinite(total)):
         raise ValueError(
             f"weight: the smallest is {low}; expected finite numbers that are zero or positive "
             "(a negative weight makes the curvature indefinite); clamp lam or use a sigmoid"

@@ -184,10 +184,11 @@ def _cholesky(matrix: Tensor, delta: Tensor) -> Tensor:
     damped = matrix
     damped.diagonal().add_(delta)
     chol, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) and matrix.dtype == torch.float32:
+    failed = int(failed)
+    if failed and matrix.dtype == torch.float32:
         chol, failed = torch.linalg.cholesky_ex(damped.double())
-        chol = chol.to(matrix.dtype)
-    if int(failed):
+        chol, failed = chol.to(matrix.dtype), int(failed)
+    if failed:
         _require_finite_factor(damped)
         raise ValueError(
             f"damping: {float(delta):.3g} on a Kronecker factor of size {len(matrix)} leaves it "

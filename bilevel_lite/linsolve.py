@@ -50,6 +50,11 @@ class LinearSolve:
     converged: bool | None = None
 
 
+def _read(*scalars: Tensor) -> list[float]:
+    """Scalars as numbers, in one look: each look waits until a GPU has caught up."""
+    return torch.stack(scalars).tolist()
+
+
 def _damped(matvec: Operator, damping: float) -> Operator:
     if not damping >= 0:
         raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
@@ -103,15 +108,15 @@ def cg(
     at_least("iters", iters, 1)
     apply = _damped(matvec, damping)
     precondition = precondition or (lambda r: r)
-    b_norm = float(b.norm())
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)
     z = precondition(r)
     p, rz = z.clone(), dot(r, z)
     low, high, steps, negative = float("inf"), -float("inf"), 0, False
-    while steps < iters and float(r.norm()) > tol * b_norm:
+    b_norm, residual, pp = _read(b.norm(), r.norm(), dot(p, p))
+    while steps < iters and residual > tol * b_norm:
         hp = apply(p)
-        php, pp = float(dot(p, hp)), float(dot(p, p))
+        (php,) = _read(dot(p, hp))
         if not (php == php and abs(php) != float("inf")):
             raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
         if pp == 0:  # the direction underflowed: nothing is left to solve
@@ -136,7 +141,7 @@ def cg(
         z = precondition(r)
         rz, rz_old = dot(r, z), rz
         p = torch.addcmul(z, rz / rz_old, p)
-    residual = float(r.norm())
+        residual, pp = _read(r.norm(), dot(p, p))
     return LinearSolve(
         solution=v,
         iterations=steps,
@@ -184,11 +189,12 @@ def cg_normal(
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
     s = apply(r)  # residual of the normal equations, H r
     p, ss = s.clone(), dot(s, s)
-    s_first, steps = float(s.norm()), 0
-    low, high = float("inf"), -float("inf")
-    while steps < iters and float(s.norm()) > tol * s_first:
+    low, high, steps = float("inf"), -float("inf"), 0
+    (s_first,) = _read(s.norm())
+    s_norm = s_first
+    while steps < iters and s_norm > tol * s_first:
         hp = apply(p)
-        hphp, pp = float(dot(hp, hp)), float(dot(p, p))
+        hphp, pp = _read(dot(hp, hp), dot(p, p))
         if hphp == 0 or hphp != hphp:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
         low, high = min(low, hphp / pp), max(high, hphp / pp)
@@ -199,7 +205,8 @@ def cg_normal(
         steps += 1
         ss, ss_old = dot(s, s), ss
         p = s + (ss / ss_old) * p
-    residual, b_norm = float(r.norm()), float(b.norm())
+        (s_norm,) = _read(s.norm())
+    residual, b_norm = _read(r.norm(), b.norm())
     return LinearSolve(
         solution=v,
         iterations=steps,
@@ -207,7 +214,7 @@ def cg_normal(
         residual=residual,
         relative_residual=_relative(residual, b_norm),
         curvature=(low, high) if low <= high else None,
-        converged=float(s.norm()) <= tol * s_first,
+        converged=s_norm <= tol * s_first,
     )
 
 
@@ -248,16 +255,17 @@ def neumann(
     p = b.clone()
     total = b.clone()
     low, high, products = float("inf"), -float("inf"), 0
+    (pp,) = _read(dot(p, p))
     for _ in range(terms - 1):
-        pp = float(dot(p, p))
         if pp < torch.finfo(p.dtype).tiny:  # the remaining summands vanish in this precision
             break
         hp = apply(p)
         products += 1
-        quotient = float(dot(p, hp)) / pp
-        low, high = min(low, quotient), max(high, quotient)
+        php = dot(p, hp)
         p.sub_(hp, alpha=step)
         total.add_(p)
+        before, (php, pp) = pp, _read(php, dot(p, p))
+        low, high = min(low, php / before), max(high, php / before)
     if not bool(torch.isfinite(total).all()):
         raise NotFinite(
             f"step: {step} makes the Neumann series diverge (curvature up to {high:.3g} was met; "

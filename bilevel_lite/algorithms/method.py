@@ -231,7 +231,8 @@ class Method:
         """Do one outer iteration.
 
         Returns:
-            `StepInfo`; its losses are tensors, so that reading them is what waits for a GPU.
+            `StepInfo`; its losses are tensors: they are read (on a GPU: waited for) by whoever
+            wants them. The inner steps wait for nothing.
 
         Raises:
             NotFinite: (a ValueError) if a loss, a direction or a variable is not finite: it says
@@ -243,9 +244,10 @@ class Method:
         before = self._state(copies=False)
         try:
             inner_loss, outer_loss, direction, solve = self._direction()
-            _require_finite({"direction for lam": direction, **self._like_theta()})
+            _look("direction for lam", direction)
             self._move_lam(direction)
-            _require_finite({"lam": self.lam})
+            found = {"direction for lam": direction, **self._like_theta(), "lam": self.lam}
+            _require_finite(found)
             for scheduler in self.schedulers.values():
                 plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
                 scheduler.step(*([float(outer_loss)] if plateau else []))
