@@ -6,6 +6,8 @@ set: that is how a weight finds its entry of lam.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,23 @@ from bilevel_lite.params import predict
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "WeightedRisk", "evaluate"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
+
+_every_look: ContextVar[bool] = ContextVar("every_look", default=False)
+
+
+@contextmanager
+def every_look():
+    """Check intermediate values on a GPU too, where each check waits for the device."""
+    token = _every_look.set(True)
+    try:
+        yield
+    finally:
+        _every_look.reset(token)
+
+
+def looked_at(value: Tensor) -> bool:
+    """True where intermediate values are checked: on a CPU, and within `every_look`."""
+    return value.device.type == "cpu" or _every_look.get()
 
 
 class NotFinite(ValueError):
@@ -62,7 +81,8 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
 
     Raises:
         ValueError: if the value is not a scalar tensor, or (on a CPU) not finite. On a GPU the
-            finiteness check would stall the device; there `hypergradient` checks its result.
+            finiteness check would stall the device; there `hypergradient` checks its result, and
+            a method's step its losses and variables.
     """
     value = loss(lam, theta, batch)
     if not isinstance(value, Tensor):
@@ -72,7 +92,7 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
             f"{name}: returned shape {tuple(value.shape)}, expected a scalar, shape (); "
             "did you forget .mean() or .sum()?"
         )
-    if value.device.type == "cpu" and not torch.isfinite(value):
+    if looked_at(value) and not torch.isfinite(value):
         raise NotFinite(f"{name}: value is {value.item()}; {_culprit(lam, theta, batch)}")
     return value
 

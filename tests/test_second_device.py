@@ -152,3 +152,27 @@ def test_a_forgotten_tensor_is_found():
         method.problem = bl.BilevelProblem(weighted, outer)
         with pytest.raises(RuntimeError, match="same device"):
             method.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failures_read_the_same(method, tmp_path):
+    """Only the end of a step is looked at there; a failed one says what it says on a CPU."""
+    from bilevel_lite.tasks import cleaning_methods
+
+    def message(device):
+        huge = {"inner_lr": 1e200, "step": 1e200}
+        options = {**cleaning_run.DEFAULTS["digits"], **huge}
+        settings = cleaning_run.Settings("digits", "linear", method, 0, **options)
+        run = cleaning_methods.build(settings, cleaning_run.build_task(settings, device))
+        with pytest.raises(bl.problem.NotFinite) as failure:
+            for _ in range(20):
+                before = run.state_dict()
+                run.step()
+        after = run.state_dict()
+        for name in ("lam", "theta"):
+            assert torch.equal(after[name].cpu(), before[name].cpu())
+        return str(failure.value)
+
+    truth = message(torch.device("cpu"))
+    with second_device() as device:
+        assert message(device) == truth

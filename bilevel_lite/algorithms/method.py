@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.problem import BilevelProblem, NotFinite, relative_size, require_variable
+from bilevel_lite.problem import (
+    BilevelProblem,
+    NotFinite,
+    every_look,
+    looked_at,
+    relative_size,
+    require_variable,
+)
 from bilevel_lite.products import COST, gradient, theta_gradient
 from bilevel_lite.solvers import SolveInfo
 
@@ -239,15 +246,26 @@ class Method:
                 at which step, from what value of the outer loss, and which step sizes to lower.
             ValueError: as the losses and the solver say.
 
-        Whatever is raised, everything is then as it was before the call.
+        Whatever is raised, everything is then as it was before the call. (On a GPU only the end of
+        a step is looked at; one that went wrong is repeated with every look, to say where.)
         """
+        try:
+            return self._step()
+        except ValueError:
+            if looked_at(self.theta):
+                raise
+        with every_look():
+            return self._step()
+
+    def _step(self) -> StepInfo:
         before = self._state(copies=False)
         try:
             inner_loss, outer_loss, direction, solve = self._direction()
             _look("direction for lam", direction)
             self._move_lam(direction)
-            found = {"direction for lam": direction, **self._like_theta(), "lam": self.lam}
-            _require_finite(found)
+            losses = {"inner_loss": inner_loss, "outer_loss": outer_loss}
+            variables = {"direction for lam": direction, **self._like_theta(), "lam": self.lam}
+            _require_finite({**losses, **variables})
             for scheduler in self.schedulers.values():
                 plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
                 scheduler.step(*([float(outer_loss)] if plateau else []))
@@ -410,7 +428,7 @@ def _require_finite(named: dict[str, Tensor]) -> None:
 
 def _look(name: str, value: Tensor) -> None:
     """The same where it costs next to nothing; on a GPU it would stall, and `step` looks once."""
-    if value.device.type == "cpu" and not torch.isfinite(value.sum()):
+    if looked_at(value) and not torch.isfinite(value.sum()):
         _require_finite({name: value})
 
 
