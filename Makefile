@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test quick execute check bench figures lint repo clean
+.PHONY: help setup run lab html test quick execute check elsewhere bench figures lint repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,10 @@ execute: setup ## run chapters in place and store their outputs (FRESH=1: timing
 
 check: setup ## run chapters and compare with what is stored, change nothing
 	$(BIN)/python chapters/book/book.py check $(CH)
+
+elsewhere: setup ## would the chapters say the same on a GPU? (an hour; tests/elsewhere.py says what is asked)
+	$(BIN)/python tests/elsewhere.py device $(CH)
+	$(BIN)/python tests/elsewhere.py rounding $(CH)
 
 bench: setup ## what a hypergradient costs, beside curvlinops; options: BENCH="--device cuda"
 	$(BIN)/python -m bilevel_lite bench $(BENCH)

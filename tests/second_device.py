@@ -99,6 +99,8 @@ def _execute(func, args, kwargs):
     found = _tensors([*args, *kwargs.values()], [])
     ours = [t for t in found if isinstance(t, Elsewhere)]
     strangers = [t for t in found if not isinstance(t, Elsewhere)]
+    if any(t.device.type == "meta" for t in strangers):  # torch asks for a shape, not for numbers
+        return func(*_map(lambda t: _held(t).to("meta"), args), **kwargs)
     to_here = _is_here(device)
     if ours and name not in MIXING and any(t.dim() or name in STRICT for t in strangers):
         shapes = [(str(t.device), tuple(t.shape)) for t in found]
@@ -154,6 +156,12 @@ class _Function(TorchFunctionMode):
             device, grad = kwargs.pop("device"), kwargs.pop("requires_grad", False)
             return torch.tensor(*args, **kwargs).to(device).requires_grad_(grad)
         if args and isinstance(args[0], Elsewhere):
+            if func is torch.Tensor.__getitem__:  # a list becomes a tensor inside of torch
+                index = args[1] if isinstance(args[1], tuple) else (args[1],)
+                index = [torch.tensor(i) if isinstance(i, list) else i for i in index]
+                return func(args[0], tuple(index))
+            if func in (torch.Tensor.data_ptr, torch.Tensor.untyped_storage):  # which memory it is
+                return func(args[0].held)
             if func is torch.Tensor.tolist:
                 _read()
                 return args[0].held.tolist()

@@ -1,6 +1,9 @@
 """Everything that runs on a CPU runs on another device: same numbers, few waits (no GPU needed)."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +179,36 @@ def test_failures_read_the_same(method, tmp_path):
     truth = message(torch.device("cpu"))
     with second_device() as device:
         assert message(device) == truth
+
+
+CELLS = {
+    "setup": ("import torch\n\nimport bilevel_lite as bl\n\ndevice = bl.setup(seed=0)", ""),
+    "good": ("a = torch.arange(3.0, device=device) / 7\nprint(f'{a.sum():.4f}')", "0.4286\n"),
+    "left behind": ("total = (a @ torch.ones(3)).item()", ""),
+    "last digit": ("print(a.sum().item())", "0.42857142857142855\n"),
+}
+
+
+@pytest.mark.parametrize(
+    "way, cells, complaint",
+    [
+        ("device", ["setup", "good", "last digit"], None),
+        ("device", ["setup", "good", "left behind"], "cell 2 fails"),
+        ("rounding", ["setup", "good", "left behind"], None),
+        ("rounding", ["setup", "good", "last digit"], "cell 2 prints something else"),
+    ],
+)
+def test_chapters_elsewhere(way, cells, complaint, tmp_path):
+    import nbformat.v4 as nb
+
+    notebook = nb.new_notebook()
+    for source, printed in map(CELLS.get, cells):
+        out = [nb.new_output("stream", name="stdout", text=printed)] if printed else []
+        notebook.cells.append(nb.new_code_cell(source, outputs=out))
+    path = tmp_path / "00_chapter.ipynb"
+    path.write_text(nb.writes(notebook), "utf-8")
+    script = Path(__file__).with_name("elsewhere.py")
+    command = [sys.executable, "-W", "ignore", str(script), way, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (complaint is not None), done.stdout + done.stderr
+    assert ("no faults" if complaint is None else complaint) in done.stdout

@@ -1,0 +1,131 @@
+"""Would a chapter say the same on a GPU? Ask without one, in two ways.
+
+    elsewhere.py device [CH]     on the second device of second_device.py, which does not mix with
+                                 the CPU: finds tensors left behind
+    elsewhere.py rounding [CH]   on the CPU, with sums, products and functions off by a rounding, as
+                                 another order of summation leaves them: finds digits and decisions
+                                 that hang on the last bit
+
+Cells that fail, or print other than what is stored, are shown; those tagged nbval-ignore-output may
+print what they like. A chapter takes one to fifteen minutes. Not a test: a passing run proves
+nothing about CUDA's kernels, a failing one nearly always is a fault on a GPU.
+"""
+
+import contextlib
+import io
+import linecache
+import os
+import subprocess
+import sys
+import traceback
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WAYS = ("device", "rounding")
+SHAKEN = (
+    "mm bmm mv dot addmm addmv baddbmm sum mean convolution convolution_backward linalg_vector_norm"
+    " var std cumsum logsumexp _softmax _log_softmax linalg_solve_triangular exp log tanh sigmoid"
+    " pow sqrt rsqrt"
+).split()
+
+
+def rounding():
+    """A mode under which results are off by up to two units in the last place.
+
+    By how much depends on the value alone: the same sum twice is the same number, as on a GPU.
+    What is whole stays whole: counts are exact everywhere.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = {f"aten::{name}" for name in SHAKEN}
+
+    def shaken(value):
+        if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
+            return value
+        exact, eps = value.double(), 2 * torch.finfo(value.dtype).eps
+        moved = exact * (1 + eps * torch.sin(98765.4321 * exact))
+        return torch.where(exact == exact.round(), exact, moved).to(value.dtype)
+
+    class Rounding(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            schema = func._schema
+            if schema.name not in names or any(one.alias_info for one in schema.returns):
+                return out
+            return shaken(out) if isinstance(out, torch.Tensor) else type(out)(map(shaken, out))
+
+    return Rounding()
+
+
+def second():
+    """The second device, for a chapter: curvlinops, which looks into tensors, is not there."""
+    from second_device import second_device
+
+    real = metadata.version
+
+    def version(name):
+        if name.startswith("curvlinops"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    metadata.version = version
+    return second_device()
+
+
+def run(path: Path, way: str) -> int:
+    """Run a chapter's cells in one namespace; return how many fail or print something else."""
+    os.environ |= {"MPLBACKEND": "agg", "BILEVEL_LITE_PROGRESS": "0", "BILEVEL_LITE_DEVICE": "cpu"}
+    import nbformat
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cells = nbformat.read(path, as_version=4).cells
+    os.chdir(path.parent)
+    names, faults = {"__name__": "__main__"}, 0
+    with second() if way == "device" else rounding() as device:
+        if way == "device":
+            os.environ["BILEVEL_LITE_DEVICE"] = str(device)
+        for number, cell in enumerate(cells):
+            if cell.cell_type != "code":
+                continue
+            source, file = TransformerManager().transform_cell(cell.source), f"<cell {number}>"
+            linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+            printed = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(printed):
+                    exec(compile(source, file, "exec"), names)
+            except Exception:
+                faults += 1
+                print(f"{path.name}, cell {number} fails:\n{traceback.format_exc()}")
+                continue
+            texts = [out.text for out in cell.outputs if out.get("name") == "stdout"]
+            stored, now = "".join(texts).split("\n"), printed.getvalue().split("\n")
+            if stored != now and "nbval-ignore-output" not in cell.metadata.get("tags", []):
+                faults += 1
+                print(f"{path.name}, cell {number} prints something else:")
+                for old, new in zip(stored, now, strict=False):
+                    if old != new:
+                        print(f"  stored: {old}\n  now:    {new}")
+    print(f"{path.name}: {faults or 'no'} faults ({way})")
+    return faults
+
+
+def main(way: str, chapters: list[str]) -> int:
+    """Each chapter in a process of its own; the exit status is 1 if one has a fault."""
+    if way not in WAYS:
+        sys.exit(f"expected one of {WAYS}, got {way!r}")
+    paths = [Path(name) for name in chapters if name.endswith(".ipynb")]
+    if not paths:
+        starts = tuple(f"{number}_" for number in chapters) or ""
+        paths = [
+            p for p in sorted((ROOT / "chapters").glob("*.ipynb")) if p.name.startswith(starts)
+        ]
+    if len(paths) == 1:
+        return min(1, run(paths[0].resolve(), way))
+    command = [sys.executable, "-W", "ignore", __file__, way]
+    return max((subprocess.run([*command, str(path)]).returncode for path in paths), default=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]))
