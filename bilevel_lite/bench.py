@@ -38,6 +38,7 @@ from bilevel_lite.linsolve import cg
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem, WeightedRisk
 from bilevel_lite.products import cross_vp, hvp, theta_gradient
+from bilevel_lite.session import no_tf32
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
 __all__ = ["CASES", "MODELS", "run"]
@@ -482,6 +483,7 @@ def run(
             "bench compares with curvlinops: pip install curvlinops-for-pytorch"
         ) from None
     torch.set_num_threads(threads)
+    no_tf32()
     config = {"kind": "bench", "models": names, "rounds": rounds, "seconds": seconds}
     config |= {"device": device.type, "threads": threads}
     timer = Clock()

@@ -419,10 +419,15 @@ class Batches:
 
     def state_dict(self) -> dict:
         """Return the place in the current pass, and what replays it."""
-        return {"generator": self._before, "position": self._position}
+        return {
+            "generator": self._before,
+            "position": self._position,
+            "now": self.generator.get_state(),  # elsewhere, if other samplers draw from it too
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` returned, with the same batches to come."""
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self._start_pass()
         self._position = state["position"]
+        self.generator.set_state(state["now"].cpu())

@@ -108,6 +108,12 @@ def _corrected(
     gs = [output_columns(layer.module, grads[layer.name]) for grads in done.gradients]
     n = done.tape.n
     weight = bias = None
+    (call,) = done.tape.calls[layer.name]
+    if len(call.input) != n and not (call.input.dim() == 2 and len(call.input) % n == 0):
+        raise ValueError(
+            f"model: the input of layer {layer.name!r} has shape {tuple(call.input.shape)}; EKFAC "
+            f"needs the {n} examples of the batch in its first dimension"
+        )
     if layer.weight is not None:
         x = done.tape.input_columns(layer)
         weight = eigenvalue_correction(x, gs, a.vectors, b.vectors, n)

@@ -38,6 +38,7 @@ from bilevel_lite.kronecker import (
     FORMS,
     NARROW,
     RULES,
+    Columns,
     Factor,
     Matrix,
     Solve,
@@ -135,6 +136,8 @@ def estimate(
     own, share = None, true and fisher == "empirical"
     if true:
         s = risk.output_gradient(tape.outputs.detach(), batch[1])
+        shapes = [call.shape for calls in tape.calls.values() for call in calls]
+        share = share and all(shape is None or shape[:1] == (tape.n,) for shape in shapes)
         own = tape.backward(s, keep=not share)
     for i, probe in enumerate(probes):
         if share:  # the probe is sqrt(sigma_i) s_i, and so are its gradients
@@ -160,8 +163,7 @@ def _weighted(g: Tensor | None, sigma: Tensor | None) -> Tensor | None:
 
 
 def _no_gradient(tape: Tape, layer: Layer) -> Tensor:
-    shape = (tape.n, len(layer.module.weight), *[1] * (layer.module.weight.dim() - 2))
-    return tape.outputs.new_zeros(shape)
+    return tape.outputs.new_zeros(tape.calls[layer.name][0].shape)
 
 
 def kfac_factors(
@@ -421,7 +423,7 @@ class KFAC(Solver):
         for layer in done.tape.layers:
             factors = self._layer_factors(done, layer, old.get(layer.name))
             if self.every > 1 or self.ema:
-                new[layer.name] = factors
+                factors = new[layer.name] = _owned(factors, done.tape.x)
             if invert:
                 yield self._block(layer, factors, tau)
             del factors
@@ -626,6 +628,18 @@ class KFAC(Solver):
                 name: tuple(_unpack(part) for part in parts)
                 for name, parts in state["factors"].items()
             }
+
+
+def _owned(factors: tuple, x: Any) -> tuple:
+    """The factors, without columns that are a view of the caller's batch."""
+
+    def owned(f):
+        if not isinstance(f, Columns) or not isinstance(x, Tensor):
+            return f
+        shared = f.columns.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        return Columns(f.columns.clone(), f.scale) if shared else f
+
+    return tuple(map(owned, factors))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -277,6 +277,8 @@ def kronecker_inverse(
     """
     if rule not in RULES:
         raise ValueError(f"damping_rule: got {rule!r}, expected one of {', '.join(RULES)}")
+    if tau == 0:
+        _require_regular(b, a)
     if a is None:
         return None, b.damped(_scalar(tau, b))
     if rule == "exact":
@@ -331,6 +333,18 @@ def eigenbasis_inverse(a: Spectrum | None, b: Spectrum, values: Tensor, tau: flo
         return out + v / tau if thin else out
 
     return solve
+
+
+def _require_regular(*factors: Factor | None) -> None:
+    """Without damping, refuse a spectrum that has no inverse; other forms meet it in Cholesky."""
+    for f in factors:
+        if isinstance(f, Spectrum):
+            limit = f.values.numel() * torch.finfo(f.values.dtype).eps * f.values.max()
+            if f.thin or bool(f.values.min() <= limit):
+                raise ValueError(
+                    f"damping: is 0 and a Kronecker factor of size {f.dim} is singular to working "
+                    "precision; give a positive damping or l2"
+                )
 
 
 def in_basis(a: Spectrum | None, b: Spectrum, values: Tensor, v: Tensor) -> Tensor:

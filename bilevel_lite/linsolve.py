@@ -5,6 +5,7 @@ returns the iterate that it has when it converges, it adds damping once, and it 
 on the way (residual, curvature along its directions, products spent).
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class LinearSolve:
 def _read(*scalars: Tensor) -> list[float]:
     """Scalars as numbers, in one look: each look waits until a GPU has caught up."""
     return torch.stack(scalars).tolist()
+
+
+def _require_finite(what: str, *values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise NotFinite(f"{what} is not finite, or too large for its norm")
 
 
 def _damped(matvec: Operator, damping: float) -> Operator:
@@ -114,13 +120,15 @@ def cg(
     p, rz = z.clone(), dot(r, z)
     low, high, steps, negative = float("inf"), -float("inf"), 0, False
     b_norm, residual, pp = _read(b.norm(), r.norm(), dot(p, p))
+    _require_finite("b: the right-hand side", b_norm)
+    _require_finite("b - H x0, or what precondition makes of it,", residual, pp)
     while steps < iters and residual > tol * b_norm:
-        hp = apply(p)
-        (php,) = _read(dot(p, hp))
-        if not (php == php and abs(php) != float("inf")):
-            raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
         if pp == 0:  # the direction underflowed: nothing is left to solve
             break
+        hp = apply(p)
+        (php,) = _read(dot(p, hp))
+        if not math.isfinite(php):
+            raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
         quotient = php / pp
         low, high = min(low, quotient), max(high, quotient)
         if quotient <= 0:
@@ -142,6 +150,7 @@ def cg(
         rz, rz_old = dot(r, z), rz
         p = torch.addcmul(z, rz / rz_old, p)
         residual, pp = _read(r.norm(), dot(p, p))
+        _require_finite(f"matvec: the residual after CG step {steps}", residual, pp)
     return LinearSolve(
         solution=v,
         iterations=steps,
@@ -190,12 +199,15 @@ def cg_normal(
     s = apply(r)  # residual of the normal equations, H r
     p, ss = s.clone(), dot(s, s)
     low, high, steps = float("inf"), -float("inf"), 0
-    (s_first,) = _read(s.norm())
+    s_first, b_norm = _read(s.norm(), b.norm())
+    _require_finite("b: the right-hand side", b_norm)
+    _require_finite("matvec: H b", s_first)
     s_norm = s_first
     while steps < iters and s_norm > tol * s_first:
         hp = apply(p)
         hphp, pp = _read(dot(hp, hp), dot(p, p))
-        if hphp == 0 or hphp != hphp:
+        _require_finite(f"matvec: ||H p||^2 at step {steps + 1}", hphp, pp)
+        if hphp == 0:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
         low, high = min(low, hphp / pp), max(high, hphp / pp)
         alpha = ss / hphp
@@ -206,7 +218,8 @@ def cg_normal(
         ss, ss_old = dot(s, s), ss
         p = s + (ss / ss_old) * p
         (s_norm,) = _read(s.norm())
-    residual, b_norm = _read(r.norm(), b.norm())
+        _require_finite(f"matvec: the residual after step {steps}", s_norm)
+    (residual,) = _read(r.norm())
     return LinearSolve(
         solution=v,
         iterations=steps,
@@ -256,6 +269,7 @@ def neumann(
     total = b.clone()
     low, high, products = float("inf"), -float("inf"), 0
     (pp,) = _read(dot(p, p))
+    _require_finite("b: the right-hand side", pp)
     for _ in range(terms - 1):
         if pp < torch.finfo(p.dtype).tiny:  # the remaining summands vanish in this precision
             break

@@ -115,9 +115,13 @@ def relative_size(batch: Any, unit: Any) -> float:
     twice.
     """
     sizes = [
-        len(b[0]) if isinstance(b, tuple | list) and b and isinstance(b[0], Tensor) else None
+        len(b[0])
+        if isinstance(b, tuple | list) and b and isinstance(b[0], Tensor) and b[0].dim()
+        else None
         for b in (batch, unit)
     ]
+    if sizes[1] == 0:
+        raise ValueError("inner_batch: holds no examples")
     return 1.0 if None in sizes else sizes[0] / sizes[1]
 
 

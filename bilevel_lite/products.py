@@ -79,9 +79,10 @@ def theta_gradient(
     """
     theta = theta.detach().requires_grad_()
     value = evaluate(loss, lam.detach(), theta, batch, name)
-    if not value.requires_grad:
+    grad = torch.autograd.grad(value, theta, allow_unused=True)[0] if value.requires_grad else None
+    if grad is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
-    return value.detach(), torch.autograd.grad(value, theta)[0]
+    return value.detach(), grad
 
 
 def _grad(value, inputs, name, **kwargs):

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-__all__ = ["pick_device", "progress", "setup"]
+__all__ = ["no_tf32", "pick_device", "progress", "setup"]
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -27,6 +27,12 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+def no_tf32() -> None:
+    """Keep float32 at its 24 bits on a GPU; TF32 has 11, and numbers would differ from a CPU's."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
     """Make a notebook reproducible: seed, default dtype, figure style, device.
 
@@ -43,9 +49,7 @@ def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
 
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
-    # TF32 keeps ten bits of mantissa: figures made on a GPU would differ from those on a CPU.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    no_tf32()
     plotting.use_style()
     return pick_device()
 

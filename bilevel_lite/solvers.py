@@ -295,6 +295,11 @@ class CG(Solver):
             raise TypeError(
                 f"precondition: got {type(precondition).__name__}, expected a KFAC or an EKFAC"
             )
+        if getattr(precondition, "rest", None) == "drop":
+            raise ValueError(
+                "precondition: was made with rest='drop', which is singular where a parameter has "
+                "no block, and CG would not converge; use rest='diagonal' or 'damping'"
+            )
         self.iters, self.tol, self.damping = iters, tol, damping
         self.curvature, self.warm_start = _check_curvature(curvature), warm_start
         self.precondition = precondition

@@ -7,7 +7,9 @@ block (norms, embeddings, shared weights) get the exact diagonal of the same Fis
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +59,7 @@ class Call:
     input: Tensor | None  # None if the module does not take exactly one tensor
     version: int
     edge: Any  # where the gradient in the call's output arrives; None if it is not one tensor
+    shape: torch.Size | None  # of the output
 
     @property
     def usable(self) -> bool:
@@ -67,7 +70,9 @@ class Call:
 class Tape:
     """One forward pass in which the calls of all modules that own parameters are kept.
 
-    A backward pass stops at the layers' outputs and never forms a gradient in the parameters.
+    A backward pass stops at the layers' outputs and never forms a gradient in the parameters. What
+    a parameter does outside of its own module's calls (a weight that a decoder borrows, say) is
+    therefore not seen: its block leaves that part out, and `slopes` gives None.
 
     Args:
         risk: The weighted risk.
@@ -89,7 +94,9 @@ class Tape:
         self.names = {id(p): name for name, p in trainable(risk.model).items()}
         modules = dict(risk.model.named_modules())
         owners = {owner for _, where in places.values() for owner, _ in where}
-        hooks = [modules[o].register_forward_hook(self._hook(o)) for o in owners]
+        hooks = [modules[o].register_forward_hook(self._hook(o), with_kwargs=True) for o in owners]
+        nodes: dict[str, Any] = {}
+        hooks.append(risk.model.register_forward_pre_hook(partial(_origins, places, nodes)))
         try:
             with torch.enable_grad():
                 self.outputs = risk.outputs(theta.detach().requires_grad_(), batch)
@@ -100,16 +107,27 @@ class Tape:
         self.n = self.outputs.shape[0]
         once = {name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable}
         self.layers, self.rest = split_parameters(places, modules, once, bias)
+        uses = _uses(self.outputs, nodes.values())
+        self.borrowed = any(
+            uses[node] > self._expected(places[name][1], modules) for name, node in nodes.items()
+        )
+
+    def _expected(self, where: list, modules: dict) -> float:
+        """How often the calls of a parameter's owners use it; no bound for a module of its own."""
+        calls = sum(len(self.calls.get(owner, ())) for owner, _ in where)
+        known = all(isinstance(modules[owner], ONCE_A_CALL) for owner, _ in where)
+        return calls if known or not calls else math.inf
 
     def _hook(self, name):
-        def keep(module, inputs, output):
-            single = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+        def keep(module, inputs, options, output):
+            single = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not options
             ours = isinstance(output, Tensor) and output.requires_grad
             call = Call(
                 module,
                 inputs[0].detach() if single else None,
                 inputs[0]._version if single else 0,
                 get_gradient_edge(output) if ours else None,
+                output.shape if ours else None,
             )
             self.calls.setdefault(name, []).append(call)
 
@@ -138,8 +156,11 @@ class Tape:
             v: The direction by name.
 
         Returns:
-            Shape (n,), or None if a call did not take and give one tensor with an example a row.
+            Shape (n,), or None if a call did not take and give one tensor with an example a row,
+            or a parameter is used outside of its module's calls.
         """
+        if self.borrowed:
+            return None
         total = self.outputs.new_zeros(self.n)
         for name, calls in self.calls.items():
             for call, g in zip(calls, grads[name], strict=True):
@@ -214,6 +235,32 @@ def split_parameters(places: dict, modules: dict, once: set, bias: str) -> tuple
     for layer in layers.values():
         layer.joint = bias == "joint" and layer.weight is not None and layer.bias is not None
     return list(layers.values()), rest
+
+
+def _origins(places: dict, nodes: dict, model: nn.Module, _) -> None:
+    """Note the graph node of each parameter, as the model sees it in this forward pass."""
+    for name, (_, where) in places.items():
+        owner, local = where[0]
+        p = model.get_submodule(owner)._parameters[local]
+        if p.grad_fn is not None:
+            nodes[name] = p.grad_fn
+
+
+def _uses(outputs: Tensor, nodes) -> Counter:
+    """How often the graph of the outputs goes back to each node."""
+    wanted, seen, stack, uses = set(nodes), set(), [outputs.grad_fn], Counter()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in wanted:
+            continue
+        for before, _ in node.next_functions:
+            if before in wanted:
+                uses[before] += 1
+            stack.append(before)
+    return uses
 
 
 def _is_linear_map(module: nn.Module) -> bool:
@@ -328,12 +375,14 @@ def _along(call: Call, params: dict, v: dict, names: dict) -> Tensor:
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+ONCE_A_CALL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *NORMS)
 
 
 def _embedding_squares(module: nn.Embedding, index: Tensor, g: Tensor) -> Tensor:
     """Squared per-example gradients of an embedding: sum a token's positions, square, sum."""
     rows = module.num_embeddings
-    key = torch.arange(len(index), device=index.device)[:, None] * rows + index.flatten(1)
+    positions = index.reshape(len(index), -1)
+    key = torch.arange(len(index), device=index.device)[:, None] * rows + positions
     unique, inverse = key.flatten().unique(return_inverse=True)
     summed = g.new_zeros(len(unique), g.shape[-1]).index_add_(
         0, inverse, g.reshape(-1, g.shape[-1])

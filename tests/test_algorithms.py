@@ -1554,3 +1554,88 @@ def test_states_that_are_of_something_else():
         ValueError, match=r"state: is of \[1, 1\] inner and outer batches, expected"
     ):
         two.load_state_dict(make(bl.SABA, 0.2, [A], [B], torch.Generator()).state_dict())
+
+
+# ------------------------------------------------------------------ states
+
+
+def run_on(samplers, optimizer=None):
+    """AID on the curved problem with two samplers, of which one feeds g and H, J."""
+    return bl.AID(
+        CURVED, LAM, THETA, bl.CG(2, damping=0.1), 2, outer_lr=0.05,
+        inner_batch=samplers[0], outer_batch=samplers[1],
+        inner_optimizer=lambda p: torch.optim.SGD(p, 0.05, 0.9),
+        outer_optimizer=optimizer or (lambda p: torch.optim.Adam(p, 0.05)),
+    )  # fmt: skip
+
+
+class Pairs(data.Batches):
+    """Batches (x, y), without the index."""
+
+    def draw(self):
+        return super().draw()[:2]
+
+
+def two_samplers(shared: bool):
+    generators = [torch.Generator().manual_seed(k) for k in (5, 6)]
+    x, y = rows(9, 40)
+    return [Pairs(x, y, 8, generators[0 if shared else k]) for k in (0, 1)]
+
+
+def test_a_state_can_be_loaded_more_than_once():
+    method = run_on(two_samplers(False))
+    for _ in range(3):
+        method.step()
+    state, ends = method.state_dict(), []
+    for _ in range(3):
+        method.load_state_dict(state)
+        for _ in range(2):
+            method.step()
+        ends.append(method.lam.clone())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_samplers_with_one_generator_resume_exactly(shared):
+    whole = run_on(two_samplers(shared))
+    for _ in range(12):  # several passes of five batches
+        whole.step()
+    for cut in (1, 4, 7):
+        first = run_on(two_samplers(shared))
+        for _ in range(cut):
+            first.step()
+        second = run_on(two_samplers(shared))
+        second.load_state_dict(first.state_dict())
+        for _ in range(12 - cut):
+            second.step()
+        assert torch.equal(second.lam, whole.lam) and torch.equal(second.theta, whole.theta)
+
+
+def test_nhgd_inverts_at_every_iteration():
+    with pytest.raises(ValueError, match="kfac: has every = 3"):
+        bl.NHGD(CURVED, LAM, THETA, kfac=bl.KFAC(fisher="empirical", ema=0.9, every=3),
+                inner_lr=0.1, outer_lr=0.1, inner_batch=A, outer_batch=B)  # fmt: skip
+
+
+def test_the_reported_hypergradient_is_not_changed_by_nesterov():
+    def nesterov(p):
+        return torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, foreach=True)
+
+    plain = run_on([A, B], lambda p: torch.optim.SGD(p, 0.05))
+    other = run_on([A, B], nesterov)
+    assert torch.equal(plain.step().hypergradient, other.step().hypergradient)
+
+
+def test_a_batch_without_examples_or_without_rows():
+    empty = tuple(part[:0] for part in A)
+    with pytest.raises(ValueError, match="inner_batch: holds no examples"):
+        run_on([empty, B]).step()
+    square = bl.BilevelProblem(
+        lambda lam, theta, batch: (theta - lam.sum() * batch[0]).square().sum(),
+        lambda lam, theta, batch: (theta - batch[0]).square().sum(),
+    )
+    number = (torch.tensor(2.0),)  # a batch is whatever the losses take
+    method = bl.AID(
+        square, LAM, THETA, bl.CG(2), 2, 0.1, 0.1, inner_batch=number, outer_batch=number
+    )
+    assert method.step().gradients == 2 + 1 + 2 + 2  # CG is done after one product

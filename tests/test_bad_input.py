@@ -283,3 +283,33 @@ def test_solver_state_of_another_solver():
         preconditioned.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match="is of a CG with preconditioner, expected without"):
         plain.load_state_dict(preconditioned.state_dict())
+
+
+@pytest.mark.parametrize("solve", [
+    lambda m, b: linsolve.cg(m, b, 5), lambda m, b: linsolve.cg_normal(m, b, 5),
+    lambda m, b: linsolve.neumann(m, b, 5, 0.1),
+])  # fmt: skip
+def test_a_right_hand_side_or_product_that_is_not_finite(solve):
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 2.0])
+    with pytest.raises(bl.problem.NotFinite, match="b: the right-hand side is not finite"):
+        solve(lambda v: 2 * v, bad)
+    with pytest.raises(bl.problem.NotFinite, match="b: .* too large for its norm"):
+        solve(lambda v: 2 * v, 1e200 * good)
+    for factor in (float("nan"), float("inf")):
+        with pytest.raises(bl.problem.NotFinite, match="matvec|step"):
+            solve(lambda v, factor=factor: factor * v, good)
+
+
+def test_a_loss_that_forgets_theta_says_so():
+    other = torch.ones(2, requires_grad=True)
+
+    def loss(lam, theta, batch):
+        return (other * lam).sum()
+
+    with pytest.raises(ValueError, match="does not depend on theta"):
+        products.theta_gradient(loss, torch.ones(2), torch.ones(2))
+
+
+def test_a_preconditioner_that_drops_parameters_is_refused():
+    with pytest.raises(ValueError, match="rest='drop'"):
+        bl.CG(3, precondition=bl.KFAC(0.1, rest="drop"))

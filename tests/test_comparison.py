@@ -333,5 +333,6 @@ def test_out_of_memory_names_the_batch_to_lower(tmp_path, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "a")]
     assert main([*words, *out, "--outer-batch-size", "50", "--cross-batch-size", "60"]) == 1
     assert "out of memory: lower --curvature-batch-size (now 1000)" in capsys.readouterr().err
-    assert main([*words, "--out", str(tmp_path / "b")]) == 1
-    assert "lower --outer-batch-size (now the whole set)" in capsys.readouterr().err
+    smaller = ["--curvature-batch-size", "50"]
+    assert main([*words, "--out", str(tmp_path / "b"), *smaller]) == 1
+    assert "lower --cross-batch-size (now the whole set)" in capsys.readouterr().err

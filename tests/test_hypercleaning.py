@@ -113,7 +113,7 @@ def test_frozen_batchnorm_stays_and_an_unknown_kind_is_refused():
     soba = cleaning_run.Settings(
         "toy", "resnet18", "soba", 0, batch_size=20, curvature_batch_size=20
     )
-    with pytest.raises(ValueError, match="soba has no inner steps of its own .* 'refresh'"):
+    with pytest.raises(ValueError, match="soba cannot use .* 'refresh'"):
         cleaning_methods.build(soba, toy(normed()))
 
 
@@ -206,3 +206,20 @@ def test_chunks_change_nothing():
     parts = hc.evaluate(task.model, task.theta0, task.train, chunk=7)
     assert parts["accuracy"] == whole["accuracy"]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-12)
+
+
+def test_batchnorm_recovers_from_statistics_that_are_nan():
+    task = toy(normed())
+    norm, good = task.model[1], task.theta0
+    task.refresh(good)
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    task.refresh(good * float("nan"))
+    assert not bool(torch.isfinite(norm.running_mean).any())
+    task.refresh(good)
+    assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
+
+
+def test_a_dataset_of_ones_own_needs_sizes():
+    dataset = data.load("digits")._replace(name="mine")
+    with pytest.raises(ValueError, match="sizes: needed for 'mine'"):
+        hc.build(dataset, models.build("linear", 64, 10))

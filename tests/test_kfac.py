@@ -905,3 +905,152 @@ def test_an_input_changed_in_place_is_refused():
     theta = bl.flatten(risk.model)
     with pytest.raises((ValueError, RuntimeError), match="in.?place"):
         kfac_factors(risk, lam, theta, batch)
+
+
+# ---------------------------------------------------------------- what the tape cannot see
+
+
+class Borrowing(nn.Module):
+    """The second map uses the first one's weight, outside of its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.read = nn.Linear(5, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.read(torch.tanh(self.encode(x)) @ self.encode.weight)
+
+
+class Stretch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+
+    def forward(self, x, by=1.0):
+        return self.w * torch.tanh(by * x * self.w)
+
+
+class WithOption(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.stretch, self.read, self.options = Stretch(), nn.Linear(5, 4), options
+
+    def forward(self, x):
+        return self.read(self.stretch(x, **self.options))
+
+
+class Attention(nn.Module):
+    """Its output projection is used without being called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend, self.read = nn.MultiheadAttention(5, 1, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        words = torch.stack([x, x.roll(1, 1), x.roll(2, 1)], 1)
+        return self.read(self.attend(words, words, words)[0].mean(1))
+
+
+class Positions(nn.Module):
+    """The first map sees (positions, examples, inputs), or both in one dimension."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.map, self.read, self.flat = nn.Linear(5, 6), nn.Linear(6, 4), flat
+
+    def forward(self, x):
+        words = torch.stack([x, x.roll(1, 1), x.roll(2, 1)])
+        if self.flat:
+            return self.read(self.map(words.flatten(0, 1)).tanh().view(3, len(x), 6).mean(0))
+        return self.read(self.map(words).tanh().mean(0))
+
+
+def classify(model, n=8):
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(n, 5, generator=g), torch.randint(4, (n,), generator=g)
+    lam = torch.rand(n, generator=g)
+    inner = bl.WeightedRisk(model.eval(), weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    return problem, lam, bl.params.flatten(model), (x, y, torch.arange(n))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("make, borrowed", [
+    (Borrowing, True), (Attention, True), (lambda: WithOption(by=3.0), False), (WithOption, False),
+    (lambda: Positions(True), False), (lambda: Positions(False), False),
+])  # fmt: skip
+def test_shared_cross_product_where_a_model_does_the_unexpected(make, borrowed, fisher):
+    problem, lam, theta, batch = classify(make())
+    assert tape.Tape(problem.inner_loss, theta, batch).borrowed == borrowed
+    solver = KFAC(0.1, fisher, rest="damping")
+    shared, dual = (
+        bl.hypergradient(problem, lam, theta, batch, batch, solver, cross_mode=mode)
+        for mode in ("shared", "dual")
+    )
+    assert error(shared, dual) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "lenet", "resnet", "tokens"])
+def test_the_usual_models_borrow_nothing(name):
+    risk, lam, theta, batch = setting(name, n=6)
+    assert not tape.Tape(risk, theta, batch).borrowed
+
+
+def test_ekfac_refuses_a_layer_whose_rows_are_not_the_examples():
+    problem, lam, theta, batch = classify(Positions(False))
+    with pytest.raises(ValueError, match="layer 'map' has shape \\(3, 8, 5\\)"):
+        bl.hypergradient(problem, lam, theta, batch, batch, EKFAC(0.1))
+
+
+def test_kept_factors_do_not_change_with_the_callers_batch():
+    model = nn.Linear(40, 4, bias=False)
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(6, 40, generator=g), torch.randint(4, (6,), generator=g)
+    risk = bl.WeightedRisk(model, l2=0.1)
+    problem, theta = bl.BilevelProblem(risk, risk), bl.params.flatten(model)
+    solver, b = KFAC(0.1, "exact", every=5), torch.linspace(-1, 1, 160)
+    lam = torch.zeros(1)
+    before, _ = solver.solve(problem, lam, theta, (x, y), b)
+    x.zero_()
+    after, _ = solver.solve(problem, lam, theta, (x, y), b)
+    assert torch.equal(before, after)
+
+
+def test_a_singular_spectrum_without_damping_is_refused():
+    model = nn.Linear(3, 4, bias=False)
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(30, 3, generator=g), torch.randint(4, (30,), generator=g)
+    x[:, 2] = x[:, 1]
+    risk = bl.WeightedRisk(model)
+    problem, theta = bl.BilevelProblem(risk, risk), bl.params.flatten(model)
+    for fixed in (False, True):
+        with pytest.raises(ValueError, match="singular to working precision"):
+            KFAC(0.0, "empirical", fixed_batch=fixed).solve(
+                problem, torch.zeros(1), theta, (x, y), torch.ones(12)
+            )
+
+
+def test_an_embedding_of_one_token_an_example():
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Tanh(), nn.Linear(5, 4))
+    x, y = torch.tensor([1, 3, 3, 6, 0]), torch.tensor([0, 1, 2, 3, 0])
+    risk = bl.WeightedRisk(model, l2=0.1)
+    problem, theta = bl.BilevelProblem(risk, risk), bl.params.flatten(model)
+    b = torch.linspace(-1, 1, len(theta))
+    flat, _ = KFAC(0.1, "exact").solve(problem, torch.zeros(1), theta, (x, y), b)
+    column = nn.Sequential(nn.Flatten(0), model)
+    there = bl.WeightedRisk(column, l2=0.1)
+    again, _ = KFAC(0.1, "exact").solve(
+        bl.BilevelProblem(there, there), torch.zeros(1), theta, (x[:, None], y), b
+    )
+    assert error(flat, again) < 1e-12
+
+
+def test_ekfac_of_a_layer_whose_output_is_unused():
+    class Unused(Positions):
+        def forward(self, x):
+            self.map(torch.stack([x, x.roll(1, 1)], 1))
+            return self.read(torch.cat([x, x[:, :1]], 1))
+
+    problem, lam, theta, batch = classify(Unused(True))
+    v, _ = EKFAC(0.1).solve(problem, lam, theta, batch, torch.ones(len(theta)))
+    assert error(v[:36], torch.ones(36) / (0.1 + 2 * 0.1)) < 1e-12  # damping and l2 alone

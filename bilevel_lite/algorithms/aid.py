@@ -57,6 +57,10 @@ class AID(Method):
     ):
         require_solver(solver)
         at_least("inner_steps", inner_steps, 1)
+        if cross_mode not in ("shared", "dual", "double_backward"):
+            raise ValueError(
+                f"cross_mode: got {cross_mode!r}, expected 'shared', 'dual' or 'double_backward'"
+            )
         super().__init__(
             problem, lam, theta, inner_lr, outer_lr, inner_batch, outer_batch, **common
         )

@@ -118,7 +118,7 @@ class BVFSM(Method):
         )
         gap = float(level - here)
         if not gap > 0:
-            raise ValueError(
+            raise NotFinite(
                 f"slack: is lost in the rounding of g = {float(here):.3g} at step "
                 f"{self.iteration + 1}; give a larger slack or a smaller decay"
             )
@@ -132,6 +132,8 @@ class BVFSM(Method):
         first, trial = lr, self.theta - lr * slope
         while not self._barrier(level, nu, trial, inner, outer) <= enough - lr / 4 * steep:
             lr /= 2
+            if lr < torch.finfo(self.theta.dtype).tiny:
+                raise NotFinite("direction for theta: no step along it lowers the barrier")
             trial = self.theta - lr * slope
         self.theta.copy_(trial)
         top = self.inner_optimizer.param_groups[0]["lr"]

@@ -78,8 +78,9 @@ class Method:
         outer_batch: The same for f.
         curvature_batch: The same for H; by default draws of ``inner_batch``. Refused, as is the
             next, by methods that have no use for it.
-        cross_batch: The same for J; by default the curvature's draw or, in methods that draw a
-            batch for each H, a further one of ``inner_batch``.
+        cross_batch: The same for J. Without batches of their own, H and J share one further draw
+            of ``inner_batch`` (MRBO and NBO take g's own draw; methods that draw a batch for each H
+            a further one for J).
         inner_optimizer: Function from a list of tensors to a ``torch.optim.Optimizer``.
         outer_optimizer: The same for lam.
         inner_scheduler: Function from the inner optimiser to one of torch's learning-rate
@@ -103,7 +104,7 @@ class Method:
     # Roles that may have batches of their own; further step sizes, as the user knows them.
     roles: tuple[str, ...] = ("inner", "outer")
     step_sizes: dict[str, str] = {}
-    # Around the inner steps of methods that descend on g alone: a place for what shall hold there
+    # Around the inner steps of AID, AmIGO, StocBiO and BSG1: a place for what shall hold there
     # only, such as BatchNorm in training mode.
     descending: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
 
@@ -246,16 +247,20 @@ class Method:
                 at which step, from what value of the outer loss, and which step sizes to lower.
             ValueError: as the losses and the solver say.
 
-        Whatever is raised, everything is then as it was before the call. (On a GPU only the end of
-        a step is looked at; one that went wrong is repeated with every look, to say where.)
+        Whatever is raised, everything here is then as it was before the call (what a model keeps
+        for itself, such as BatchNorm's statistics, is not here). On a GPU only the end of a step is
+        looked at; one that went wrong is repeated with every look, to say where.
         """
         try:
             return self._step()
-        except ValueError:
+        except ValueError as error:
             if looked_at(self.theta):
                 raise
+            first, before = error, self._state(copies=False)
         with every_look():
-            return self._step()
+            self._step()
+        self.load_state_dict(before)  # a sampler without a state may have drawn a better batch
+        raise first
 
     def _step(self) -> StepInfo:
         before = self._state(copies=False)
@@ -286,7 +291,7 @@ class Method:
         return {k: v for k, v in named.items() if isinstance(v, Tensor) and v.shape == shape}
 
     def _move_lam(self, direction: Tensor) -> None:
-        self.lam.grad = direction
+        self.lam.grad = direction.clone()  # Nesterov's momentum may be added in place
         self.outer_optimizer.step()
         if self.projection is not None:
             with torch.no_grad():
@@ -387,8 +392,9 @@ class Method:
         self._last_loss = _copy(state["last_loss"])
         if state["unit"] is not None:
             self._unit = (torch.empty(state["unit"], 0),)  # its length is all that counts
-        self.inner_optimizer.load_state_dict(state["inner_optimizer"])
-        self.outer_optimizer.load_state_dict(state["outer_optimizer"])
+        # copies: torch would go on in the given tensors, and the state be good for one load only
+        self.inner_optimizer.load_state_dict(_copy(state["inner_optimizer"]))
+        self.outer_optimizer.load_state_dict(_copy(state["outer_optimizer"]))
         for level, scheduler in self.schedulers.items():
             scheduler.load_state_dict(copy.deepcopy(state["schedulers"][level]))
         for key in self.remembers:
@@ -413,9 +419,8 @@ def _copy(value: Any, device: torch.device | None = None) -> Any:
 
 def _rows(batch: Any) -> int | None:
     """Number of examples, None where a batch is not (x, y, ...)."""
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return len(batch[0])
-    return None
+    parts = batch if isinstance(batch, tuple | list) else ()
+    return len(parts[0]) if parts and isinstance(parts[0], Tensor) and parts[0].dim() else None
 
 
 def _require_finite(named: dict[str, Tensor]) -> None:

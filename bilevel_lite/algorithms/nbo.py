@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel_lite.algorithms.method import Method, require_positive
 from bilevel_lite.linsolve import at_least, cg
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import cross_vp, hvp, hvp_operator
+from bilevel_lite.products import cross_vp, hvp_operator
 
 __all__ = ["NBO"]
 
@@ -122,15 +122,6 @@ class NBO(Method):
         out = [self.linear_lr * r for r in rights]
         for _ in range(self.steps):
             if self.solve == "sgd":
-                batch = self._draw_curvature()
-                at = self.problem.inner_loss, self.lam, self.theta, batch
-                matvec = self._counted(at, batch)
+                matvec = self._hessian(self._draw_curvature())
             out = [x - self.linear_lr * (matvec(x) - r) for x, r in zip(out, rights, strict=True)]
         return out
-
-    def _counted(self, at: tuple, batch: Any):
-        def matvec(v):
-            self._spend("hvp", batch)
-            return hvp(*at, v)
-
-        return matvec

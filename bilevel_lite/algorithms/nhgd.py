@@ -37,7 +37,7 @@ class NHGD(Method):
 
     With ``kfac`` (made with ``fisher="empirical"`` and an ``ema``) the same running average is kept
     of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted
-    once, after the last inner step; ``every`` counts outer iterations.
+    once, with the gradient of the last inner step.
 
     Args:
         problem: The two losses.
@@ -84,6 +84,10 @@ class NHGD(Method):
             raise ValueError(f"scale: got {scale!r}, expected 'fisher' or 'plain'")
         if kfac is not None and not isinstance(kfac, KFAC):
             raise TypeError(f"kfac: got {kfac!r}, expected a bilevel_lite.KFAC")
+        if kfac is not None and kfac.every > 1:
+            raise ValueError(
+                f"kfac: has every = {kfac.every}, but the average changes at each step; give 1"
+            )
         super().__init__(problem, lam, theta, **common)
         if kfac is None and theta.numel() > 20_000:
             raise ValueError(

@@ -73,7 +73,9 @@ class SAMA(Method):
         eps = self.alpha / size
         self._spend("gradient", batch, times=2)
         up, down = (
-            gradient(self.problem.inner_loss, self.lam, self.theta + s * eps * v, batch)[1]
+            gradient(
+                self.problem.inner_loss, self.lam, self.theta + s * eps * v, batch, "inner_loss"
+            )[1]
             for s in (1, -1)
         )
         return inner_loss, outer_loss, direct - (up - down) / (2 * eps), None

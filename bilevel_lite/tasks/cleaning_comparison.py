@@ -76,6 +76,8 @@ def run(
 ) -> dict:
     """Search for each method, then run its best settings for every seed.
 
+    BatchNorm keeps its statistics within an outer iteration (``"refresh"``), whatever the method.
+
     Args:
         dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
         model: A key of `bilevel_lite.models.MODELS`.
@@ -104,7 +106,8 @@ def run(
     variants = [Variant(name, {"method": name}, searched(SPACES[name], model)) for name in methods]
     config = {"kind": "hyperclean_methods", "dataset": dataset, "model": model}
     search, final = {"budget": search_budget}, {"budget": budget}
-    base = MINIBATCHES.get(dataset, {})
+    # not every method has inner steps that could run with BatchNorm in training mode
+    base = {**MINIBATCHES.get(dataset, {}), "batchnorm": "refresh"}
     return cleaning_search.run(
         config, base, variants, search, final, out, seeds, trials, storage, device
     )

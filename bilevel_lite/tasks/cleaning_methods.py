@@ -67,7 +67,7 @@ def _amigo(**options) -> Callable[[Parts], Method]:
     def build(p: Parts) -> Method:
         s, kfac = p.s, None
         if options:
-            kfac = KFAC(s.damping, seed=s.seed)
+            kfac = _kfac(KFAC, s)
         return alg.AmIGO(
             *p.start, s.inner_steps, s.iters, s.step, kfac, **options, **p.momentum, **p.system
         )
@@ -133,7 +133,7 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
         *p.start, p.s.inner_steps, p.s.iters, p.s.step, **p.momentum, **p.system
     ),
     "mrbo": _mrbo(lambda s: Neumann(s.iters, s.step)),
-    "mrbo-kfac": _mrbo(lambda s: KFAC(s.damping, seed=s.seed)),
+    "mrbo-kfac": _mrbo(lambda s: _kfac(KFAC, s)),
     "soba": lambda p: alg.SOBA(*p.start, p.s.step, **p.plain),
     "saba": _saba,
     "itd": lambda p: alg.ITD(*p.start, p.s.inner_steps, **p.plain),
@@ -192,8 +192,8 @@ def build(s: Any, task: hc.Hypercleaning) -> Method:
     if task.uses_batches:
         if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1):
             raise ValueError(
-                f"batchnorm: {s.method} has no inner steps of its own that could use a batch's "
-                "statistics; expected 'refresh' or 'frozen'"
+                f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "
+                "expected 'refresh' or 'frozen'"
             )
         method.descending = lambda: task.descending(method.theta)
     return method

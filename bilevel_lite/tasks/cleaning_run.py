@@ -10,8 +10,9 @@ import torch
 
 from bilevel_lite import data, models
 from bilevel_lite.algorithms.method import Method
+from bilevel_lite.curvature import FISHERS
 from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
-from bilevel_lite.session import pick_device, progress
+from bilevel_lite.session import no_tf32, pick_device, progress
 from bilevel_lite.tasks import cleaning_methods
 from bilevel_lite.tasks import hypercleaning as hc
 from bilevel_lite.tasks.cleaning_methods import METHODS
@@ -151,8 +152,9 @@ def run(
             raise ValueError(f"{name}: got {value!r}, expected one of {sorted(known)}")
     chosen = {k: v for k, v in options.items() if v is not None}
     settings = Settings(dataset, model, method, seed, **{**DEFAULTS[dataset], **chosen})
-    if settings.noise_kind not in NOISE:
-        raise ValueError(f"noise_kind: got {settings.noise_kind!r}, expected {sorted(NOISE)}")
+    for name, known in KNOWN.items():
+        if getattr(settings, name) not in known:
+            raise ValueError(f"{name}: got {getattr(settings, name)!r}, expected {sorted(known)}")
     for name in ("outer_steps", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
@@ -174,6 +176,7 @@ def float32():
     """Hold the default dtype at float32, whatever a notebook has set: layers draw in it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    no_tf32()
     try:
         yield
     finally:
@@ -208,7 +211,9 @@ def run_job(s: Settings, device: torch.device, folder: RunFolder, task: hc.Hyper
     steps = range(method.iteration, s.outer_steps)
     if 0 < s.budget <= method.gradients:
         steps = range(0)
-    for _ in progress(steps, initial=method.iteration, total=s.outer_steps, desc=s.method):
+    for _ in progress(
+        steps, initial=method.iteration, total=None if s.budget else s.outer_steps, desc=s.method
+    ):
         with clock, no_memory(s):
             task.refresh(method.theta)
             info = method.step()
@@ -240,9 +245,10 @@ def no_memory(s: Settings):
         yield
     except torch.OutOfMemoryError as error:
         sizes = {name: getattr(s, name) for name in OPTIONS if name.endswith("batch_size")}
-        whole = [name for name, size in sizes.items() if not size]
-        name = whole[0] if whole else max(sizes, key=sizes.get)
-        now = "the whole set" if whole else sizes[name]
+        train, validation, _ = hc.SIZES[s.dataset]
+        whole = {name: validation if name == "outer_batch_size" else train for name in sizes}
+        name = max(sizes, key=lambda name: sizes[name] or whole[name])
+        now = sizes[name] or "the whole set"
         raise RunError(
             f"the device is out of memory: lower --{name.replace('_', '-')} (now {now}); the last "
             "checkpoint is kept"
@@ -251,6 +257,7 @@ def no_memory(s: Settings):
 
 # what a redrawn label becomes: number of classes -> transition matrix, None is any class
 NOISE = {"uniform": lambda classes: None, "pair": data.pair_flips}
+KNOWN = {"noise_kind": NOISE, "curvature": ("hessian", "ggn"), "fisher": FISHERS}
 
 
 def build_task(s: Settings, device: torch.device) -> hc.Hypercleaning:

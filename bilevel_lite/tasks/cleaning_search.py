@@ -3,7 +3,8 @@
 For every variant the same number of trials: the first points of a scrambled Sobol sequence in the
 box of its step sizes and numbers, each run on seed 0 for the same length and judged by the tuning
 loss. The best point then runs for every seed. Optuna keeps the trials, in SQLite or any database it
-takes, so that the search can be stopped, resumed and shared.
+takes, so that the search can be stopped and resumed. Several machines may use one database if each
+has variants of its own: a trial of a variant that was left running counts as cut off.
 """
 
 import hashlib
@@ -103,6 +104,10 @@ def run(
     }  # fmt: skip
     timer = Clock(device=place)
     with cleaning_run.float32(), RunFolder(out, config) as folder:
+        if (folder.path / "result.json").exists():
+            result = folder.read_result()
+            print(f"{folder.path} holds the finished study:\n{table(result['results'])}")
+            return result
         if folder.state:
             timer.seconds = folder.state["seconds"]
         storage = storage or f"sqlite:///{(folder.path / 'trials.db').resolve()}"
@@ -164,7 +169,8 @@ def _of_length(s: Settings, length: dict[str, float], looks: int, device) -> Set
         method.step()
     cost = (method.gradients - start) / 3
     every = max(1, round(budget / looks / cost))
-    return replace(s, budget=budget, outer_steps=math.ceil(budget / cost), evaluate_every=every)
+    # the budget ends the run, whatever later iterations cost; none costs less than a gradient
+    return replace(s, budget=budget, outer_steps=math.ceil(budget), evaluate_every=every)
 
 
 def _what(s: Settings) -> Settings:
@@ -303,7 +309,8 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'':<{width}}{'test loss':>10}{'accuracy':>17}{'AUC':>7}{'s':>8}{'gradients':>11}"]
     for row in sorted(rows, key=mean_test_loss):
         if not row["runs"]:
-            lines.append(f"{row['method']:<{width}} diverged in every trial")
+            where = "trial" if row["chosen"] is None else "seed"
+            lines.append(f"{row['method']:<{width}} diverged in every {where}")
             continue
         best = [run["best"] for run in row["runs"]]
         accuracies = [100 * b["test_accuracy"] for b in best]

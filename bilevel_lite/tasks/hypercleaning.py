@@ -135,6 +135,8 @@ def build(
     """
     if batchnorm not in BATCHNORM:
         raise ValueError(f"batchnorm: got {batchnorm!r}, expected one of {BATCHNORM}")
+    if sizes is None and dataset.name not in SIZES:
+        raise ValueError(f"sizes: needed for {dataset.name!r}; known for {sorted(SIZES)}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     parts = data.split(len(dataset.y), sizes or SIZES[dataset.name], generator)
     (x, y), validation, tuning = [
@@ -196,6 +198,7 @@ def refresh_batchnorm(model: nn.Module, theta: Tensor, x: Tensor, examples: int 
         return
     before = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.reset_running_stats()  # 0 times the old ones is not 0 where they are NaN
         norm.momentum = 1.0  # the new statistics replace the old ones
     model.train()
     predict(model, theta, x[:examples])

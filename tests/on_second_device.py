@@ -1,0 +1,214 @@
+"""Everything that runs on a CPU runs on another device: same numbers, few waits (no GPU needed)."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite import models
+from bilevel_lite.tasks import cleaning_run
+from bilevel_lite.tasks import hypercleaning as hc
+from bilevel_lite.tasks.cleaning_methods import METHODS
+
+# a backend written in Python is new in torch, and its interface private
+module = pytest.importorskip("second_device", exc_type=ImportError)
+reads, second_device = module.reads, module.second_device
+
+
+def test_the_device_is_another_one():
+    with second_device() as device:
+        there, here = torch.randn(3, 4).to(device), torch.randn(4)
+        with pytest.raises(RuntimeError, match="same device"):
+            there @ here
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.stack([there[0, 0], here[0]])
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(3, device=device, generator=torch.Generator())
+        with pytest.raises((RuntimeError, TypeError)):
+            there.numpy()
+        assert not reads
+        assert torch.equal((there @ here.to(device)).cpu(), there.cpu() @ here)
+        assert sum(reads.values()) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_give_the_same_numbers(method, tmp_path, capsys):
+    def losses(device, out):
+        settings = {"outer_steps": 2, "evaluate_every": 1, "baselines": False}
+        result = cleaning_run.run("digits", "linear", method, 0, tmp_path / out, device, **settings)
+        return [(row["test_loss"], row["auc"]) for row in result["history"]]
+
+    truth = losses("cpu", "cpu")
+    with second_device() as device:
+        assert losses(str(device), "there") == truth
+        assert sum(reads.values()) > 20  # so it did run there
+
+
+def test_a_run_goes_on_there(tmp_path, capsys):
+    def run(out, steps, device):
+        options = {"outer_steps": steps, "evaluate_every": 1, "baselines": False}
+        return cleaning_run.run(
+            "digits", "linear", "aid-ekfac", 0, tmp_path / out, device, **options
+        )
+
+    truth = run("whole", 4, "cpu")["history"]
+    with second_device() as device, pytest.MonkeyPatch.context() as patch:
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        real = cleaning_run._evaluate
+        looks = iter([real, real, stop])
+        patch.setattr(cleaning_run, "_evaluate", lambda *args: next(looks)(*args))
+        with pytest.raises(KeyboardInterrupt):
+            run("cut", 4, str(device))
+        patch.undo()
+        again = run("cut", 4, str(device))["history"]
+    keys = set(truth[0]) - {"seconds"}
+    assert [{k: row[k] for k in keys} for row in again] == [{k: r[k] for k in keys} for r in truth]
+
+
+def job(kind: str, solver, device) -> bl.AID:
+    """AID on a small task of images, everything on a device."""
+    side = 16
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 1, side, side, generator=generator)
+    y = torch.randint(4, (90,), generator=generator)
+    dataset = bl.data.load("digits")._replace(
+        x=x, y=y, x_test=x[:10], y_test=y[:10], num_classes=4, image_shape=(1, side, side)
+    )
+    torch.manual_seed(0)
+    model = models.build(kind, (1, side, side), 4).to(x.dtype)
+    split = torch.Generator().manual_seed(0)
+    task = hc.build(dataset, model, 0.5, 1e-3, split, device, sizes=(60, 20, 10))
+    task.refresh(task.theta0)
+    draws = [
+        bl.data.Batches(*part, 10, torch.Generator().manual_seed(k))
+        for k, part in enumerate((task.train, task.validation, task.train, task.train))
+    ]
+    roles = ("inner_batch", "outer_batch", "curvature_batch", "cross_batch")
+    method = bl.AID(
+        task.problem, task.lam0, task.theta0, solver, 3,
+        outer_lr=1.0, projection=hc.project, **dict(zip(roles, draws, strict=True)),
+        inner_optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    )  # fmt: skip
+    if task.uses_batches:
+        method.descending = lambda: task.descending(method.theta)
+    return method
+
+
+LAYERS = 5  # of LeNet, each with two factors
+# solver, and how often one outer iteration waits beside the two looks at its own result
+WAITS = {
+    "identity": (lambda: bl.Identity(1.0), 0),
+    "neumann": (lambda: bl.Neumann(4, 0.1), 1 + 3 + 1),  # start, a look a product, the sum
+    "cg": (lambda: bl.CG(3, damping=1.0), 1 + 2 * 3),  # start, p^T H p and the residual
+    "cg-ggn": (lambda: bl.CG(3, damping=1.0, curvature="ggn"), 1 + 2 * 3 + 1),  # and the weights
+    "kfac": (lambda: bl.KFAC(0.1, seed=0), 4 + 2 * LAYERS),  # weights, outputs, labels, v; factors
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_waits_of_an_iteration(name):
+    """The inner steps wait for nothing; the rest as often as its decisions need."""
+    make, waits = WAITS[name]
+    with second_device() as device:
+        method = job("lenet", make(), device)
+        method.step()
+        reads.clear()
+        method.step()
+        assert sum(reads.values()) == 2 + waits, reads
+        reads.clear()
+        method._inner_steps(3)
+        assert not reads
+
+
+@pytest.mark.parametrize(
+    "kind, solver", [("lenet", bl.KFAC), ("lenet", bl.EKFAC), ("resnet18", bl.KFAC)]
+)
+def test_networks_give_the_same_numbers(kind, solver):
+    truth = job(kind, solver(0.1, seed=0), torch.device("cpu"))
+    truth.step()
+    with second_device() as device:
+        there = job(kind, solver(0.1, seed=0), device)
+        there.step()
+        assert there.lam.device == device
+        assert torch.equal(there.lam.cpu(), truth.lam)
+        assert torch.equal(there.theta.cpu(), truth.theta)
+    assert not torch.equal(truth.lam, torch.full_like(truth.lam, 0.5))
+
+
+def test_a_forgotten_tensor_is_found():
+    """The check itself: a constant left on the CPU stops the step."""
+    with second_device() as device:
+        method = job("lenet", bl.Identity(1.0), device)
+        inner, outer = method.problem.inner_loss, method.problem.outer_loss
+        forgotten = torch.ones(10)
+
+        def weighted(lam, theta, batch):
+            return inner(lam, theta, batch) + (theta[:10] * forgotten).sum()
+
+        method.problem = bl.BilevelProblem(weighted, outer)
+        with pytest.raises(RuntimeError, match="same device"):
+            method.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failures_read_the_same(method, tmp_path):
+    """Only the end of a step is looked at there; a failed one says what it says on a CPU."""
+    from bilevel_lite.tasks import cleaning_methods
+
+    def message(device):
+        huge = {"inner_lr": 1e200, "step": 1e200}
+        options = {**cleaning_run.DEFAULTS["digits"], **huge}
+        settings = cleaning_run.Settings("digits", "linear", method, 0, **options)
+        run = cleaning_methods.build(settings, cleaning_run.build_task(settings, device))
+        with pytest.raises(bl.problem.NotFinite) as failure:
+            for _ in range(20):
+                before = run.state_dict()
+                run.step()
+        after = run.state_dict()
+        for name in ("lam", "theta"):
+            assert torch.equal(after[name].cpu(), before[name].cpu())
+        return str(failure.value)
+
+    truth = message(torch.device("cpu"))
+    with second_device() as device:
+        assert message(device) == truth
+
+
+CELLS = {
+    "setup": ("import torch\n\nimport bilevel_lite as bl\n\ndevice = bl.setup(seed=0)", ""),
+    "good": ("a = torch.arange(3.0, device=device) / 7\nprint(f'{a.sum():.4f}')", "0.4286\n"),
+    "left behind": ("total = (a @ torch.ones(3)).item()", ""),
+    "last digit": ("print(a.sum().item())", "0.42857142857142855\n"),
+}
+
+
+@pytest.mark.parametrize(
+    "way, cells, complaint",
+    [
+        ("device", ["setup", "good", "last digit"], None),
+        ("device", ["setup", "good", "left behind"], "cell 2 fails"),
+        ("rounding", ["setup", "good", "left behind"], None),
+        ("rounding", ["setup", "good", "last digit"], "cell 2 prints something else"),
+    ],
+)
+def test_chapters_elsewhere(way, cells, complaint, tmp_path):
+    import nbformat.v4 as nb
+
+    notebook = nb.new_notebook()
+    for source, printed in map(CELLS.get, cells):
+        out = [nb.new_output("stream", name="stdout", text=printed)] if printed else []
+        notebook.cells.append(nb.new_code_cell(source, outputs=out))
+    path = tmp_path / "00_chapter.ipynb"
+    path.write_text(nb.writes(notebook), "utf-8")
+    script = Path(__file__).with_name("elsewhere.py")
+    command = [sys.executable, "-W", "ignore", str(script), way, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (complaint is not None), done.stdout + done.stderr
+    assert ("no faults" if complaint is None else complaint) in done.stdout
