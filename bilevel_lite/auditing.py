@@ -148,6 +148,8 @@ def audit(
     named = solvers if isinstance(solvers, dict) else _names(solvers)
     if not named:
         raise ValueError("solvers: is empty, expected at least one solver")
+    for solver in named.values():
+        _require_solver(solver)
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws: got {draws!r}, expected an integer of at least 1")
 
@@ -225,11 +227,14 @@ class _Thorough(CG):
         return done
 
 
+def _require_solver(solver: Any) -> None:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
+
+
 def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
     named: dict[str, Solver] = {}
     for solver in solvers:
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
         name, number = type(solver).__name__, 2
         if name in named:
             while f"{name} ({number})" in named:

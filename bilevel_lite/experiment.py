@@ -292,16 +292,20 @@ class Clock:
     """
 
     def __init__(self, seconds: float = 0.0, device: torch.device | str = "cpu"):
-        self.seconds, self._since, self._cuda = seconds, None, torch.device(device).type == "cuda"
-        alone = not self._cuda and torch.get_num_threads() == 1
+        self.seconds, self._since, self._device = seconds, None, torch.device(device)
+        alone = self._device.type != "cuda" and torch.get_num_threads() == 1
         self._now = time.process_time if alone else time.perf_counter
 
+    def _wait(self):
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def __enter__(self):
+        self._wait()
         self._since = self._now()
 
     def __exit__(self, *_):
-        if self._cuda:
-            torch.cuda.synchronize()
+        self._wait()
         self.seconds += self._now() - self._since
 
 

@@ -304,6 +304,10 @@ def finite_difference_hypergradient(
         raise ValueError(f"eps: got {eps}, expected a positive number")
     lam = lam.detach()
     axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+    if directions is not None and directions.shape[1:] != lam.shape:
+        raise ValueError(
+            f"directions: got shape {tuple(directions.shape)}, expected (k, *{tuple(lam.shape)})"
+        )
     rows = axes if directions is None else directions
 
     def phi(point):

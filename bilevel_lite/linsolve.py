@@ -311,6 +311,8 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> LinearSolve:
     _damped(lambda v: v, damping)
     matrix = matrix + damping * torch.eye(len(matrix), dtype=b.dtype, device=b.device)
     flat = b.reshape(-1)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotFinite("H: has entries that are NaN or infinite")
     eigenvalues = torch.linalg.eigvalsh(matrix)
     smallest = float(eigenvalues.abs().min())
     limit = len(matrix) * torch.finfo(b.dtype).eps * float(eigenvalues.abs().max())

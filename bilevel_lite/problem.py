@@ -199,6 +199,8 @@ class WeightedRisk:
             )
         try:
             return predict(self.model, theta, x)
+        except torch.cuda.OutOfMemoryError:
+            raise  # its message speaks of sizes, too
         except RuntimeError as error:
             if "shapes cannot be multiplied" in str(error) or "size" in str(error):
                 raise ValueError(
@@ -260,16 +262,18 @@ class WeightedRisk:
         return s.scatter_add_(1, y[:, None], s.new_full((len(y), 1), -1.0))
 
     def _check_targets(self, outputs: Tensor, y: Tensor) -> None:
+        if outputs.dim() < 2:
+            raise ValueError(f"model: gives shape {tuple(outputs.shape)}, expected (n, C)")
         if self.loss == "mse":
             if outputs.shape != y.shape:
                 raise ValueError(
                     f"batch: y has shape {tuple(y.shape)}, expected {tuple(outputs.shape)}, "
                     "the shape of the model's output"
                 )
-        elif y.dim() != 1 or y.is_floating_point():
+        elif y.dim() != 1 or y.dtype != torch.int64:
             raise ValueError(
                 f"batch: y has shape {tuple(y.shape)} and dtype {y.dtype}, "
-                "expected integer labels of shape (n,)"
+                "expected integer labels of shape (n,), dtype torch.int64"
             )
         elif y.device.type == "cpu" and y.numel():
             check_labels(y, outputs.shape[1])

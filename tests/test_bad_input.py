@@ -313,3 +313,44 @@ def test_a_loss_that_forgets_theta_says_so():
 def test_a_preconditioner_that_drops_parameters_is_refused():
     with pytest.raises(ValueError, match="rest='drop'"):
         bl.CG(3, precondition=bl.KFAC(0.1, rest="drop"))
+
+
+def test_models_and_labels_of_another_shape_or_type():
+    lam, x = torch.ones(1), torch.ones(4, 3)
+    flat = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Flatten(0))
+    theta = bl.params.flatten(flat)
+    for loss, y in (("mse", torch.ones(4)), ("cross_entropy", torch.zeros(4).long())):
+        with pytest.raises(ValueError, match=r"model: gives shape \(4,\), expected \(n, C\)"):
+            bl.WeightedRisk(flat, loss)(lam, theta, (x, y))
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="int32, expected integer labels .* torch.int64"):
+        bl.WeightedRisk(model)(
+            lam, bl.params.flatten(model), (x, torch.zeros(4, dtype=torch.int32))
+        )
+
+
+def test_out_of_memory_is_not_taken_for_a_wrong_shape():
+    class Full(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory; total size 20 GiB")
+
+    model = Full()
+    batch = (torch.ones(4, 3), torch.zeros(4).long())
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        bl.WeightedRisk(model)(torch.ones(1), bl.params.flatten(model), batch)
+
+
+def test_a_matrix_or_directions_that_do_not_fit():
+    with pytest.raises(bl.problem.NotFinite, match="H: has entries that are NaN"):
+        linsolve.direct(torch.full((2, 2), float("nan")), torch.ones(2))
+    problem = bl.BilevelProblem(
+        lambda lam, theta, _: (theta - lam).square().sum(), lambda lam, theta, _: theta.sum()
+    )
+    with pytest.raises(ValueError, match=r"directions: got shape \(1, 3\), expected \(k, \*\(2,\)"):
+        bl.finite_difference_hypergradient(
+            problem, torch.ones(2), lambda lam: lam, directions=torch.ones(1, 3)
+        )

@@ -33,7 +33,8 @@ class NHGD(Method):
 
     The start F = initial I is forgotten at the rate beta; once it is, directions that few gradients
     point to have a small F, and M grows there as beta^-t: with d above the memory 1 / (1 - beta)
-    give a KFAC instead.
+    give a KFAC instead. q is the gradient of all of g, an l2 term included, whose own curvature F
+    does not have.
 
     With ``kfac`` (made with ``fisher="empirical"`` and an ``ema``) the same running average is kept
     of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted

@@ -59,6 +59,11 @@ def _aid(solver) -> Callable[[Parts], Method]:
     return build
 
 
+def _own(s: Any, *names: str) -> dict[str, float]:
+    """``strength`` under the names that the method has for it, if it was given."""
+    return {} if s.strength is None else dict.fromkeys(names, s.strength)
+
+
 def _kfac(kind: type[KFAC], s: Any) -> KFAC:
     return kind(s.damping, s.fisher, ema=s.ema, every=s.every, seed=s.seed)
 
@@ -77,8 +82,8 @@ def _amigo(**options) -> Callable[[Parts], Method]:
 
 def _mrbo(solver) -> Callable[[Parts], Method]:
     def build(p: Parts) -> Method:
-        memory = p.s.strength
-        return alg.MRBO(*p.start, solver(p.s), memory, memory, **p.plain, **p.system)
+        memory = _own(p.s, "inner_memory", "outer_memory")
+        return alg.MRBO(*p.start, solver(p.s), **memory, **p.plain, **p.system)
 
     return build
 
@@ -100,15 +105,16 @@ def _saba(p: Parts) -> Method:
 
 
 def _sama(p: Parts) -> Method:
-    return alg.SAMA(*p.start, p.s.inner_steps, p.s.strength, **p.momentum)
+    return alg.SAMA(*p.start, p.s.inner_steps, **_own(p.s, "alpha"), **p.momentum)
 
 
 def _nhgd(kronecker: bool) -> Callable[[Parts], Method]:
     def build(p: Parts) -> Method:
         s = p.s
-        kfac = KFAC(s.damping, "empirical", ema=s.strength, seed=s.seed) if kronecker else None
+        beta = {"beta": 0.99, **_own(s, "beta")}
+        kfac = KFAC(s.damping, "empirical", ema=beta["beta"], seed=s.seed) if kronecker else None
         common = {**p.momentum, "cross_batch": p.system["cross_batch"]}
-        return alg.NHGD(*p.start, s.inner_steps, s.strength, s.damping, kfac=kfac, **common)
+        return alg.NHGD(*p.start, s.inner_steps, initial=s.damping, kfac=kfac, **beta, **common)
 
     return build
 
@@ -143,12 +149,12 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
     "nhgd": _nhgd(False),
     "nhgd-kfac": _nhgd(True),
     "sama": _sama,
-    "bsg1": lambda p: alg.BSG1(*p.start, p.s.inner_steps, p.s.strength, **p.momentum),
-    "bome": lambda p: alg.BOME(*p.start, p.s.inner_steps, p.s.step, p.s.strength, "gap", **p.plain),
-    "bvfsm": lambda p: alg.BVFSM(
-        *p.start, p.s.inner_steps, nu=p.s.strength, slack=p.s.strength, **p.plain
+    "bsg1": lambda p: alg.BSG1(*p.start, p.s.inner_steps, **_own(p.s, "floor"), **p.momentum),
+    "bome": lambda p: alg.BOME(
+        *p.start, p.s.inner_steps, p.s.step, barrier="gap", **_own(p.s, "eta"), **p.plain
     ),
-    "f2sa": lambda p: alg.F2SA(*p.start, p.s.inner_steps, p.s.strength, **p.plain),
+    "bvfsm": lambda p: alg.BVFSM(*p.start, p.s.inner_steps, **_own(p.s, "nu", "slack"), **p.plain),
+    "f2sa": lambda p: alg.F2SA(*p.start, p.s.inner_steps, **_own(p.s, "penalty"), **p.plain),
 }
 
 
@@ -168,6 +174,7 @@ def build(s: Any, task: hc.Hypercleaning) -> Method:
         return data.Batches(*split, size or len(split[1]), generator, task.num_classes)
 
     def fixed(split: str) -> list:
+        # a remainder smaller than a batch is left out, and its weights never move
         size = s.batch_size if split == "train" else s.outer_batch_size
         sampler = batches(size, 5, getattr(task, split))
         return [sampler.draw() for _ in range(len(sampler.x) // sampler.batch_size)]

@@ -36,7 +36,7 @@ OPTIONS = {
     "strength": (
         float,
         "the method's own number: MRBO's memory, SAMA's alpha, BSG-1's floor, BOME's eta, BVFSM's "
-        "nu and slack, F2SA's penalty, NHGD's beta",
+        "nu and slack, F2SA's penalty, NHGD's beta; by default as the method's class has it",
     ),
     "curvature": (str, "H of CG and Neumann: hessian or ggn"),
     "fisher": (str, "gradients of KFAC and EKFAC: mc, exact or empirical"),
@@ -76,7 +76,7 @@ class Settings:
     iters: int = 3
     damping: float = 0.1
     step: float = 0.1
-    strength: float = 0.5
+    strength: float | None = None
     curvature: str = "hessian"
     fisher: str = "mc"
     ema: float = 0.0
@@ -243,7 +243,7 @@ def no_memory(s: Settings):
     """Turn a GPU's refusal into a sentence that names the largest batch."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         sizes = {name: getattr(s, name) for name in OPTIONS if name.endswith("batch_size")}
         train, validation, _ = hc.SIZES[s.dataset]
         whole = {name: validation if name == "outer_batch_size" else train for name in sizes}
