@@ -56,7 +56,8 @@ class NHGD(Method):
         TypeError, ValueError: as `Method`; ValueError for an option out of range, or a matrix of
             more than 20,000 rows.
 
-    Cost of a step: inner_steps + 1 gradients, 1 cross product; M costs 4 d^2 operations a step.
+    Cost of a step: inner_steps + 1 gradients, 1 cross product; M costs 4 d^2 operations an inner
+    step, a KFAC with an ema its estimate (about 1 gradient) an inner step.
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
     """
 
