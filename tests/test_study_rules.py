@@ -1,0 +1,78 @@
+"""Rules of searches and comparisons that a reader of the package found broken once."""
+
+import json
+
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite.tasks import cleaning_comparison, cleaning_methods, cleaning_run, cleaning_search
+
+
+def compared(out, budget=300):
+    return cleaning_comparison.run(
+        "digits", "linear", ["nbo-cg"], str(out), seeds=1, trials=1, search_budget=60,
+        budget=budget, device="cpu",
+    )  # fmt: skip
+
+
+def test_a_budget_ends_a_run_whatever_its_iterations_cost(tmp_path, monkeypatch, capsys):
+    real = cleaning_methods.build
+
+    def cheaper(s, task):
+        """After four iterations, those by which the cost is told, each counts one gradient."""
+        method = real(s, task)
+        step = method.step
+
+        def counted():
+            before = method.gradients
+            info = step()
+            if method.iteration > 4:
+                method.gradients = info.gradients = before + 1
+            return info
+
+        method.step = counted
+        return method
+
+    monkeypatch.setattr(cleaning_methods, "build", cheaper)
+    compared(tmp_path / "out")
+    looks = (tmp_path / "out" / "nbo-cg-0" / "log.jsonl").read_text("utf-8").splitlines()
+    assert 300 <= json.loads(looks[-1])["gradients"] < 320
+
+
+def test_a_finished_study_is_shown_and_not_rewritten(tmp_path, monkeypatch, capsys):
+    first = compared(tmp_path / "out")
+    written = (tmp_path / "out" / "result.json").read_bytes()
+    monkeypatch.setattr(cleaning_search, "provenance", None)  # would be called to write
+    assert compared(tmp_path / "out")["results"] == first["results"]
+    assert (tmp_path / "out" / "result.json").read_bytes() == written
+
+
+def test_kfac_in_amigo_and_mrbo_has_the_given_options():
+    options = {**cleaning_run.DEFAULTS["digits"], "fisher": "empirical", "ema": 0.9, "every": 5}
+    for name in ("amigo-kfac", "amigo-kfac-replace", "mrbo-kfac"):
+        settings = cleaning_run.Settings("digits", "linear", name, 0, **options)
+        task = cleaning_run.build_task(settings, torch.device("cpu"))
+        kfac = cleaning_methods.build(settings, task).solver
+        assert (kfac.fisher, kfac.ema, kfac.every) == ("empirical", 0.9, 5), name
+
+
+def test_runs_keep_float32_at_its_precision():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        with cleaning_run.float32():
+            assert not any(flag.allow_tf32 for flag in flags)
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def test_a_methods_own_number_is_its_classes_by_default():
+    settings = cleaning_run.Settings(
+        "digits", "linear", "bsg1", 0, **cleaning_run.DEFAULTS["digits"]
+    )
+    task = cleaning_run.build_task(settings, torch.device("cpu"))
+    assert isinstance(method := cleaning_methods.build(settings, task), bl.BSG1)
+    assert method.floor == 1e-4
