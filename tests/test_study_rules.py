@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 import bilevel_lite as bl
@@ -76,3 +77,37 @@ def test_a_methods_own_number_is_its_classes_by_default():
     task = cleaning_run.build_task(settings, torch.device("cpu"))
     assert isinstance(method := cleaning_methods.build(settings, task), bl.BSG1)
     assert method.floor == 1e-4
+
+
+class Once:
+    """Batches of one number, without a state: the second is bad and does not come again."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def draw(self):
+        self.drawn += 1
+        return torch.tensor(float("inf") if self.drawn == 2 else 1.0)
+
+
+def test_a_repeated_step_that_succeeds_still_raises_what_failed_first(monkeypatch):
+    problem = bl.BilevelProblem(
+        lambda lam, theta, batch: batch * (theta - lam).square().sum(),
+        lambda lam, theta, batch: theta.square().sum(),
+    )
+    lam, theta, batches = torch.ones(2), torch.zeros(2), Once()
+    fixed = dict.fromkeys(("outer_batch", "curvature_batch", "cross_batch"), torch.tensor(1.0))
+    run = bl.AID(
+        problem, lam, theta, bl.CG(2), 1, inner_lr=0.1, outer_lr=0.1, inner_batch=batches, **fixed
+    )
+    run.step()
+    before = run.lam.clone(), run.theta.clone()
+    # as on a GPU, where only the end of a step is looked at
+    monkeypatch.setattr("bilevel_lite.algorithms.method.looked_at", lambda value: False)
+    with pytest.raises(bl.problem.NotFinite):
+        run.step()
+    assert batches.drawn == 3  # the repeated step had a good batch
+    assert run.iteration == 1
+    assert torch.equal(run.lam, before[0]) and torch.equal(run.theta, before[1])
+    run.step()
+    assert run.iteration == 2
