@@ -100,9 +100,11 @@ def draw_hyperclean(result: dict):
                     color=COLORS["cg"],
                     label="learned weights" if run is first else None,
                 )
-            for name, colour in shades.items():
-                level = first["baselines"][name]["test_loss"]
-                ax.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{name} data")
+            for name, fit in first["baselines"].items():  # none if the run was asked for none
+                ax.axhline(
+                    fit["test_loss"], color=shades[name], linestyle="--", linewidth=1.2,
+                    label=f"{name} data",
+                )  # fmt: skip
             ax.set_xlabel(label)
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(
