@@ -36,8 +36,9 @@ from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import cg
 from bilevel_lite.params import flatten
-from bilevel_lite.problem import BilevelProblem, WeightedRisk
+from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import cross_vp, hvp, theta_gradient
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.session import no_tf32
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 

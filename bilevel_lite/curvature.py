@@ -19,8 +19,9 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import NotFinite, WeightedRisk
+from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
+from bilevel_lite.risk import WeightedRisk
 
 __all__ = [
     "EmpiricalFisher",

@@ -28,7 +28,7 @@ from bilevel_lite.kfac import (
     require_rest,
 )
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
-from bilevel_lite.problem import WeightedRisk
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
 
 __all__ = ["EKFAC", "ekfac_operator", "eigenvalue_correction"]

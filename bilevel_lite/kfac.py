@@ -48,8 +48,9 @@ from bilevel_lite.kronecker import (
 )
 from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
-from bilevel_lite.problem import NotFinite, WeightedRisk
+from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import COST, cross_from_slopes, cross_vp
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.tape import (
     Layer,

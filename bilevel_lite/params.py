@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bilevel_lite.surroundings import lock_of
+
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that theta holds: those that require a gradient, tied ones once.
@@ -50,7 +52,8 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: if ``theta`` does not have exactly as many entries as the module.
     """
-    params = trainable(model)
+    with lock_of(model):  # another thread may have swapped the parameters for a call
+        params = trainable(model)
     sizes = [p.numel() for p in params.values()]
     if theta.shape != (sum(sizes),):
         raise ValueError(
@@ -65,4 +68,5 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 def predict(model: nn.Module, theta: Tensor, *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters read from ``theta``, shape (d,)."""
-    return functional_call(model, unflatten(model, theta), inputs)
+    with lock_of(model):
+        return functional_call(model, unflatten(model, theta), inputs)

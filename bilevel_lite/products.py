@@ -12,7 +12,8 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
-from bilevel_lite.problem import Loss, WeightedRisk, evaluate, looked_at
+from bilevel_lite.problem import Loss, evaluate, looked_at
+from bilevel_lite.risk import WeightedRisk
 
 __all__ = [
     "COST",

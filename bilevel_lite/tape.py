@@ -20,7 +20,7 @@ from torch.func import functional_call, jvp, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
 from bilevel_lite.params import trainable
-from bilevel_lite.problem import WeightedRisk
+from bilevel_lite.risk import WeightedRisk
 
 __all__ = ["Layer", "Tape", "output_columns", "places_of", "split_parameters", "squared_gradients"]
 

@@ -11,7 +11,8 @@ from bilevel_lite.algorithms import AID
 from bilevel_lite.data import corrupt_labels
 from bilevel_lite.exercises import Wrong, close, exercise
 from bilevel_lite.params import flatten
-from bilevel_lite.problem import BilevelProblem, WeightedRisk
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import CG, Identity, Neumann
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bilevel_lite import data
 from bilevel_lite.params import flatten, predict
-from bilevel_lite.problem import BilevelProblem, WeightedRisk
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.risk import WeightedRisk
 
 __all__ = [
     "Hypercleaning", "SIZES", "auc", "build", "evaluate", "precision", "project",
