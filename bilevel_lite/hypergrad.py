@@ -22,7 +22,7 @@ from bilevel_lite.problem import (
 )
 from bilevel_lite.products import (
     COST,
-    cross_vp,
+    cross_and_route,
     dot,
     gradient,
     theta_gradient,
@@ -50,7 +50,7 @@ class HypergradientInfo:
         outer_loss: f(lam, theta) on the outer batch, a scalar tensor.
         direct: grad_lam f, like ``lam``.
         implicit: -J v, like ``lam``.
-        v: The solution of H v = b, like ``theta``.
+        v: The solution of H v = b, like ``theta``; None inside a method that does not need it.
         b: grad_theta f, like ``theta``.
         solve: The solver's diagnosis.
         gradients: Total cost in gradients of the inner loss on ``inner_batch``: work on another
@@ -60,7 +60,7 @@ class HypergradientInfo:
     outer_loss: Tensor
     direct: Tensor
     implicit: Tensor
-    v: Tensor
+    v: Tensor | None
     b: Tensor
     solve: SolveInfo
     gradients: float
@@ -77,7 +77,7 @@ def hypergradient(
     curvature_batch: Any = None,
     return_info: bool = False,
     diagnose: bool = True,
-    cross_mode: str = "shared",
+    cross_mode: str = "auto",
 ) -> Tensor | tuple[Tensor, HypergradientInfo]:
     r"""The implicit-function-theorem hypergradient at (lam, theta).
 
@@ -98,9 +98,10 @@ def hypergradient(
         return_info: Also return a `HypergradientInfo`.
         diagnose: With ``return_info``, have the residual computed even where it costs a product
             (not counted in the cost).
-        cross_mode: How J v is computed: ``"dual"`` or ``"double_backward"``, see
-            `bilevel_lite.products.cross_vp`; ``"shared"`` is dual, but where H and J are of one
-            batch KFAC and EKFAC give J v from their own pass. All are equal to rounding.
+        cross_mode: How J v is computed: ``"auto"`` or ``"double_backward"``, see
+            `bilevel_lite.products.cross_vp`. Under ``"auto"``, where H and J are of one batch, KFAC
+            and EKFAC give J v from their own pass, if they know every layer. Equal to rounding;
+            ``info.solve.cross`` says what was done.
 
     Returns:
         A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
@@ -115,23 +116,45 @@ def hypergradient(
     """
     require_variable("lam", lam)
     require_variable("theta", theta)
-    solver = Direct() if solver is None else solver
+    total, info = implicit(
+        problem, lam, theta, inner_batch, outer_batch, Direct() if solver is None else solver,
+        cross_batch, curvature_batch, return_info and diagnose, cross_mode, want_v=return_info,
+    )  # fmt: skip
+    return (total, info) if return_info else total
+
+
+def implicit(
+    problem: BilevelProblem,
+    lam: Tensor,
+    theta: Tensor,
+    inner_batch: Any,
+    outer_batch: Any,
+    solver: Solver,
+    cross_batch: Any = None,
+    curvature_batch: Any = None,
+    diagnose: bool = False,
+    cross_mode: str = "auto",
+    want_v: bool = False,
+) -> tuple[Tensor, HypergradientInfo]:
+    """`hypergradient` and its diagnosis, for callers that can do without v.
+
+    Without ``want_v`` KFAC need not form it, and ``info.v`` may be None: J v reads v along the
+    layers' inputs only.
+    """
     curvature_batch = inner_batch if curvature_batch is None else curvature_batch
     cross_batch = inner_batch if cross_batch is None else cross_batch
-
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    diagnose = return_info and diagnose
-    if cross_mode == "shared" and cross_batch is curvature_batch:
-        v, jv, solve = solver.solve_and_cross(problem, lam, theta, curvature_batch, b, diagnose)
+    at = problem, lam, theta, curvature_batch, b, diagnose
+    if cross_mode == "auto" and cross_batch is curvature_batch:
+        v, jv, solve = solver.solve_and_cross(*at, want_v=want_v)
     else:
-        v, solve = solver.solve(problem, lam, theta, curvature_batch, b, diagnose)
-        mode = "dual" if cross_mode == "shared" else cross_mode
-        jv = cross_vp(problem.inner_loss, lam, theta, cross_batch, v, mode)
+        v, solve = solver.solve(*at)
+        jv, solve.cross = cross_and_route(
+            problem.inner_loss, lam, theta, cross_batch, v, cross_mode
+        )
     implicit = -jv
     total = direct + implicit
-    _require_finite(total, lambda: f"||b|| = {float(b.norm()):.3g}, ||v|| = {float(v.norm()):.3g}")
-    if not return_info:
-        return total
+    _require_finite(total, lambda: f"||b|| = {float(b.norm()):.3g}")
     cost = (
         COST["gradient"] * relative_size(outer_batch, inner_batch)
         + solve.gradients * relative_size(curvature_batch, inner_batch)

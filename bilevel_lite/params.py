@@ -70,3 +70,8 @@ def predict(model: nn.Module, theta: Tensor, *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters read from ``theta``, shape (d,)."""
     with lock_of(model):
         return functional_call(model, unflatten(model, theta), inputs)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))

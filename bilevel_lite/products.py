@@ -12,11 +12,21 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
+from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
 from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.surroundings import (
+    differentiating,
+    forward_level,
+    same_twice,
+    second_order,
+    way_out,
+)
 
 __all__ = [
     "COST",
+    "cross_and_route",
+    "cross_differences",
     "cross_from_slopes",
     "cross_vp",
     "dense",
@@ -35,11 +45,7 @@ __all__ = [
 COST = {"gradient": 1, "hvp": 2, "cross": 2}
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
-    return torch.dot(a.reshape(-1), b.reshape(-1))
-
-
+@differentiating
 def gradient(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +77,7 @@ def gradient(
     return value.detach(), grad_lam, grad_theta
 
 
+@differentiating
 def theta_gradient(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
 ) -> tuple[Tensor, Tensor]:
@@ -101,12 +108,14 @@ def _require_dependence(**depends: bool) -> None:
 
 def _gradient_graph(loss, lam, theta, batch):
     """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
-    value = evaluate(loss, lam, theta, batch, "inner_loss")
-    (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
+    with second_order(), way_out(), same_twice("inner_loss", theta):
+        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
     _require_dependence(theta=grad is not None)
     return grad
 
 
+@differentiating
 def hvp_operator(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None
 ) -> Callable[[Tensor], Tensor]:
@@ -136,8 +145,10 @@ def hvp_operator(
     if not grad.requires_grad:  # linear in theta: the Hessian is zero
         return lambda v: torch.zeros_like(v)
 
+    @differentiating
     def matvec(v: Tensor) -> Tensor:
-        (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
+        with way_out():
+            (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if out is None else out
 
     return matvec
@@ -171,18 +182,19 @@ def dense(matvec: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
 
 
 def cross_vp(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "dual"
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "auto"
 ) -> Tensor:
     r"""The cross-derivative product J v, with J = d2 g / (dlam dtheta), shaped like lam.
 
         J v = grad_lam < grad_theta g(lam, theta), v >
 
-    Two ways, equal to rounding. ``"double_backward"`` is the formula as written. ``"dual"`` notes
-    that < grad_theta g, v > is the directional derivative of g along v: give theta the tangent v
-    (a dual number theta + eps v), evaluate g once, and differentiate the tangent of the value with
-    respect to lam only. The reverse pass then starts at lam and never reaches the network, which
-    makes it the cheaper way for deep models. For a `WeightedRisk` it is one forward-mode pass of
-    the model alone: < grad_theta g, v > is the mean of sigma_i times `WeightedRisk.slopes`.
+    A plain function of (lam, theta, batch) is differentiated twice in reverse: the formula as
+    written. A `WeightedRisk` whose lam is in its weights needs the examples' slopes only,
+
+        J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+
+    which are one forward-mode pass of the model, held against an ordinary gradient
+    (`WeightedRisk.slopes`).
 
     Args:
         loss: ``loss(lam, theta, batch)`` -> scalar.
@@ -190,46 +202,77 @@ def cross_vp(
         theta: Inner variable, shape (d,).
         batch: Passed on to ``loss``.
         v: Direction, shaped like ``theta``.
-        mode: ``"dual"`` or ``"double_backward"``. An operation without a forward-mode rule
-            raises NotImplementedError under ``"dual"``.
+        mode: ``"auto"``, or ``"double_backward"`` for the formula as written in any case.
 
     Returns:
         Tensor like ``lam``, detached. Zeros where g depends on lam but not jointly with theta.
 
     Raises:
-        ValueError: if the loss is not one finite number, does not depend on ``lam``, or ``mode``
-            is unknown.
+        ValueError: if the loss is not one finite number, does not depend on ``lam``, ``mode`` is
+            unknown, or an operation cannot be differentiated twice (attention's fast kernels are
+            replaced by the one that can).
 
     Cost: counted as 2 gradients.
     """
-    lam = lam.detach().requires_grad_()
-    if mode == "dual" and type(loss) is WeightedRisk and loss.weight is not None:
-        slopes = loss.slopes(theta, batch, v)
-        if looked_at(slopes) and not torch.isfinite(slopes.sum()):
-            evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
-        return cross_from_slopes(loss, lam, batch, slopes)
-    elif mode == "dual":
-        with fwad.dual_level():
-            value = evaluate(
-                loss, lam, fwad.make_dual(theta.detach(), v.detach()), batch, "inner_loss"
-            )
-            value, tangent = fwad.unpack_dual(value)
-        _require_dependence(lam=value.requires_grad, theta=tangent is not None)
-        along = tangent
-    elif mode == "double_backward":
-        theta = theta.detach().requires_grad_()
+    return cross_and_route(loss, lam, theta, batch, v, mode)[0]
+
+
+@differentiating
+def cross_and_route(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "auto"
+) -> tuple[Tensor, str]:
+    """`cross_vp`, and a line that says how it was computed: the one place that decides it."""
+    if mode not in ("auto", "double_backward"):
+        raise ValueError(f"mode: got {mode!r}, expected 'auto' or 'double_backward'")
+    if mode == "double_backward" or type(loss) is not WeightedRisk or loss.weight is None:
+        return _cross_twice(loss, lam, theta, batch, v), "double backward"
+    slopes, route = loss.slopes_and_route(theta, batch, v)
+    if looked_at(slopes) and not torch.isfinite(slopes.sum()):
+        evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
+    return cross_from_slopes(loss, lam, batch, slopes), route
+
+
+def _cross_twice(loss, lam, theta, batch, v):
+    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+    with second_order(), way_out(), same_twice("inner_loss", theta):
         value = evaluate(loss, lam, theta, batch, "inner_loss")
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         along = dot(grad, v)
-    else:
-        raise ValueError(f"mode: got {mode!r}, expected 'dual' or 'double_backward'")
-    if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
+        if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
+            return torch.zeros_like(lam)
+        (out,) = torch.autograd.grad(along, lam, allow_unused=True)
+        return torch.zeros_like(lam) if out is None else out
+
+
+def cross_differences(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, step: float | None = None
+) -> Tensor:
+    r"""J v by central differences along v; first derivatives only, for `bilevel_lite.check`.
+
+        J v ~ ( grad_lam g(lam, theta + h v) - grad_lam g(lam, theta - h v) ) / (2 h)
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+        v: Direction, shaped like ``theta``.
+        step: h ||v|| / max(1, ||theta||); by default the cube root of theta's machine epsilon,
+            where the error of the differences and that of rounding are about equal.
+
+    Cost: 2 gradients.
+    """
+    size = float(v.norm())
+    if size == 0:
         return torch.zeros_like(lam)
-    (out,) = torch.autograd.grad(along, lam, allow_unused=True)
-    return torch.zeros_like(lam) if out is None else out
+    step = torch.finfo(theta.dtype).eps ** (1 / 3) if step is None else step
+    h = step * max(1.0, float(theta.norm())) / size
+    up, down = (gradient(loss, lam, theta + s * h * v, batch, "inner_loss")[1] for s in (1, -1))
+    return (up - down) / (2 * h)
 
 
+@differentiating
 def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tensor) -> Tensor:
     """J v of a weighted risk from < grad_theta l_i, v >, shape (n,): like lam, detached.
 
@@ -246,6 +289,7 @@ def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tenso
     return torch.autograd.grad(along, lam)[0]
 
 
+@differentiating
 def first_and_second(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -258,12 +302,13 @@ def first_and_second(
     backward pass).
     """
     lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
-    value = evaluate(loss, lam, theta, batch, "inner_loss")
-    grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-    _require_dependence(lam=grad_lam is not None, theta=grad is not None)
-    jp = hp = None
-    if grad.requires_grad:
-        jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
+    with second_order(), way_out():
+        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        _require_dependence(lam=grad_lam is not None, theta=grad is not None)
+        jp = hp = None
+        if grad.requires_grad:
+            jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
     return (
         value.detach(),
         grad.detach(),
@@ -288,6 +333,7 @@ def update_vjp(
     return first_and_second(loss, lam, theta, batch, p)[2:]
 
 
+@differentiating
 def update_jvp(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, e: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -304,7 +350,7 @@ def update_jvp(
 
     Cost: counted as 2 gradients (the gradient is a by-product).
     """
-    with fwad.dual_level():
+    with forward_level():
         theta_dual = fwad.make_dual(theta.detach().requires_grad_(), z.detach())
         lam_dual = fwad.make_dual(lam.detach(), e.detach())
         grad = _gradient_graph(loss, lam_dual, theta_dual, batch)

@@ -1,7 +1,12 @@
 """The weighted risk: a loss whose model, likelihood and weights can be seen."""
 
-from collections.abc import Callable
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -9,30 +14,125 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bilevel_lite.params import predict
+from bilevel_lite.params import dot, predict
 from bilevel_lite.problem import check_labels
+from bilevel_lite.surroundings import (
+    differentiating,
+    forward_level,
+    same_twice,
+    second_order,
+    way_out,
+)
 
-__all__ = ["WeightedRisk"]
+__all__ = ["NoForwardMode", "WeightedRisk"]
+
+# ------------------------------------------------------------------ held against a gradient
+
+_verdicts: WeakKeyDictionary = (
+    WeakKeyDictionary()
+)  # model -> what was compared, and how it came out
+_calls = itertools.count(1)
 
 
-class _LinearInParameters(TorchFunctionMode):
-    """Within it a linear map of an input without tangent is pushed forward as W' x + c'.
+def verdicts_of(model: nn.Module) -> dict:
+    """What is known of a model from comparisons with ordinary gradients."""
+    return _verdicts.setdefault(model, {})
 
-    Torch's forward mode adds W 0: a product with a tangent of zeros as large as the batch, which
-    for the first layer on a whole training set costs three times the rest.
+
+def spots(n: int) -> list[int]:
+    """A few rows of n, evenly spread, other ones at each call: no random number is drawn."""
+    few, first = min(n, 2 + n // 64), int(next(_calls) * 0.6180339887498949 % 1 * n)
+    return sorted((first + k * n // few) % n for k in range(few))
+
+
+def some_examples(batch: Any, rows: list[int], n: int) -> tuple:
+    """These examples as a batch of their own: the rows of whatever has n rows."""
+    has = (isinstance(part, Tensor) and part.dim() > 0 and len(part) == n for part in batch)
+    return tuple(part[rows] if h else part for part, h in zip(batch, has, strict=True))
+
+
+def tolerance(like: Tensor) -> float:
+    """How far two ways to one number may be apart in this precision, relative to its size."""
+    low = torch.is_autocast_enabled(like.device.type) or (
+        like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    )
+    return 3e-2 if low else 10 * torch.finfo(like.dtype).eps ** 0.5
+
+
+def mixes_examples(model: nn.Module) -> bool:
+    """True if a layer normalises by statistics of the batch."""
+    norm = nn.modules.batchnorm._BatchNorm
+    return any(
+        isinstance(m, norm) and (m.training or m.running_mean is None) for m in model.modules()
+    )
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """One more forward pass that leaves the model's buffers (running statistics) as they were."""
+    before = [(b, b.clone()) for b in model.buffers()] if mixes_examples(model) else []
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+class NoForwardMode(Exception):
+    """An operation of the model has no forward-mode derivative, or none that training follows."""
+
+
+class _AsTrained(TorchFunctionMode):
+    """Forward mode with the derivatives that training follows, without products with zeros.
+
+    A linear map of an input without tangent is pushed forward as W' x + c': torch adds W 0, a
+    product with a tangent of zeros as large as the batch, which for the first layer on a whole
+    training set costs three times the rest. The row ``padding_idx`` of an embedding has no tangent,
+    as it has no gradient.
     """
 
     maps = (F.linear, F.conv2d)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function in self.maps and len(args) > 2 and not kwargs:
             x, weight, bias = args[:3]
             along = [None if t is None else fwad.unpack_dual(t).tangent for t in args[:3]]
-            if along[0] is None and along[1] is not None:
+            if along[0] is None and along[1] is not None and not x.requires_grad:
                 plain = [None if t is None else fwad.unpack_dual(t).primal for t in (weight, bias)]
                 out = function(x, *plain, *args[3:])
                 return fwad.make_dual(out, function(x, *along[1:], *args[3:]))
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **kwargs)
+        if function in (F.embedding, torch.embedding):
+            return _without_padding(function, out, *args, **kwargs)
+        return out
+
+
+def _without_padding(function, out, *args, **kwargs):
+    """The output of an embedding, its tangent zero where the padding row was read."""
+    given = inspect.signature(_EMBEDDINGS[function]).bind(*args, **kwargs).arguments
+    if given.get("scale_grad_by_freq"):
+        raise NoForwardMode("embedding: scale_grad_by_freq changes the gradient only")
+    value, along = fwad.unpack_dual(out)
+    padding = given.get("padding_idx")
+    if along is None or padding is None or (function is torch.embedding and padding < 0):
+        return out
+    read = given["index"] == padding % len(given["weight"])
+    return fwad.make_dual(value, along.masked_fill(read[..., None], 0))
+
+
+def _embedding(
+    index, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
+    sparse=False,
+):  # fmt: skip
+    """The arguments of torch.nn.functional.embedding, the first under a name of ours."""
+
+
+def _low_embedding(weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    """The arguments of torch.embedding."""
+
+
+_EMBEDDINGS = {F.embedding: _embedding, torch.embedding: _low_embedding}
 
 
 class WeightedRisk:
@@ -107,7 +207,9 @@ class WeightedRisk:
             < grad_theta l_i, v > = s_i . (J_i v),   s_i = p_i - e_{y_i}  (mse: outputs_i - y_i)
 
         J_i v, the directional derivative of the outputs, is one pass of forward-mode
-        differentiation: give theta the tangent v and read the outputs' tangent.
+        differentiation: give theta the tangent v and read the outputs' tangent. It is held against
+        an ordinary gradient at every call (`confirms`); where it differs, or an operation has no
+        forward mode, the losses are differentiated twice in reverse.
 
         Args:
             theta: Inner variable, shape (d,).
@@ -115,17 +217,101 @@ class WeightedRisk:
             v: Direction, shape (d,).
 
         Raises:
-            ValueError: as `losses`, or if the outputs do not depend on theta.
+            ValueError: as `losses`, if the outputs do not depend on theta, or if the model has an
+                operation that cannot be differentiated twice.
 
-        Cost: two forward passes' worth of arithmetic.
+        Cost: two forward passes' worth of arithmetic and 1/n gradients; 2 gradients the other way.
         """
-        with torch.no_grad(), fwad.dual_level(), _LinearInParameters():
-            dual = self.outputs(fwad.make_dual(theta.detach(), v.detach()), batch)
-            outputs, along = fwad.unpack_dual(dual)
-            if along is None:
-                raise ValueError("inner_loss: does not depend on theta")
-            outputs, along = outputs.clone(), along.clone()
-        return (self.output_gradient(outputs, batch[1]) * along).flatten(1).sum(1)
+        return self.slopes_and_route(theta, batch, v)[0]
+
+    @differentiating
+    def slopes_and_route(self, theta: Tensor, batch: Any, v: Tensor) -> tuple[Tensor, str]:
+        """Return `slopes`, and a line that says how they were computed."""
+        theta, v = theta.detach(), v.detach()
+        try:
+            outputs, along = self.along(theta, batch, v)
+            slopes = (self.output_gradient(outputs, batch[1]) * along).flatten(1).sum(1)
+        except NoForwardMode as error:
+            why = f"no forward mode: {error}"
+        else:
+            if self.confirms(theta, batch, v, slopes):
+                return slopes, "forward mode"
+            why = "forward mode is not the gradient that training follows"
+        return self._slopes_twice(theta, batch, v), f"double backward ({why})"
+
+    def along(self, theta: Tensor, batch: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outputs and J v, their directional derivative, by one forward-mode pass.
+
+        Gradients stay on, for models that differentiate inside.
+
+        Raises:
+            NoForwardMode: naming the operation that has no such derivative.
+            ValueError: if the outputs do not depend on theta, or the model draws random numbers.
+        """
+        try:
+            with second_order(), forward_level(), _AsTrained(), same_twice("inner_loss", theta):
+                dual = self.outputs(fwad.make_dual(theta, v.to(theta)), batch)
+                outputs, along = fwad.unpack_dual(dual)
+                if along is None:
+                    raise ValueError("inner_loss: does not depend on theta")
+                return outputs.detach().clone(), along.detach().clone()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # NotImplementedError is one
+            raise NoForwardMode(" ".join(str(error).split())[:200]) from error
+
+    def _slopes_twice(self, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
+        """The same as d/dc_i of < grad_theta sum_i c_i l_i, v >, by double backward."""
+        with second_order(), way_out(), same_twice("inner_loss", theta):
+            theta = theta.detach().requires_grad_()
+            losses = self.losses(theta, batch)
+            c = torch.ones_like(losses).requires_grad_()
+            (g,) = torch.autograd.grad(dot(c, losses), theta, create_graph=True)
+            return torch.autograd.grad(dot(g, v.to(g)), c)[0]
+
+    def confirms(self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor) -> bool:
+        """True if slopes are those of the gradient that training follows, an ordinary one.
+
+        A few examples, other ones at each call, go through the model alone and back. Where their
+        gradient along v is not what their slopes say (a model may mix examples, or not take few),
+        and once for each model, the whole batch decides. With random numbers c:
+
+            sum_i c_i slope_i = < grad_theta sum_i c_i l_i, v >
+
+        Nothing is differentiated twice. Cost: a few examples; 1 gradient where all decide.
+        """
+        n = len(slopes)
+        key = ("forward mode", mixes_examples(self.model))
+        seen = verdicts_of(self.model)
+        if key in seen:
+            if key[1]:
+                return True  # a few examples are another function; the whole batch agreed once
+            rows = spots(n)
+            try:
+                if self._has_slopes(theta, some_examples(batch, rows, n), v, slopes[rows]):
+                    return True
+            except (RuntimeError, ValueError, IndexError):
+                pass
+        agrees = self._has_slopes(theta, batch, v, slopes)
+        if agrees:
+            seen[key] = True
+        return agrees
+
+    def _has_slopes(self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor) -> bool:
+        n = len(slopes)
+        c = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        c = c.to(slopes)
+        size, made = torch.stack([slopes.norm(), dot(c, slopes)]).tolist()
+        if not math.isfinite(size):
+            return True  # nothing to compare; who asked refuses it
+        return abs(self._slope(theta, batch, v, c) - made) <= tolerance(slopes) * size
+
+    def _slope(self, theta: Tensor, batch: Any, v: Tensor, c: Tensor) -> float:
+        """< grad_theta sum_i c_i l_i, v > by an ordinary gradient; statistics stay as they are."""
+        with still(self.model):
+            theta = theta.detach().requires_grad_()
+            (g,) = torch.autograd.grad(dot(c, self.losses(theta, batch)), theta)
+        return float(dot(g, v.to(g)))
 
     def output_gradient(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return s_i, the gradient of each unweighted loss in its outputs, like ``outputs``.

@@ -39,7 +39,7 @@ def batch(n=5, x_rows=5, features=3):
         ((lambda lam, t, b: inner(lam, t, b) / 0, outer), "inner_loss: value is -?(inf|nan)"),
     ],
 )
-@pytest.mark.parametrize("mode", ["dual", "double_backward"])
+@pytest.mark.parametrize("mode", ["auto", "double_backward"])
 @pytest.mark.parametrize("solver", [bl.Direct(), bl.CG(2), bl.Identity(0.1)])
 def test_losses(losses, message, mode, solver):
     problem = bl.BilevelProblem(*losses)
@@ -70,7 +70,7 @@ def test_a_joint_dependence_that_is_zero_is_not_an_error():
         lambda lam, t, b: lam.square().sum() + 0.5 * t.square().sum(),
         lambda lam, t, b: t.sum() + lam.sum(),
     )
-    for mode in ("dual", "double_backward"):
+    for mode in ("auto", "double_backward"):
         h = bl.hypergradient(separable, LAM, THETA, cross_mode=mode)
         assert torch.equal(h, torch.ones(2))
 

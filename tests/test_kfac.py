@@ -381,8 +381,9 @@ def test_shared_cross_product_falls_back_where_the_tape_cannot_give_it():
     for solver in (KFAC(0.1), KFAC(0.1, every=2)):
         for _ in range(2):  # the second time the kept factors have no tape
             v, jv, _ = solver.solve_and_cross(problem, lam, theta, batch, b)
-            assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "dual")) < 1e-12
-        assert solver._shared is None and not solver._sharing
+            assert (
+                error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
+            )
 
 
 def test_dual_form_never_forms_a_matrix_and_equals_the_primal():
@@ -975,25 +976,27 @@ def classify(model, n=8):
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("make, borrowed", [
-    (Borrowing, True), (Attention, True), (lambda: WithOption(by=3.0), False), (WithOption, False),
-    (lambda: Positions(True), False), (lambda: Positions(False), False),
+@pytest.mark.parametrize("make, why", [
+    (Borrowing, "'encode.weight'"), (Attention, "'attend.in_proj_weight'"),
+    (lambda: WithOption(by=3.0), "'stretch.w'"), (WithOption, "'stretch'"),
+    (lambda: Positions(True), "'map.weight'"), (lambda: Positions(False), "'map.weight'"),
 ])  # fmt: skip
-def test_shared_cross_product_where_a_model_does_the_unexpected(make, borrowed, fisher):
+def test_shared_cross_product_where_a_model_does_the_unexpected(make, why, fisher):
     problem, lam, theta, batch = classify(make())
-    assert tape.Tape(problem.inner_loss, theta, batch).borrowed == borrowed
     solver = KFAC(0.1, fisher, rest="damping")
-    shared, dual = (
-        bl.hypergradient(problem, lam, theta, batch, batch, solver, cross_mode=mode)
-        for mode in ("shared", "dual")
-    )
-    assert error(shared, dual) < 1e-12
+    h, info = bl.hypergradient(problem, lam, theta, batch, batch, solver, return_info=True)
+    truth = products.cross_vp(problem.inner_loss, lam, theta, batch, info.v, "double_backward")
+    assert error(-info.implicit, truth) < 1e-12
+    assert "not KFAC's own pass: " in info.solve.cross and why in info.solve.cross
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "lenet", "resnet", "tokens"])
-def test_the_usual_models_borrow_nothing(name):
-    risk, lam, theta, batch = setting(name, n=6)
-    assert not tape.Tape(risk, theta, batch).borrowed
+def test_the_usual_models_give_j_v_from_their_own_pass(name):
+    risk, lam, theta, batch = setting(name, n=6, weighted=True)
+    b = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=theta.dtype)
+    v, jv, info = KFAC(0.1).solve_and_cross(bl.BilevelProblem(risk, risk), lam, theta, batch, b)
+    assert info.cross == "KFAC's own pass"
+    assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
 
 
 def test_ekfac_refuses_a_layer_whose_rows_are_not_the_examples():

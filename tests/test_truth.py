@@ -68,7 +68,7 @@ def test_products_equal_the_matrices_written_by_hand(ridge):
     assert error(products.hessian(r.inner, r.lam, r.theta), r.h) < 1e-13
     assert error(products.hvp(r.inner, r.lam, r.theta, None, r.v), r.h @ r.v) < 1e-13
     jv = r.lam.exp() * r.theta * r.v  # d2g / (dlam_j dtheta_j) = exp(lam_j) theta_j
-    for mode in ("dual", "double_backward"):
+    for mode in ("auto", "double_backward"):
         assert error(products.cross_vp(r.inner, r.lam, r.theta, None, r.v, mode), jv) < 1e-13
     jp, hp = products.update_vjp(r.inner, r.lam, r.theta, None, r.v)
     assert error(jp, jv) < 1e-13 and error(hp, r.h @ r.v) < 1e-13
@@ -100,7 +100,7 @@ def mlp_risk(loss, classes=3):
 def test_cross_product_by_dual_numbers_equals_double_backward_on_a_network(loss):
     risk, lam, theta, batch = mlp_risk(loss)
     v = torch.linspace(-1, 1, len(theta))
-    dual = products.cross_vp(risk, lam, theta, batch, v, "dual")
+    dual = products.cross_vp(risk, lam, theta, batch, v)
     double = products.cross_vp(risk, lam, theta, batch, v, "double_backward")
     assert error(dual, double) < 1e-12
     # and both equal sigma'(lam_n) <grad l_n, v> / N
@@ -166,7 +166,7 @@ def test_flatten_and_unflatten_are_inverse_and_skip_frozen_parameters():
 ])  # fmt: skip
 def test_every_implicit_solver_reaches_autograd_through_the_closed_form(ridge, make):
     r = ridge
-    for mode in ("dual", "double_backward"):
+    for mode in ("auto", "double_backward"):
         h, info = bl.hypergradient(
             r.problem, r.lam, r.theta, solver=make(r), return_info=True, cross_mode=mode
         )
