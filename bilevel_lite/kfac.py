@@ -50,7 +50,7 @@ from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import COST, cross_and_route, cross_from_slopes
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import WeightedRisk, known_code
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.surroundings import differentiating
 from bilevel_lite.tape import (
@@ -138,7 +138,7 @@ def estimate(
     if true:
         s = risk.output_gradient(tape.outputs.detach(), batch[1])
         own = tape.backward(s, keep=True)
-        tape.verify(s, own, params)
+        tape.verify(s, own, params, by_example=True)
         share = fisher == "empirical" and not tape.unlike
     b: dict[str, Any] = {}
     diagonal: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def estimate(
         else:
             grads = tape.backward(probe, keep=i + 1 < len(probes) or not (i or true))
             if not (i or true):
-                tape.verify(probe, grads, params)
+                tape.verify(probe, grads, params, keep or bool(tape.rest) and rest == "diagonal")
         for layer in tape.layers:
             (g,) = grads[layer.name]
             if g is None:  # the outputs do not depend on this layer
@@ -625,34 +625,35 @@ class KFAC(Solver):
             J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
             < grad_theta l_i, v > = sum over layers of g_i . (V a_i)
 
-        with the inputs a_i of that pass and one more backward pass for g_i. Where factors are
-        reused, or a module is not one known exactly, J v is `bilevel_lite.products.cross_vp`;
-        ``info.cross`` says so. Without ``want_v`` v is not formed where J v does not need it.
+        with the inputs a_i of that pass and one more backward pass for g_i: where factors are built
+        anew and all of the model's code is known (`bilevel_lite.risk.known_code`). Else J v is
+        `bilevel_lite.products.cross_vp`; ``info.cross`` says so. Without ``want_v`` v is not formed
+        where J v does not need it.
         """
         risk = problem.inner_loss
-        if type(risk) is not WeightedRisk or risk.weight is None or self._kept(risk):
+        weighted = type(risk) is WeightedRisk and risk.weight is not None
+        if not weighted or not known_code(risk.model) or self._kept(risk):
             return super().solve_and_cross(problem, lam, theta, batch, b, diagnose)
         self._require_like(b, theta)
         self._forget()
         done = self._estimate(risk, lam, theta, batch, true=True)
-        why = done.tape.why_not()
-        blocks = self._build(risk, done, keep=not why)
-        v = torch.empty_like(b) if want_v or diagnose or why else None
+        own = not done.tape.unlike
+        blocks = self._build(risk, done, keep=own)
+        v = torch.empty_like(b) if want_v or diagnose or not own else None
         slopes = done.tape.outputs.new_zeros(done.tape.n)
         for block in self._remember(blocks, theta, store=False):
             if v is not None:
                 block(b, v)
-            if not why:
+            if own:
                 slopes += block.slopes(done, b, v)
         if v is not None:
             _require_finite(v)
         matvec = self._operator(problem, lam, theta, batch)
         info = self._info(LinearSolve(v, iterations=0, products=0), matvec, b, diagnose)
-        if not why:
+        if own:
             info.cross = f"{info.solver}'s own pass"
             return v, cross_from_slopes(risk, lam, batch, slopes), info
-        jv, route = cross_and_route(risk, lam, theta, batch, v)
-        info.cross = f"{route}; not {info.solver}'s own pass: {why}"
+        jv, info.cross = cross_and_route(risk, lam, theta, batch, v)
         return v, jv, info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):

@@ -66,10 +66,16 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     }
 
 
-def predict(model: nn.Module, theta: Tensor, *inputs: Tensor) -> Tensor:
-    """Evaluate ``model(*inputs)`` with the parameters read from ``theta``, shape (d,)."""
+def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """`unflatten`, each part a leaf: gradients arrive layer by layer and are never put together."""
+    return {k: t.detach().requires_grad_() for k, t in unflatten(model, theta.detach()).items()}
+
+
+def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
+    """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
+    named = theta if isinstance(theta, dict) else unflatten(model, theta)
     with lock_of(model):
-        return functional_call(model, unflatten(model, theta), inputs)
+        return functional_call(model, named, inputs)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

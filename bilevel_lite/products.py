@@ -87,7 +87,7 @@ def theta_gradient(
     """
     theta = theta.detach().requires_grad_()
     value = evaluate(loss, lam.detach(), theta, batch, name)
-    grad = torch.autograd.grad(value, theta, allow_unused=True)[0] if value.requires_grad else None
+    grad = _grad(value, (theta,), name)[0] if value.requires_grad else None
     if grad is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     return value.detach(), grad
@@ -97,7 +97,8 @@ def _grad(value, inputs, name, **kwargs):
     if not value.requires_grad:
         wanted = "theta" if len(inputs) == 1 else "lam or on theta"
         raise ValueError(f"{name}: does not depend on {wanted}")
-    return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+    with way_out(name):
+        return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
 
 
 def _require_dependence(**depends: bool) -> None:

@@ -160,6 +160,7 @@ def same_twice(what: str, like: Tensor) -> Iterator[None]:
 _INFERENCE = "inference tensor"
 _HOPELESS = (  # what torch says where a derivative is missing
     "not implemented",
+    "sparse tensors",
     "forward AD",
     "does not support",
     "is not differentiable",
@@ -193,8 +194,8 @@ def way_out(what: str = "inner_loss") -> Iterator[None]:
             ) from error
         if any(words in said for words in _HOPELESS):
             raise ValueError(
-                f"{what}: torch cannot differentiate it twice ({said[:300]}); use an operation "
-                "that has a second derivative (attention: the math kernel, "
+                f"{what}: torch cannot differentiate it as needed here ({said[:300]}); use an "
+                "operation that has a second derivative (attention: the math kernel, "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); an embedding: max_norm=None, "
                 "sparse=False; a torch.autograd.Function: a backward that is differentiable)"
             ) from error

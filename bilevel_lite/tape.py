@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,8 +25,15 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
-from bilevel_lite.params import trainable
-from bilevel_lite.risk import WeightedRisk, some_examples, spots, tolerance, verdicts_of
+from bilevel_lite.params import leaves, trainable, unflatten
+from bilevel_lite.risk import (
+    WeightedRisk,
+    known_code,
+    some_examples,
+    spots,
+    tolerance,
+    verdicts_of,
+)
 from bilevel_lite.surroundings import lock_of, same_twice, second_order
 
 __all__ = [
@@ -44,6 +52,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerN
 KNOWN = {
     cls: cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *NORMS)
 }
+
+
+UNLIKE = "its gradient does not go example by example with the rows of the batch"
 
 
 @dataclass
@@ -137,6 +148,7 @@ class Tape:
             name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable
         }
         self.layers, self.rest = split_parameters(self.places, self.modules, self.once, bias)
+        self.known = known_code(risk.model)
         self.unlike: dict[str, str] = {}  # parameter -> why its gradient has no examples here
 
     def _run(self, risk, batch):
@@ -190,14 +202,18 @@ class Tape:
 
     # -- held against autograd
 
-    def verify(self, probe: Tensor, grads: dict[str, list[Tensor]], params: dict) -> None:
+    def verify(
+        self, probe: Tensor, grads: dict[str, list[Tensor]], params: dict, by_example: bool
+    ) -> None:
         r"""Compare what the formulas make of one probe with autograd's gradient of the same.
 
             sum_i c_i G_i  =  grad_theta sum_i c_i < s_i, outputs_i >,    G_i = sum of g a^T
 
         On a model, or a pattern of shapes, not seen before: with random c_i on the whole batch.
-        Else for a few examples alone, other ones at each call; where those differ, or the model
-        cannot take them, the whole batch decides again.
+        After that nothing more where all of the model's code is known. Else a few examples alone,
+        other ones at each call; where those differ, or the model cannot take them, the whole batch
+        decides again. And if examples are to be told apart, the probe c_i s_i is sent back, which
+        must give c_i g_i in every row.
 
         Afterwards ``layers`` holds linear maps whose blocks are right, and ``unlike`` names the
         parameters whose gradient does not go example by example with the batch's rows.
@@ -206,19 +222,49 @@ class Tape:
             probe: s, like the outputs; its graph is still there.
             grads: What `backward` made of it.
             params: theta by name.
+            by_example: Whether gradients example by example are wanted of it.
 
-        Cost: a few examples of the batch; 1 gradient (and the rest's gradients, example by example)
-        where the whole batch is compared.
+        Cost: nothing for known code; else a few examples, and half a gradient if ``by_example``; 1
+        gradient (and the rest's gradients, example by example) where the whole batch is compared.
         """
         seen = verdicts_of(self.risk.model)
         key = ("tape", self.bias, *self._pattern())
         if key in seen:
             self._take(*seen[key])
-            if self._some(probe, grads, params):
-                return
-        verdict = self._whole(probe, grads, params)
-        seen.setdefault(key, verdict)
-        self._take(*verdict)
+        if key not in seen or not (self.known or self._some(probe, grads, params)):
+            verdict = self._whole(probe, grads, params)
+            seen.setdefault(key, verdict)
+            self._take(*verdict)
+        elif by_example and not self.known:
+            self._separate(probe, grads)
+
+    def _separate(self, probe, grads) -> None:
+        """Note the modules in whose calls a row is not an example, on this very batch."""
+        c = self._weights_of_examples(probe)
+        scaled = self.backward(probe * c.view(-1, *[1] * (probe.dim() - 1)), keep=True)
+        sizes, apart, names = [], [], []
+        for name, calls in self.calls.items():
+            for call, g, made in zip(calls, grads[name], scaled[name], strict=True):
+                if g is not None and not self._rows(call):
+                    g = self._by_example(g) * c.view(-1, *[1] * g.dim())
+                    sizes.append(made.norm())
+                    apart.append((self._by_example(made) - g).norm())
+                    names.append(name)
+        if not names:
+            return
+        sizes, apart = torch.stack(sizes), torch.stack(apart)
+        least = torch.finfo(self.theta.dtype).eps * sizes.max()
+        bad = ~(apart <= tolerance(self.theta) * sizes + least)
+        mixed = {name for name, b in zip(names, bad.tolist(), strict=True) if b}
+        more = {
+            name: UNLIKE
+            for name, (_, where) in self.places.items()
+            if any(owner in mixed for owner, _ in where)
+        }
+        self.unlike = {**more, **self.unlike}
+
+    def _weights_of_examples(self, like: Tensor) -> Tensor:
+        return torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(like)
 
     def _pattern(self):
         """What a verdict rests on beside the model: the modules called, and the rows they took."""
@@ -238,15 +284,17 @@ class Tape:
 
     def _whole(self, probe, grads, params) -> tuple[frozenset, dict[str, str]]:
         """The verdict of the whole batch: owners without a block, parameters without examples."""
-        c = torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(probe)
+        c = self._weights_of_examples(probe)
         truth = self._autograd(probe * c.view(-1, *[1] * (probe.dim() - 1)))
         unlike = self._differ(truth, grads, params, c)
-        in_blocks = [layer for layer in self.layers if set(self._parameters(layer)) & set(unlike)]
+        in_blocks = [layer for layer in self.layers if set(self.parameters_of(layer)) & set(unlike)]
         without = frozenset()
         if in_blocks:  # no examples, but perhaps a block: the sum over all rows is enough for that
             truth_all = self._autograd(probe)
             wrong = self._differ(truth_all, grads, params, None, in_blocks)
-            without = frozenset(l.name for l in in_blocks if set(self._parameters(l)) & set(wrong))
+            without = frozenset(
+                l.name for l in in_blocks if set(self.parameters_of(l)) & set(wrong)
+            )
         if without:
             self._take(without, unlike)
             unlike = self._differ(truth, grads, params, c)
@@ -254,27 +302,33 @@ class Tape:
 
     def _autograd(self, probe: Tensor) -> dict[str, Tensor]:
         (whole,) = torch.autograd.grad(self.outputs, self._leaf, probe, retain_graph=True)
-        return {name: whole[place] for name, (place, _) in self.places.items()}
+        return unflatten(self.risk.model, whole)
 
     def _some(self, probe, grads, params) -> bool:
         """True if a few examples, passed through the model alone, have the gradients made here."""
         rows = spots(self.n)
+        here = leaves(self.risk.model, self.theta)
         try:
-            theta = self.theta.clone().requires_grad_()
             with torch.enable_grad():
-                outputs = self.risk.outputs(theta, some_examples(self.batch, rows, self.n))
-            (whole,) = torch.autograd.grad(outputs, theta, probe[rows])
+                outputs = self.risk.outputs(here, some_examples(self.batch, rows, self.n))
+            whole = torch.autograd.grad(
+                outputs, list(here.values()), probe[rows], allow_unused=True
+            )
         except (RuntimeError, ValueError, IndexError):
             return False
-        truth = {name: whole[place] for name, (place, _) in self.places.items()}
-        known = {name: t for name, t in truth.items() if name not in self.unlike}
-        return not self._differ(known, grads, params, rows)
+        truth = {
+            name: torch.zeros_like(here[name]) if g is None else g
+            for name, g in zip(here, whole, strict=True)
+            if name not in self.unlike
+        }
+        return not self._differ(truth, grads, params, rows)
 
     def _differ(self, truth, grads, params, c, layers=None) -> dict[str, str]:
-        """Parameter -> why what the formulas make of it is not the truth.
+        """Parameter -> why what the formulas make of it is not the truth, along one direction.
 
         ``c``: weights of all examples, or a list of rows, or None for the sum over all rows.
         """
+        truth = {name: _projected(t) for name, t in truth.items()}
         made: dict[str, Tensor | str] = {}
         for layer in self.layers if layers is None else layers:
             made |= self._of_block(layer, grads, c)
@@ -288,13 +342,13 @@ class Tape:
         if not names:
             return differ
         sizes = torch.stack([truth[name].norm() for name in names])
-        apart = torch.stack([(made[name].reshape(-1) - truth[name]).norm() for name in names])
+        apart = torch.stack([(made[name] - truth[name]).norm() for name in names])
         least = torch.finfo(self.theta.dtype).eps * sizes.max()
         bad = ~(apart <= tolerance(self.theta) * sizes + least)
-        why = "its gradient does not go example by example with the rows of the batch"
-        return differ | {name: why for name, b in zip(names, bad.tolist(), strict=True) if b}
+        return differ | {name: UNLIKE for name, b in zip(names, bad.tolist(), strict=True) if b}
 
-    def _parameters(self, layer: Layer) -> list[str]:
+    def parameters_of(self, layer: Layer) -> list[str]:
+        """Names of the parameters of one linear map."""
         return [
             name
             for name, (_, where) in self.places.items()
@@ -304,7 +358,7 @@ class Tape:
     def _of_block(self, layer: Layer, grads: dict, c) -> dict[str, Tensor | str]:
         """sum_i c_i g_i a_i^T for the weight and the bias of one linear map."""
         (call,), (g,) = self.calls[layer.name], grads[layer.name]
-        names = self._parameters(layer)
+        names = self.parameters_of(layer)
         if g is None:
             return dict.fromkeys(names, self.outputs.new_zeros(()))
         if c is not None and (why := self._rows(call)):
@@ -320,12 +374,13 @@ class Tape:
             if self.places[name][1][0][1] == "bias":
                 made[name] = columns.sum(1)
             else:
-                made[name] = columns @ _input_columns(call.module, a, False).T
+                a_columns = _input_columns(call.module, a, False)
+                made[name] = columns @ (a_columns.T @ _direction(len(a_columns), a))
         return made
 
     def _of_rest(self, name: str, grads: dict, params: dict, c) -> Tensor | str:
         """sum_i c_i G_i of a parameter without a block, from its gradients example by example."""
-        total = torch.zeros_like(params[name])
+        total = torch.zeros_like(_projected(params[name]))
         for owner, local in self.rest[name][1]:
             for call, g in zip(self.calls.get(owner, ()), grads.get(owner, ()), strict=True):
                 if not call.usable or len(call.input) != self.n or call.shape[0] != self.n:
@@ -338,12 +393,16 @@ class Tape:
                 a = call.input
                 if isinstance(c, list):
                     a, g = a[c], g[c]
+                weight = c if torch.is_tensor(c) else g.new_ones(len(g))
+                if kind_of(call.module) is nn.Embedding:
+                    total = total + _embedding_sum(call.module, a, g, weight)
+                    continue
                 try:
                     per = _per_example(call.module, a, local, g, params, self.names)
                 except RuntimeError as error:  # torch.func cannot take this module
                     said = " ".join(str(error).split())[:100]
                     return f"its module {owner!r} cannot be cut into examples ({said})"
-                total = total + (torch.tensordot(c, per, 1) if torch.is_tensor(c) else per.sum(0))
+                total = total + _projected(torch.tensordot(weight, per, 1))
         return total
 
     def _rows(self, call: Call) -> str:
@@ -358,16 +417,6 @@ class Tape:
         return t.reshape(self.n, -1, *t.shape[1:])
 
     # -- J v
-
-    def why_not(self) -> str:
-        """Why the slopes cannot be read from the tape; "" if they can, after `verify`."""
-        for name, why in self.unlike.items():
-            return f"for parameter {name!r} {why}"
-        for owner in self.owners:
-            module = self.modules[owner]
-            if owner in self.calls and (kind_of(module) is None or _hooked(module)):
-                return f"module {owner!r} ({type(module).__name__}) is not one known exactly"
-        return ""
 
     def slopes_of(self, name: str, grads: dict, along: Callable[[Call], Tensor]) -> Tensor | float:
         """sum over one module's calls of g_i . (dz_i along v), shape (n,); `along` gives dz."""
@@ -389,6 +438,24 @@ class Tape:
         if call.input._version != call.version:
             raise ValueError(_overwritten(layer.name))
         return _input_columns(call.module, call.input, layer.joint)
+
+
+def _projected(t: Tensor) -> Tensor:
+    """A gradient of shape (d1, ...) along one fixed direction of its other dimensions, (d1,)."""
+    if t.dim() < 2:
+        return t.reshape(-1)
+    rows = t.reshape(len(t), -1)
+    return rows @ _direction(rows.shape[1], t)
+
+
+def _direction(size: int, like: Tensor) -> Tensor:
+    return _directions(size, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    normal = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return normal.to(device, dtype)
 
 
 def _overwritten(name: str) -> str:
@@ -462,15 +529,6 @@ def kind_of(module: nn.Module) -> type | None:
             )
             return cls if same and plain and not special else None
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _is_linear_map(module: nn.Module) -> bool:
@@ -578,6 +636,15 @@ def along(call: Call, params: dict[str, Tensor]) -> Tensor:
         weight[module.padding_idx] = 0
         params = {"weight": weight}
     return functional_call(module, {**zeros, **params}, (call.input,))
+
+
+def _embedding_sum(module: nn.Embedding, index: Tensor, g: Tensor, c: Tensor) -> Tensor:
+    """sum_i c_i G_i of an embedding along one direction, shape (num_embeddings,)."""
+    along = g @ _direction(g.shape[-1], g) * c.view(-1, *[1] * (g.dim() - 2))
+    out = g.new_zeros(module.num_embeddings).index_add_(0, index.reshape(-1), along.reshape(-1))
+    if module.padding_idx is not None:
+        out[module.padding_idx] = 0
+    return out
 
 
 def _embedding_squares(module: nn.Embedding, index: Tensor, g: Tensor) -> Tensor:
