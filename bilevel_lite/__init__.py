@@ -26,9 +26,9 @@ from bilevel_lite.algorithms import (
     StocBiO,
 )
 from bilevel_lite.auditing import audit
+from bilevel_lite.checking import check
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import (
-    check,
     finite_difference_hypergradient,
     hypergradient,
     unrolled_hypergradient,

@@ -1,4 +1,4 @@
-"""The hypergradient: implicit, by unrolling, by finite differences; and a check of one by another.
+"""The hypergradient: implicit, by unrolling, by finite differences.
 
 implicit     dPhi/dlam = grad_lam f - J v,  H v = b        (at theta ~ theta*)
 unrolled     the derivative of f(lam, theta_T(lam)) through T steps of gradient descent
@@ -32,10 +32,8 @@ from bilevel_lite.products import (
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
 
 __all__ = [
-    "CheckReport",
     "HypergradientInfo",
     "UnrollInfo",
-    "check",
     "finite_difference_hypergradient",
     "hypergradient",
     "unrolled_hypergradient",
@@ -292,7 +290,7 @@ def finite_difference_hypergradient(
     problem: BilevelProblem,
     lam: Tensor,
     solve_inner: Callable[[Tensor], Tensor],
-    eps: float = 1e-5,
+    eps: float | None = None,
     outer_batch: Any = None,
     directions: Tensor | None = None,
 ) -> Tensor:
@@ -309,7 +307,8 @@ def finite_difference_hypergradient(
         lam: Outer variable, any shape.
         solve_inner: lam -> theta*(lam), from the same start and with the same number of steps
             each time, far enough for the accuracy that is asked of the differences.
-        eps: Half the distance of the two evaluations, in lam's units.
+        eps: Half the distance of the two evaluations, in lam's units; by default the cube root of
+            lam's machine epsilon (6e-6 in float64, 5e-3 in float32).
         outer_batch: Batch of f.
         directions: Rows of directions like ``lam``, shape (k, *lam.shape); by default the
             coordinate axes, so that the result is the hypergradient.
@@ -323,6 +322,7 @@ def finite_difference_hypergradient(
     Cost: two inner solves per direction.
     """
     require_variable("lam", lam)
+    eps = torch.finfo(lam.dtype).eps ** (1 / 3) if eps is None else eps
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
     lam = lam.detach()
@@ -339,123 +339,3 @@ def finite_difference_hypergradient(
 
     slopes = torch.stack([(phi(lam + eps * e) - phi(lam - eps * e)) / (2 * eps) for e in rows])
     return slopes.view_as(lam) if directions is None else slopes
-
-
-@dataclass
-class CheckReport:
-    """A method's hypergradient beside two truths.
-
-    Attributes:
-        relative_error_exact: ||h - exact|| / ||exact||, exact being the direct solve at theta.
-        cosine_exact: Cosine of the angle between h and exact.
-        relative_error_differences: The same against finite differences.
-        cosine_differences: The same.
-        rtol: The relative error that was asked for.
-        passed: True if both relative errors are at most ``rtol``.
-        info: The method's own `HypergradientInfo`.
-    """
-
-    relative_error_exact: float | None
-    cosine_exact: float | None
-    relative_error_differences: float | None
-    cosine_differences: float | None
-    rtol: float
-    passed: bool
-    info: HypergradientInfo
-
-    def __str__(self):
-        lines = ["against            relative error   cosine"]
-        for name, error, cosine in (
-            ("exact solve", self.relative_error_exact, self.cosine_exact),
-            ("differences", self.relative_error_differences, self.cosine_differences),
-        ):
-            if error is not None:
-                lines.append(f"{name:<18} {error:>14.1e}   {cosine:.6f}")
-        solve = self.info.solve
-        verdict = "agrees" if self.passed else "DOES NOT AGREE"
-        lines.append(
-            f"{verdict} to {self.rtol:.0e} ({solve.solver}, {solve.products} products, "
-            f"relative residual {solve.relative_residual:.1e})"
-        )
-        return "\n".join(lines)
-
-
-def check(
-    problem: BilevelProblem,
-    lam: Tensor,
-    theta: Tensor,
-    inner_batch: Any = None,
-    outer_batch: Any = None,
-    solver: Solver | None = None,
-    solve_inner: Callable[[Tensor], Tensor] | None = None,
-    rtol: float = 1e-4,
-    eps: float = 1e-5,
-    num_directions: int | None = None,
-    generator: torch.Generator | None = None,
-    verbose: bool = True,
-) -> CheckReport:
-    """Compare one method's hypergradient with an exact solve and with finite differences.
-
-    Args:
-        problem: The two losses.
-        lam: Outer variable.
-        theta: Inner variable near theta*(lam).
-        inner_batch: Batch of g.
-        outer_batch: Batch of f.
-        solver: The method to check; `Direct` by default.
-        solve_inner: lam -> theta*(lam); without it the finite differences are left out.
-        rtol: Relative error up to which the verdict is good.
-        eps: Step of the finite differences.
-        num_directions: Difference along this many random unit directions instead of every
-            coordinate; for a long lam. The error and cosine then compare the projections onto
-            these directions only, a rough guide with few of them.
-        generator: Source of those directions.
-        verbose: Print the report.
-
-    Returns:
-        `CheckReport`.
-
-    Raises:
-        ValueError: if there is nothing to compare with: theta is too large for an exact solve
-            and no ``solve_inner`` is given.
-
-    Cost: one hypergradient, one direct solve (d products) where d allows, two inner solves per
-    direction.
-    """
-    h, info = hypergradient(problem, lam, theta, inner_batch, outer_batch, solver, return_info=True)
-    exact = differences = None
-    if theta.numel() <= Direct().max_dim:
-        exact = _compare(h, hypergradient(problem, lam, theta, inner_batch, outer_batch))
-    if solve_inner is not None:
-        rows, projected = None, h
-        if num_directions is not None:
-            rows = torch.randn(num_directions, lam.numel(), generator=generator, dtype=lam.dtype)
-            rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
-            projected = rows @ h.reshape(-1)
-            rows = rows.view(-1, *lam.shape)
-        slopes = finite_difference_hypergradient(problem, lam, solve_inner, eps, outer_batch, rows)
-        differences = _compare(projected, slopes)
-    if exact is None and differences is None:
-        raise ValueError(
-            f"solve_inner: is needed, since theta has {theta.numel()} entries, too many for an "
-            "exact solve"
-        )
-    results = [pair for pair in (exact, differences) if pair is not None]
-    report = CheckReport(
-        *(exact or (None, None)),
-        *(differences or (None, None)),
-        rtol=rtol,
-        passed=all(error <= rtol for error, _ in results),
-        info=info,
-    )
-    if verbose:
-        print(report)
-    return report
-
-
-def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative error and cosine of h against the truth."""
-    size = float(truth.norm())
-    error = float((h - truth).norm()) / size if size else float(h.norm())
-    product = float(h.norm()) * size
-    return error, float(dot(h, truth)) / product if product else float("nan")
