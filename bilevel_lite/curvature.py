@@ -64,9 +64,9 @@ class Operator:
 
     def __init__(self, matvec: Callable[[Tensor], Tensor], like: Tensor):
         self.matvec = matvec
-        self._of(like)
+        self._act_on(like)
 
-    def _of(self, like: Tensor) -> None:
+    def _act_on(self, like: Tensor) -> None:
         self.size, self.dtype, self.device = like.numel(), like.dtype, like.device
         self.shape = (self.size, self.size)
 
@@ -515,7 +515,7 @@ class GGN(Operator):
             for term, outputs in terms
         ]
         self.l2 = risk.l2
-        self._of(theta)
+        self._act_on(theta)
 
     def middle(self, part: "OutputMap", u: Tensor) -> Tensor:
         """C u of one term, like its outputs."""
@@ -548,7 +548,7 @@ class OutputMap:
         """J v, like the outputs: their directional derivative along v."""
         term = self.term
         with torch.no_grad(), forward_level():
-            dual = term.read(fwad.make_dual(self.theta.detach(), v.detach()))
+            dual = fwad.make_dual(term.read(self.theta.detach()), term.read(v.detach()))
             tangent = fwad.unpack_dual(term.risk.outputs(dual, term.batch)).tangent
         return torch.zeros_like(self.outputs) if tangent is None else tangent
 

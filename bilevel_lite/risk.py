@@ -562,6 +562,13 @@ class SumOfRisks:
     by their identity; an outer loss on the same theta is a `SumOfRisks` of one term with the same
     ``model=``.
 
+    For a Kronecker block, over the terms whose model has the layer, each with its own n:
+
+        B = sum_k c_k B_k,    A = sum_k c_k A_k / sum_k c_k
+
+    which is the term's own block times c_k where one term has the layer, and the block of the whole
+    where one batch was cut into terms with c_k = n_k / n.
+
     Args:
         risks: `WeightedRisk` each. A term with an l2 of its own must hold all of theta (then the
             l2's add up, c_k l2_k); otherwise give ``l2`` here.
@@ -649,7 +656,8 @@ def _value(risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: A
     means = [
         (t.coefficient, t.risk.mean(lam, t.read(theta), t.batch)) for t in risk.terms(lam, batch)
     ]
-    value = sum(mean if c == 1 else c * mean for c, mean in means)
+    first, *others = [mean if c == 1 else c * mean for c, mean in means]
+    value = sum(others, first)
     return value + risk.l2 * theta.square().sum() if risk.l2 else value
 
 

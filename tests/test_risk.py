@@ -860,19 +860,3 @@ def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_curvature():
     assert risk(torch.ones(1), theta, batch) == 0
     for operator in (curvature.GGN, curvature.EmpiricalFisher):
         assert not operator(risk, torch.ones(1), theta, batch).dense().any()
-
-
-def test_an_operator_is_freed_with_its_last_name():
-    import gc
-    import weakref
-
-    c = case("weights")
-    gc.disable()
-    try:
-        operator = curvature.GGN(c.risk, c.lam, c.theta, c.batch)
-        gone = weakref.ref(operator)
-        operator @ c.theta
-        del operator
-        assert gone() is None
-    finally:
-        gc.enable()
