@@ -37,7 +37,7 @@ from bilevel_lite.kfac import KFAC, KFACRichardson
 from bilevel_lite.linsolve import NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.session import progress, setup
 from bilevel_lite.solvers import CG, CGNormal, Direct, Identity, Neumann
 
@@ -71,6 +71,7 @@ __all__ = [
     "SAMA",
     "SOBA",
     "StocBiO",
+    "SumOfRisks",
     "WeightedRisk",
     "audit",
     "check",

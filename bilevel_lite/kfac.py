@@ -50,7 +50,7 @@ from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import COST, cross_and_route, cross_from_slopes
-from bilevel_lite.risk import WeightedRisk, known_code
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.surroundings import differentiating
 from bilevel_lite.tape import (
@@ -63,6 +63,7 @@ from bilevel_lite.tape import (
     split_parameters,
     squared_gradients,
 )
+from bilevel_lite.trust import known_code
 
 __all__ = [
     "KFAC",
@@ -652,7 +653,8 @@ class KFAC(Solver):
         info = self._info(LinearSolve(v, iterations=0, products=0), matvec, b, diagnose)
         if own:
             info.cross = f"{info.solver}'s own pass"
-            return v, cross_from_slopes(risk, lam, batch, slopes), info
+            terms = risk.terms(lam.detach(), batch)
+            return v, cross_from_slopes(lam, theta, terms, [slopes], [done.tape.outputs]), info
         jv, info.cross = cross_and_route(risk, lam, theta, batch, v)
         return v, jv, info
 

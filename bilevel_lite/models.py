@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel_lite.risk import rowwise
+from bilevel_lite.trust import rowwise
 
 
 def linear(inputs: int, classes: int, bias: bool = True) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import SumOfRisks, Term, is_structured
 from bilevel_lite.surroundings import (
     differentiating,
     forward_level,
@@ -225,12 +225,24 @@ def cross_and_route(
     """`cross_vp`, and a line that says how it was computed: the one place that decides it."""
     if mode not in ("auto", "double_backward"):
         raise ValueError(f"mode: got {mode!r}, expected 'auto' or 'double_backward'")
-    if mode == "double_backward" or type(loss) is not WeightedRisk or loss.weight is None:
+    if mode == "double_backward" or not has_slopes(loss):
         return _cross_twice(loss, lam, theta, batch, v), "double backward"
-    slopes, route = loss.slopes_and_route(theta, batch, v)
-    if looked_at(slopes) and not torch.isfinite(slopes.sum()):
+    terms = loss.terms(lam.detach(), batch)
+    parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v)) for t in terms]
+    slopes = [slope for slope, _ in parts]
+    if looked_at(theta) and not all(bool(torch.isfinite(s.sum())) for s in slopes):
         evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
-    return cross_from_slopes(loss, lam, batch, slopes), route
+    routes = dict.fromkeys(route for _, route in parts)
+    return cross_from_slopes(lam, theta, terms, slopes), " and ".join(routes)
+
+
+def has_slopes(loss: Loss) -> bool:
+    """True if J v of this loss is read from the examples' slopes: lam stands in weights only."""
+    if not is_structured(loss):
+        return False
+    risks = loss.risks if isinstance(loss, SumOfRisks) else [loss]
+    weighted = any(risk.weight is not None for risk in risks)
+    return weighted and all(risk.inputs is None for risk in risks)
 
 
 def _cross_twice(loss, lam, theta, batch, v):
@@ -267,27 +279,67 @@ def cross_differences(
     size = float(v.norm())
     if size == 0:
         return torch.zeros_like(lam)
+    if is_structured(loss) and any(t.risk.reads_losses for t in loss.terms(lam, batch)):
+        return _field_differences(loss, lam, theta, batch, v, step)
     step = torch.finfo(theta.dtype).eps ** (1 / 3) if step is None else step
     h = step * max(1.0, float(theta.norm())) / size
     up, down = (gradient(loss, lam, theta + s * h * v, batch, "inner_loss")[1] for s in (1, -1))
     return (up - down) / (2 * h)
 
 
-@differentiating
-def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tensor) -> Tensor:
-    """J v of a weighted risk from < grad_theta l_i, v >, shape (n,): like lam, detached.
+def _field_differences(loss, lam, theta, batch, v, step):
+    """The same for weights that read the losses: < grad_theta g, v > along each entry of lam.
 
-        J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+    There grad_lam g is not the derivative of what grad_theta g is the gradient of.
+    """
+    step = torch.finfo(lam.dtype).eps ** (1 / 3) if step is None else step
+    h = step * max(1.0, float(lam.abs().max()))
+    axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+
+    def along(point):
+        return dot(theta_gradient(loss, point, theta, batch, "inner_loss")[1], v)
+
+    changes = [(along(lam + h * e) - along(lam - h * e)) / (2 * h) for e in axes]
+    return torch.stack(changes).view_as(lam).to(lam)
+
+
+@differentiating
+def cross_from_slopes(
+    lam: Tensor,
+    theta: Tensor,
+    terms: list[Term],
+    slopes: list[Tensor],
+    outputs: list[Tensor] | None = None,
+) -> Tensor:
+    """J v of a risk from < grad_theta l_i, v >, shape (n,) for each term: like lam, detached.
+
+        J v = grad_lam sum over terms of c (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+
+    Args:
+        lam: Outer variable.
+        theta: Inner variable, for weights that read the losses.
+        terms: From ``risk.terms(lam, batch)``.
+        slopes: For each term.
+        outputs: The model's outputs for each term, if they are at hand.
 
     Raises:
         ValueError: if the weights do not depend on lam.
 
-    Cost: that of the weights alone.
+    Cost: that of the weights alone, and of the losses if they read them.
     """
     lam = lam.detach().requires_grad_()
-    along = (risk.weights(lam, batch) * slopes).mean()
-    _require_dependence(lam=along.requires_grad)
-    return torch.autograd.grad(along, lam)[0]
+    total = 0.0
+    for k, (term, slope) in enumerate(zip(terms, slopes, strict=True)):
+        risk, losses = term.risk, None
+        if risk.weight is None:
+            continue
+        if risk.reads_losses:
+            with torch.no_grad():
+                made = risk.outputs(term.read(theta), term.batch) if outputs is None else outputs[k]
+                losses = risk.output_losses(made.detach(), term.batch[1])
+        total = total + term.coefficient * (risk.weights(lam, term.batch, losses) * slope).mean()
+    _require_dependence(lam=total.requires_grad)
+    return torch.autograd.grad(total, lam)[0]
 
 
 @differentiating

@@ -26,15 +26,9 @@ from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
 from bilevel_lite.params import leaves, trainable, unflatten
-from bilevel_lite.risk import (
-    WeightedRisk,
-    known_code,
-    some_examples,
-    spots,
-    tolerance,
-    verdicts_of,
-)
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.surroundings import lock_of, same_twice, second_order
+from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
 
 __all__ = [
     "Call",
