@@ -437,12 +437,6 @@ def test_float32_stays_close_to_float64(make, n):
     assert v.dtype == torch.float32 and error(v.double(), truth) < 1e-3
 
 
-def test_gram_of_a_large_matrix_copies_its_upper_half():
-    x = torch.randn(1100, 30, generator=torch.Generator().manual_seed(0))
-    assert error(kronecker._gram(x), x @ x.T) < 1e-14
-    assert torch.equal(kronecker._gram(x), kronecker._gram(x).T)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [
     lambda: KFAC(0.01), lambda: KFAC(0.01, damping_rule="exact"), lambda: EKFAC(0.01),
