@@ -53,6 +53,9 @@ class Operator:
 
     def __init__(self, matvec: Callable[[Tensor], Tensor], like: Tensor):
         self.matvec = matvec
+        self._act_on(like)
+
+    def _act_on(self, like: Tensor):
         self.size, self.dtype, self.device = like.numel(), like.dtype, like.device
         self.shape = (self.size, self.size)
 
@@ -346,7 +349,11 @@ class GGN(Operator):
         with torch.enable_grad():
             self.outputs = risk.outputs(self.theta, batch)
         require_batch(self.outputs)
-        super().__init__(self._product, theta)
+        self._act_on(theta)
+
+    def matvec(self, v: Tensor) -> Tensor:  # a method: kept on self, it would keep self alive
+        """G v, shape (d,)."""
+        return self.vjp(self.middle(self.jvp(v))) + 2 * self.risk.l2 * v
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v, shape (n, C): the directional derivative of the outputs along v."""
@@ -362,9 +369,6 @@ class GGN(Operator):
     def middle(self, u: Tensor) -> Tensor:
         """C u, shape (n, C)."""
         return output_hessian_vp(self.risk, self.outputs.detach(), self.sigma, u)
-
-    def _product(self, v):
-        return self.vjp(self.middle(self.jvp(v))) + 2 * self.risk.l2 * v
 
 
 class _ProbeFisher(GGN):
