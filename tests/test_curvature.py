@@ -177,7 +177,7 @@ def test_monte_carlo_fisher_converges_to_the_ggn_at_the_rate_one_over_root_m():
     assert abs(slope + 0.5) < 0.15
     one = curvature.Fisher(risk, lam, theta, batch, generator=g)
     v = torch.ones(len(theta))
-    assert torch.equal(one @ v, one @ v)  # drawn once: one fixed matrix
+    assert torch.equal(one @ v, one @ v)  # drawn once: the same operations
 
 
 # ---------------------------------------------------------------- bad input

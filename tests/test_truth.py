@@ -240,7 +240,7 @@ def test_warm_start_continues_where_the_last_call_stopped(ridge):
     other.load_state_dict(solver.state_dict())
     a, _ = solver.solve(r.problem, r.lam, r.theta, None, b)
     c, _ = other.solve(r.problem, r.lam, r.theta, None, b)
-    assert torch.equal(a, c)
+    assert torch.equal(a, c)  # the same operations in the same order
 
 
 def test_lam_of_any_shape_and_scalar_unknowns():
@@ -264,7 +264,7 @@ def test_lam_of_any_shape_and_scalar_unknowns():
 def test_cg_ends_exactly_on_the_identity_and_on_early_convergence():
     b = torch.arange(1.0, 6.0)
     done = linsolve.cg(lambda v: v, b, iters=10)
-    assert torch.equal(done.solution, b)
+    assert torch.equal(done.solution, b)  # sums of small integers are exact in any order
     assert (done.iterations, done.products, done.converged) == (1, 1, True)
     assert linsolve.cg_normal(lambda v: v, b, iters=10).solution.allclose(b, atol=1e-15)
     h = torch.diag(torch.tensor([1.0, 1.0, 2.0, 2.0, 5.0]))  # three distinct eigenvalues
@@ -276,7 +276,7 @@ def test_cg_ends_exactly_on_the_identity_and_on_early_convergence():
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_cg_on_a_scalar_unknown(shape):
     b = torch.full(shape, 3.0)
-    assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)
+    assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)  # exact
 
 
 def test_cg_on_a_zero_right_hand_side_is_zero():
@@ -343,7 +343,7 @@ def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
     assert done.negative_curvature and not done.converged
     assert done.curvature[0] <= 0
     before = linsolve.cg(lambda v: h @ v, b, iters=done.iterations).solution
-    assert torch.equal(done.solution, before)
+    assert torch.equal(done.solution, before)  # the same operations in the same order
     done = linsolve.cg_normal(lambda v: h @ v, b, iters=10)  # the squared system is definite
     assert error(done.solution, b / h.diagonal()) < 1e-10
     with warnings.catch_warnings():
@@ -471,7 +471,7 @@ def test_neumann_with_k_terms_is_k_truncated_steps_at_a_fixed_point(ridge, terms
     assert error(neumann, unrolled) < 1e-12
     if terms == 1:
         identity = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Identity(lr))
-        assert torch.equal(identity, neumann)
+        assert torch.equal(identity, neumann)  # v = lr b both times, number by number
         one_step = bl.unrolled_hypergradient(r.problem, r.lam, r.theta, steps=1, lr=lr)
         assert error(identity, one_step) < 1e-12
 
