@@ -34,7 +34,7 @@ from bilevel_lite.hypergrad import (
     unrolled_hypergradient,
 )
 from bilevel_lite.kfac import KFAC, KFACRichardson
-from bilevel_lite.linsolve import NegativeCurvatureWarning
+from bilevel_lite.linsolve import DivergenceWarning, NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
@@ -56,6 +56,7 @@ __all__ = [
     "CG",
     "CGNormal",
     "Direct",
+    "DivergenceWarning",
     "EKFAC",
     "F2SA",
     "ITD",
