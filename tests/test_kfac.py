@@ -987,7 +987,7 @@ def test_cross_product_where_a_model_does_the_unexpected(make, without_block, fi
     assert without_block is None or without_block in info.solve.without_block
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "lenet", "resnet", "tokens"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "lenet", "tokens"])
 def test_the_usual_models_give_j_v_from_their_own_pass(name):
     risk, lam, theta, batch = setting(name, n=6, weighted=True)
     b = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=theta.dtype)
@@ -998,7 +998,7 @@ def test_the_usual_models_give_j_v_from_their_own_pass(name):
 
 def test_ekfac_refuses_a_layer_whose_rows_are_not_the_examples():
     problem, lam, theta, batch = classify(Positions(False))
-    with pytest.raises(ValueError, match="layer 'map' has shape \\(3, 8, 5\\)"):
+    with pytest.raises(ValueError, match="'map' takes shape \\(3, 8, 5\\)"):
         bl.hypergradient(problem, lam, theta, batch, batch, EKFAC(0.1))
 
 
