@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
-from bilevel_lite.params import leaves, trainable, unflatten
+from bilevel_lite.params import leaves, trainable
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.surroundings import lock_of, same_twice, second_order
 from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
@@ -133,6 +133,7 @@ class Tape:
         self.names = {id(p): name for name, p in trainable(risk.model).items()}
         self.modules = dict(risk.model.named_modules())
         self.owners = sorted({o for _, where in self.places.values() for o, _ in where})
+        self.known = known_code(risk.model)
         self._run(risk, batch)
         require_batch(self.outputs)
         self.n = self.outputs.shape[0]
@@ -140,7 +141,6 @@ class Tape:
             name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable
         }
         self.layers, self.rest = split_parameters(self.places, self.modules, self.once, bias)
-        self.known = known_code(risk.model)
         self.unlike: dict[str, str] = {}  # parameter -> why its gradient has no examples here
 
     def _run(self, risk, batch):
@@ -157,8 +157,10 @@ class Tape:
                     same_twice("model", self.theta),
                     second_order() if compiled else nullcontext(),
                 ):
-                    self._leaf = self.theta.clone().requires_grad_()
-                    self.outputs = risk.outputs(self._leaf, batch)
+                    # a model of unknown code may write into what it is given (max_norm does)
+                    own = self.theta if self.known else self.theta.clone()
+                    self._leaves = leaves(risk.model, own)
+                    self.outputs = risk.outputs(self._leaves, batch)
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -194,7 +196,7 @@ class Tape:
 
     def release(self) -> None:
         """Let go of the graph, once nothing more is sent back through it."""
-        self.outputs, self._leaf = self.outputs.detach(), None
+        self.outputs, self._leaves = self.outputs.detach(), None
         for calls in self.calls.values():
             for call in calls:
                 call.edge = None
@@ -305,34 +307,27 @@ class Tape:
         return without, unlike
 
     def _autograd(self, probe: Tensor) -> dict[str, Tensor]:
-        (whole,) = torch.autograd.grad(self.outputs, self._leaf, probe, retain_graph=True)
-        return unflatten(self.risk.model, whole)
+        """Autograd's own gradient of every parameter, `_projected`."""
+        return _gradients(self.outputs, self._leaves, probe)
 
     def _some(self, probe, grads, params) -> bool:
         """True if a few examples, passed through the model alone, have the gradients made here."""
         rows = spots(self.n)
-        here = leaves(self.risk.model, self.theta)
         try:
             with torch.enable_grad():
-                outputs = self.risk.outputs(here, some_examples(self.batch, rows, self.n))
-            whole = torch.autograd.grad(
-                outputs, list(here.values()), probe[rows], allow_unused=True
-            )
+                outputs = self.risk.outputs(self._leaves, some_examples(self.batch, rows, self.n))
+            truth = _gradients(outputs, self._leaves, probe[rows])
         except (RuntimeError, ValueError, IndexError):
             return False
-        truth = {
-            name: torch.zeros_like(here[name]) if g is None else g
-            for name, g in zip(here, whole, strict=True)
-            if name not in self.unlike
-        }
+        truth = {name: t for name, t in truth.items() if name not in self.unlike}
         return not self._differ(truth, grads, params, rows)
 
     def _differ(self, truth, grads, params, c, layers=None) -> dict[str, str]:
         """Parameter -> why what the formulas make of it is not the truth, along one direction.
 
-        ``c``: weights of all examples, or a list of rows, or None for the sum over all rows.
+        ``truth``: from `_gradients`. ``c``: weights of all examples, or a list of rows, or None for
+        the sum over all rows.
         """
-        truth = {name: _projected(t) for name, t in truth.items()}
         made: dict[str, Tensor | str] = {}
         for layer in self.layers if layers is None else layers:
             made |= self._of_block(layer, grads, c)
@@ -442,6 +437,27 @@ class Tape:
         if call.input._version != call.version:
             raise ValueError(_overwritten(layer.name))
         return _input_columns(call.module, call.input, layer.joint)
+
+
+def _gradients(outputs: Tensor, at: dict[str, Tensor], probe: Tensor) -> dict[str, Tensor]:
+    """Gradient of < probe, outputs > in each leaf, `_projected`; zero where it has none.
+
+    Each is projected as it arrives, so that no two layers' gradients are held at once.
+    """
+    made = {name: _projected(torch.zeros_like(leaf)) for name, leaf in at.items()}
+
+    def keep(name: str, leaf: Tensor) -> None:
+        made[name], leaf.grad = _projected(leaf.grad), None
+
+    hooks = [
+        leaf.register_post_accumulate_grad_hook(partial(keep, name)) for name, leaf in at.items()
+    ]
+    try:
+        torch.autograd.backward(outputs, probe, retain_graph=True, inputs=list(at.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made
 
 
 def _projected(t: Tensor) -> Tensor:
