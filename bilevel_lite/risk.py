@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -738,17 +739,28 @@ def _part(model: nn.Module, whole: nn.Module, term: int) -> Part:
 def overridden(risk: Any) -> str | None:
     """The first part of the structure that a subclass or the instance itself has replaced."""
     base = WeightedRisk if isinstance(risk, WeightedRisk) else SumOfRisks
+    replaced = _replaced(type(risk), base) | (_structure(base) & vars(risk).keys())
+    return min(replaced, default=None)
+
+
+@cache
+def _structure(base: type) -> frozenset[str]:
     methods = {
         name
         for name, part in vars(base).items()
         if inspect.isroutine(part) or isinstance(part, property)
     }
-    methods -= {"__init__", "__init_subclass__"}
-    for name in sorted(methods):
-        owner = next(c for c in type(risk).__mro__ if name in vars(c))
-        if owner is not base or name in vars(risk):
-            return name
-    return None
+    return frozenset(methods - {"__init__", "__init_subclass__"})
+
+
+def _replaced(kind: type, base: type) -> frozenset[str]:
+    if kind is base:
+        return frozenset()
+    return frozenset(
+        name
+        for name in _structure(base)
+        if next(c for c in kind.__mro__ if name in vars(c)) is not base
+    )
 
 
 def is_structured(loss: Any) -> bool:
