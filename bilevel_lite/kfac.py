@@ -665,11 +665,10 @@ class KFACRichardson(Solver):
         self.iters, self.kfac, self.step = iters, kfac or KFAC(), step
         self.damping, self.warm_start = damping, warm_start
 
-    def solve(self, problem, lam, theta, batch, b, diagnose: bool = True):
-        """Return v and a `SolveInfo`; see `Solver.solve`."""
-        v, info = super().solve(problem, lam, theta, batch, b, diagnose)
+    def _info(self, done, matvec, b, diagnose):
+        info = super()._info(done, matvec, b, diagnose)
         info.gradients += self.kfac.last_cost
-        return v, info
+        return info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         precondition = self.kfac.inverse(problem.inner_loss, lam, theta, batch)

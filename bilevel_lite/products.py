@@ -25,6 +25,7 @@ from bilevel_lite.surroundings import (
 
 __all__ = [
     "COST",
+    "SecondDerivatives",
     "cross_and_route",
     "cross_differences",
     "cross_from_slopes",
@@ -47,7 +48,12 @@ COST = {"gradient": 1, "hvp": 2, "cross": 2}
 
 @differentiating
 def gradient(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
+    loss: Loss,
+    lam: Tensor,
+    theta: Tensor,
+    batch: Any = None,
+    name: str = "loss",
+    need_lam: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the value and both gradients of a loss: (loss, grad_lam, grad_theta).
 
@@ -57,6 +63,7 @@ def gradient(
         theta: Inner variable, shape (d,).
         batch: Passed on to ``loss``.
         name: What error messages call the loss.
+        need_lam: Refuse a loss that does not depend on ``lam``.
 
     Returns:
         The value, shape (); its gradient with respect to ``lam`` (zeros where the loss does not
@@ -73,6 +80,7 @@ def gradient(
     if grad_theta is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     if grad_lam is None:
+        _require_dependence(lam=not need_lam)
         grad_lam = torch.zeros_like(lam)
     return value.detach(), grad_lam, grad_theta
 
@@ -153,6 +161,54 @@ def hvp_operator(
         return torch.zeros_like(v) if out is None else out
 
     return matvec
+
+
+class SecondDerivatives:
+    r"""H v and J v of a loss at one point, from one graph of its first gradient.
+
+        H v = grad_theta < grad_theta g, v >,     J v = grad_lam < grad_theta g, v >
+
+    Called, it gives H v, as `hvp_operator` does; `cross` gives J v without another forward pass.
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+
+    Raises:
+        ValueError: as `hvp_operator`; in `cross`, if the loss does not depend on ``lam``.
+
+    Cost: counted as 2 gradients per product.
+    """
+
+    @differentiating
+    def __init__(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None):
+        self.lam, self.theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+        self.at = loss, batch
+        self.grad = _gradient_graph(loss, self.lam, self.theta, batch)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v."""
+        return self._product(self.theta, v, keep=True)
+
+    def cross(self, v: Tensor) -> Tensor:
+        """Return J v, like ``lam``; the graph is freed: no product can follow."""
+        out = self._product(self.lam, v, keep=False)
+        if not bool(out.any()):
+            loss, batch = self.at
+            gradient(loss, self.lam, self.theta, batch, "inner_loss", need_lam=True)
+        return out
+
+    @differentiating
+    def _product(self, variable: Tensor, v: Tensor, keep: bool) -> Tensor:
+        if not self.grad.requires_grad:  # linear in theta
+            return torch.zeros_like(variable)
+        with way_out():
+            (out,) = torch.autograd.grad(
+                self.grad, variable, v, retain_graph=keep, allow_unused=True
+            )
+        return torch.zeros_like(variable) if out is None else out
 
 
 def hvp(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
