@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.params import predict
 from bilevel_lite.problem import check_labels
+from bilevel_lite.surroundings import uncompiled
 
 __all__ = ["WeightedRisk"]
 
@@ -44,7 +45,9 @@ class WeightedRisk:
     other solver treats it as a plain function.
 
     Args:
-        model: Module with outputs of shape (n, C). Its own parameter values are not used.
+        model: Module with outputs of shape (n, C). Its own parameter values are not used. Of a
+            ``torch.compile``d one the module inside is kept: compiled code has no second
+            derivatives.
         loss: ``"cross_entropy"`` (y: integer labels, shape (n,)), or ``"mse"``
             (l = 1/2 ||output - y||^2, y of shape (n, C), the Gaussian likelihood).
         weight: ``weight(lam, batch)`` returns sigma, shape (n,); by default every weight is 1.
@@ -66,17 +69,40 @@ class WeightedRisk:
             raise ValueError(f"loss: got {loss!r}, expected 'cross_entropy' or 'mse'")
         if not l2 >= 0:
             raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
-        self.model, self.loss, self.weight, self.l2 = model, loss, weight, l2
+        self.model, self.loss, self.weight, self.l2 = uncompiled(model), loss, weight, l2
 
-    def outputs(self, theta: Tensor, batch: Any) -> Tensor:
-        """Evaluate the model on ``batch[0]``; shape (n, C)."""
+    def require_batch(self, batch: Any, name: str = "batch") -> None:
+        """Refuse what is not (x, y, ...) with as many rows in x as in y, at least one.
+
+        Raises:
+            TypeError: for another kind of batch, naming the argument.
+            ValueError: for another number of rows.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            got = "None" if batch is None else type(batch).__name__
+            got += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise TypeError(
+                f"{name}: got {got}, expected a tuple (x, y, ...) of tensors, which a WeightedRisk "
+                "needs (a plain function (lam, theta, batch) -> scalar may take other batches)"
+            )
+        for part, value in zip("xy", batch, strict=False):
+            if not isinstance(value, Tensor) or not value.dim():
+                got = "a number" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name}: {part} is {got}, expected a tensor with n rows")
         x, y = batch[0], batch[1]
         if x.shape[0] != y.shape[0]:
             raise ValueError(
-                f"batch: x has {x.shape[0]} rows and y has {y.shape[0]}; expected the same number"
+                f"{name}: x has {x.shape[0]} rows and y has {y.shape[0]}; expected the same number"
             )
+        if not x.shape[0]:
+            raise ValueError(f"{name}: holds no example, so its mean is undefined")
+
+    def outputs(self, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate the model on ``batch[0]``; shape (n, C)."""
+        self.require_batch(batch)
+        x = batch[0]
         try:
-            return predict(self.model, theta, x)
+            outputs = predict(self.model, theta, x)
         except torch.cuda.OutOfMemoryError:
             raise  # its message speaks of sizes, too
         except RuntimeError as error:
@@ -86,6 +112,12 @@ class WeightedRisk:
                     f"{tuple(x.shape)} ({error})"
                 ) from error
             raise
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"model: {type(self.model).__name__} gives {type(outputs).__name__}, expected a "
+                "tensor of shape (n, C); wrap it in a module that returns its logits"
+            )
+        return outputs
 
     def losses(self, theta: Tensor, batch: Any) -> Tensor:
         """Return the unweighted loss of each example, shape (n,).
@@ -142,6 +174,10 @@ class WeightedRisk:
     def _check_targets(self, outputs: Tensor, y: Tensor) -> None:
         if outputs.dim() < 2:
             raise ValueError(f"model: gives shape {tuple(outputs.shape)}, expected (n, C)")
+        if outputs.shape[0] != y.shape[0]:
+            raise ValueError(
+                f"model: gives {outputs.shape[0]} rows for {y.shape[0]} examples, expected one each"
+            )
         if self.loss == "mse":
             if outputs.shape != y.shape:
                 raise ValueError(
@@ -152,6 +188,11 @@ class WeightedRisk:
             raise ValueError(
                 f"batch: y has shape {tuple(y.shape)} and dtype {y.dtype}, "
                 "expected integer labels of shape (n,), dtype torch.int64"
+            )
+        elif outputs.dim() != 2:
+            raise ValueError(
+                f"model: gives shape {tuple(outputs.shape)} for labels of shape {tuple(y.shape)}, "
+                "expected (n, C); a plain function can take the mean over further dimensions"
             )
         elif y.device.type == "cpu" and y.numel():
             check_labels(y, outputs.shape[1])
@@ -170,6 +211,10 @@ class WeightedRisk:
             raise ValueError(
                 f"lam: has {lam.numel()} entries, too few for this batch ({error})"
             ) from error
+        if not isinstance(sigma, Tensor):
+            raise ValueError(
+                f"weight: returned {type(sigma).__name__}, expected a tensor, one weight an example"
+            )
         if sigma.shape != batch[1].shape[:1]:
             raise ValueError(
                 f"weight: returned shape {tuple(sigma.shape)}, expected "

@@ -9,6 +9,7 @@ and says what it did. A solver may remember things between calls (its last v, fo
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
 from bilevel_lite.products import COST, cross_vp, dense, hvp_operator
+from bilevel_lite.surroundings import differentiating, ordinary, same_twice
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
 
@@ -47,12 +49,31 @@ class SolveInfo:
     converged: bool | None = None
 
 
+def _entry(method):
+    """Let a solver's method compute where gradients are off, with tensors made there, too."""
+
+    @wraps(method)
+    @differentiating
+    def called(self, *args, **options):
+        options = {name: ordinary(value) for name, value in options.items()}
+        return method(self, *map(ordinary, args), **options)
+
+    return called
+
+
 class Solver:
     """Base of the solvers: the operator, the residual, the remembered v."""
 
     damping = 0.0
     warm_start = False
     curvature = "hessian"
+
+    def __init_subclass__(cls, **options):
+        """Let a subclass's own solves compute where gradients are off, too."""
+        super().__init_subclass__(**options)
+        for name in ("solve", "solve_and_cross", "inverse", "observe"):
+            if name in vars(cls):
+                setattr(cls, name, _entry(vars(cls)[name]))
 
     def __init__(self):
         self._v: Tensor | None = None
@@ -61,6 +82,7 @@ class Solver:
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({options})"
 
+    @_entry
     def solve(
         self,
         problem: Any,
@@ -96,8 +118,7 @@ class Solver:
                 f"{type(self).__name__}: remembers a v of shape {tuple(self._v.shape)}, but b has "
                 f"shape {tuple(b.shape)}; use a new solver for a new problem"
             )
-        operator = GGN if self.curvature == "ggn" else hvp_operator
-        matvec = _Lazy(lambda: operator(problem.inner_loss, lam, theta, batch))
+        matvec = _Lazy(lambda: self._operator(problem.inner_loss, lam, theta, batch))
         done = self._solve(problem, lam, theta, batch, b, matvec)
         v = done.solution.detach()
         if self.warm_start:
@@ -118,9 +139,17 @@ class Solver:
             converged=done.converged,
         )
 
+    def _operator(self, loss, lam, theta, batch):
+        """Return the function v -> H v, or that of what stands for H."""
+        if self.curvature == "hessian":
+            return hvp_operator(loss, lam, theta, batch)
+        with same_twice("inner_loss", theta, lambda: loss(lam, theta, batch)):
+            return GGN(loss, lam, theta, batch)
+
     def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
         raise NotImplementedError
 
+    @_entry
     def solve_and_cross(
         self, problem: Any, lam: Tensor, theta: Tensor, batch: Any, b: Tensor, diagnose: bool = True
     ) -> tuple[Tensor, Tensor, SolveInfo]:
