@@ -34,7 +34,7 @@ from bilevel_lite.products import (
     update_vjp,
 )
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
-from bilevel_lite.surroundings import SameDraws, differentiating, ordinary, plain_attention
+from bilevel_lite.surroundings import SameDraws, differentiating, ordinary
 
 __all__ = [
     "CheckReport",
@@ -255,8 +255,7 @@ def unrolled_hypergradient(
     lam, theta0, outer_batch = map(ordinary, (lam.detach(), theta0.detach(), outer_batch))
     batch_at = _batch_at(inner_batch, problem)
     unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
-    with plain_attention():
-        h, info = unroll(problem, lam, theta0, steps, lr, truncate, batch_at, outer_batch)
+    h, info = unroll(problem, lam, theta0, steps, lr, truncate, batch_at, outer_batch)
     _require_finite(h, lambda: f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
     return (h, info) if return_info else h
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from bilevel_lite.problem import Loss, evaluate, looked_at
 from bilevel_lite.risk import WeightedRisk
-from bilevel_lite.surroundings import differentiating, ordinary, same_twice, way_out
+from bilevel_lite.surroundings import (
+    differentiating,
+    ordinary,
+    plain_attention,
+    same_twice,
+    way_out,
+)
 
 __all__ = [
     "COST",
@@ -114,7 +120,11 @@ def _require_dependence(**depends: bool) -> None:
 
 def _value(loss, lam, theta, batch):
     """The value of the inner loss, refused where another evaluation would draw other numbers."""
-    with same_twice("inner_loss", theta, lambda: loss(lam.detach(), theta.detach(), batch)):
+
+    def again():
+        return loss(lam.detach(), theta.detach(), batch)
+
+    with plain_attention(), same_twice("inner_loss", theta, again):
         return evaluate(loss, lam, theta, batch, "inner_loss")
 
 
@@ -340,7 +350,8 @@ def update_operator(
     Cost: counted as 2 gradients per direction (the gradient is a by-product).
     """
     lam, theta = _leaf(lam), _leaf(theta)
-    value = evaluate(loss, lam, theta, batch, "inner_loss")
+    with plain_attention():
+        value = evaluate(loss, lam, theta, batch, "inner_loss")
     grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
     _require_dependence(lam=grads[0] is not None, theta=grads[1] is not None)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel_lite as bl
 from bilevel_lite import algorithms, data, products
@@ -326,6 +327,45 @@ def test_forward_mode_evaluates_a_step_once():
     problem = bl.BilevelProblem(inner, lambda lam, t, _: t.sum())
     bl.unrolled_hypergradient(problem, numbers(1, 5), numbers(2, 5), 4, 0.1, mode="forward")
     assert len(calls) == 4
+
+
+# ------------------------------------------------------------------ attention
+
+
+def test_products_pass_attention_and_leave_its_kernels_as_they_were():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.out(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    model = Attends().eval()
+    lam, theta, batch = LAM, bl.flatten(model), (numbers(4, 12, 3, 4), Y, INDEX)
+    g, v = weighted(model).inner_loss, numbers(6, len(theta))
+    at = [t.clone().requires_grad_() for t in (lam, theta)]
+    with sdpa_kernel(SDPBackend.MATH):
+        slope = torch.autograd.grad(g(*at, batch), at, create_graph=True)
+        jv, hv = torch.autograd.grad(slope[1], at, v, retain_graph=True)
+        both = torch.autograd.grad(slope, at[1], (lam, v))[0]
+    flags = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    got = (
+        products.hvp(g, lam, theta, batch, v),
+        *products.update_vjp(g, lam, theta, batch, v),
+        products.update_jvp(g, lam, theta, batch, lam, v)[1],
+    )
+    for one, truth in zip(got, (hv, jv, hv, both), strict=True):
+        assert float((one - truth).norm() / truth.norm()) < 1e-12
+    after = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    assert after == flags == (True, True)
+    problem, options = weighted(model), {"inner_batch": batch, "outer_batch": batch}
+    back, forth = (
+        bl.unrolled_hypergradient(problem, lam, theta, 3, 0.1, mode, **options)
+        for mode in ("reverse", "forward")
+    )
+    assert float((back - forth).norm() / back.norm()) < 1e-12
 
 
 # ------------------------------------------------------------------ what the caller owns
