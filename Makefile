@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test quick execute check elsewhere bench figures lint repo clean
+.PHONY: help setup run lab html test baseline quick execute check elsewhere bench figures lint repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,12 @@ html: setup ## render the book from the stored outputs, without running anything
 
 test: setup ## everything: the package's tests, and every chapter compared with its stored outputs
 	$(BIN)/python -m pytest --nbval
+
+# What every x86-64 processor of the last fifteen years can do: torch, MKL, oneDNN, and OpenBLAS (NumPy, SciPy).
+BASELINE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+
+baseline: setup ## the same, with the arithmetic of an old processor: do tests or chapters rest on this one's last digits?
+	$(BASELINE) $(BIN)/python -m pytest --nbval
 
 quick: setup ## the tests without the chapters
 	$(BIN)/python -m pytest tests

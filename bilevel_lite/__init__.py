@@ -26,18 +26,18 @@ from bilevel_lite.algorithms import (
     StocBiO,
 )
 from bilevel_lite.auditing import audit
+from bilevel_lite.checking import check
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import (
-    check,
     finite_difference_hypergradient,
     hypergradient,
     unrolled_hypergradient,
 )
 from bilevel_lite.kfac import KFAC, KFACRichardson
-from bilevel_lite.linsolve import NegativeCurvatureWarning
+from bilevel_lite.linsolve import DivergenceWarning, NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.session import progress, setup
 from bilevel_lite.solvers import CG, CGNormal, Direct, Identity, Neumann
 
@@ -56,6 +56,7 @@ __all__ = [
     "CG",
     "CGNormal",
     "Direct",
+    "DivergenceWarning",
     "EKFAC",
     "F2SA",
     "ITD",
@@ -71,6 +72,7 @@ __all__ = [
     "SAMA",
     "SOBA",
     "StocBiO",
+    "SumOfRisks",
     "WeightedRisk",
     "audit",
     "check",

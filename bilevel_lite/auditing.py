@@ -20,6 +20,7 @@ The parts are vectors and add up exactly; their lengths do not, for parts may ca
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,8 @@ class AuditRow:
         name: What the table calls the solver.
         relative_error: ||h - h0|| / ||h0||: on the full batches, or with minibatches the root of
             its mean square over the draws.
-        cosine: Of the angle between h and h0 (with minibatches the mean over the draws).
+        cosine: Of the angle between h and h0 (with minibatches the mean over the draws). A
+            hypergradient of zero has no angle: such a draw is left out, and NaN says that all are.
         length: ||h|| / ||h0||, the same.
         parts: Part -> its length over ||h0||; for ``"minibatch"`` the root of the mean square.
             A part that was not asked for is missing.
@@ -205,7 +207,7 @@ def audit(
             AuditRow(
                 name,
                 _root_mean_square(errors) / size,
-                _mean(float((one * truth).sum() / (one.norm() * size)) for one in seen),
+                _mean(_cosine(one, truth) for one in seen if bool(one.any())),
                 _mean(float(one.norm()) / size for one in seen),
                 parts,
                 vectors,
@@ -257,6 +259,10 @@ def _root_mean_square(vectors: Tensor) -> float:
     return float(vectors.flatten(1).square().sum(1).mean().sqrt())
 
 
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()))
+
+
 def _mean(values) -> float:
     values = list(values)
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bilevel_lite import models
+from bilevel_lite import kronecker, models
 from bilevel_lite.algorithms.aid import AID
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import Batches
@@ -282,8 +282,12 @@ def flops(call: Callable[[], Any]) -> int:
     a solve with k right-hand sides, 2 n^3/3 for an inverse from it, 9 n^3 for a symmetric
     eigendecomposition, 4 d r^2 for a QR decomposition with its basis (Golub and Van Loan).
     """
-    with _FlopCounter() as counter:
-        call()
+    kronecker.in_numpy = False
+    try:
+        with _FlopCounter() as counter:
+            call()
+    finally:
+        kronecker.in_numpy = True
     return counter.total
 
 
@@ -372,7 +376,7 @@ def _peak_in_fresh_process(name: str, row: str, device: torch.device) -> int | N
     if device.type == "cpu" and not sys.platform.startswith("linux"):
         return None
     code = (
-        "import sys, torch; from bilevel_lite import bench; torch.set_num_threads(1); "
+        "import sys, torch; from bilevel_lite import bench, kronecker; kronecker.set_threads(1); "
         "print(bench.peak_memory(sys.argv[1], sys.argv[2], torch.device(sys.argv[3])))"
     )
     done = subprocess.run(
@@ -483,7 +487,7 @@ def run(
         raise RunError(
             "bench compares with curvlinops: pip install curvlinops-for-pytorch"
         ) from None
-    torch.set_num_threads(threads)
+    kronecker.set_threads(threads)
     no_tf32()
     config = {"kind": "bench", "models": names, "rounds": rounds, "seconds": seconds}
     config |= {"device": device.type, "threads": threads}

@@ -9,19 +9,29 @@ theta, C a matrix on the outputs) plus the l2 term; they differ in C only:
 
 The square-root rule: an output-gradient column carries sqrt(sigma_i), so that its second moment
 carries sigma_i exactly once. It holds in all three.
+
+Where an example has a loss term at each of T positions, h_i and its square roots are block diagonal
+in the positions, with the share k_it of each in the example's loss (`WeightedRisk.share`). Where
+the weights read the losses and their slope counts (``weight_slope=True``), C has one part more,
+(1/n) V'(l_i) s_i s_i^T with s_i the gradient of the unweighted loss. A `SumOfRisks` has one such
+J^T C J a term, times its coefficient.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
+from bilevel_lite.forward_mode import NoForwardMode, push_forward
+from bilevel_lite.params import dot
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, is_structured, refusal
+from bilevel_lite.surroundings import differentiating, same_twice, second_order, way_out
+from bilevel_lite.trust import known_code, tolerance, verdicts_of
 
 __all__ = [
     "EmpiricalFisher",
@@ -29,15 +39,18 @@ __all__ = [
     "GGN",
     "Hessian",
     "Operator",
+    "OutputSide",
     "from_curvlinops",
     "ggn_vp",
     "output_hessian_vp",
     "output_probes",
+    "output_side",
     "require_risk",
     "sample_weights",
 ]
 
 FISHERS = ("exact", "mc", "empirical")
+LARGEST = 2**28  # numbers that the exact probes may hold where labels have positions
 
 
 class Operator:
@@ -53,6 +66,9 @@ class Operator:
 
     def __init__(self, matvec: Callable[[Tensor], Tensor], like: Tensor):
         self.matvec = matvec
+        self._act_on(like)
+
+    def _act_on(self, like: Tensor) -> None:
         self.size, self.dtype, self.device = like.numel(), like.dtype, like.device
         self.shape = (self.size, self.size)
 
@@ -121,28 +137,63 @@ def from_curvlinops(operator: Any, like: Tensor) -> Operator:
 # ------------------------------------------------------------------ the output side: C
 
 
-def require_risk(loss: Any, what: str) -> WeightedRisk:
+def require_risk(loss: Any, what: str, simple: bool = True) -> WeightedRisk | SumOfRisks:
     """Refuse a loss whose model, likelihood and weights cannot be seen.
 
+    Args:
+        loss: The inner loss.
+        what: What needs to see them; for the message.
+        simple: Refuse also what the caller does not follow: lam in the inputs, weights that read
+            the losses, a mask, a sum of risks.
+
     Raises:
-        TypeError: naming what needs a `WeightedRisk`.
+        TypeError: naming what needs a `WeightedRisk`, or what a subclass has overridden.
     """
-    if not isinstance(loss, WeightedRisk):
+    if not isinstance(loss, WeightedRisk | SumOfRisks):
         raise TypeError(
             f"inner_loss: got {type(loss).__name__}, but {what} needs to see the model, the "
             "likelihood and the weights: give a bilevel_lite.WeightedRisk"
         )
+    if not is_structured(loss):
+        raise TypeError(f"inner_loss: {refusal(loss)}")
+    if simple:
+        _require_simple(loss, what)
     return loss
 
 
-def sample_weights(risk: WeightedRisk, lam: Tensor, batch: Any) -> Tensor | None:
-    """Return sigma(lam) detached, shape (n,), or None for all ones.
+def _require_simple(risk: WeightedRisk | SumOfRisks, what: str) -> None:
+    if isinstance(risk, SumOfRisks):
+        found = "a SumOfRisks"
+    else:
+        has = {
+            "inputs=": risk.inputs is not None,
+            "mask=": risk.mask is not None,
+            "a weight that reads the losses": risk.reads_losses,
+        }
+        found = next((f"a WeightedRisk with {name}" for name, there in has.items() if there), None)
+    if found:
+        raise TypeError(
+            f"inner_loss: is {found}, which {what} does not follow; use CG, Neumann or Direct, on "
+            "the Hessian or on the GGN"
+        )
+
+
+def sample_weights(
+    risk: WeightedRisk, lam: Tensor, batch: Any, losses: Tensor | None = None
+) -> Tensor | None:
+    """Return sigma detached, shape (n,), or None for all ones.
+
+    Args:
+        risk: The weighted risk.
+        lam: Outer variable.
+        batch: As the model sees it, `WeightedRisk.seen`.
+        losses: The unweighted losses, shape (n,), where the weight reads them.
 
     Raises:
         ValueError: if a weight is below zero (sqrt(sigma) does not exist and the curvature would
             be indefinite) or not finite.
     """
-    sigma = risk.weights(lam.detach(), batch)
+    sigma = risk.weights(lam.detach(), batch, losses)
     if sigma is None:
         return None
     sigma = sigma.detach()
@@ -157,6 +208,58 @@ def sample_weights(risk: WeightedRisk, lam: Tensor, batch: Any) -> Tensor | None
     return sigma
 
 
+@dataclass
+class OutputSide:
+    """What C of one term is made of: the outputs, the weights and their slopes, all detached.
+
+    Attributes:
+        risk: Gives the likelihood.
+        outputs: Model outputs, shape (n, C) or (n, T, C).
+        y: Targets.
+        sigma: Weights, shape (n,), or None for all ones.
+        slope: V', shape (n,), or None where it does not count.
+    """
+
+    risk: WeightedRisk
+    outputs: Tensor
+    y: Tensor
+    sigma: Tensor | None = None
+    slope: Tensor | None = None
+
+    def times(self, u: Tensor) -> Tensor:
+        """C u; see `output_hessian_vp`."""
+        return output_hessian_vp(self.risk, self.outputs, self.sigma, u, self.y, self.slope)
+
+    def probes(
+        self, fisher: str = "mc", samples: int = 1, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """Square roots of n C; see `output_probes`."""
+        return output_probes(
+            self.risk, self.outputs, self.y, self.sigma, fisher, samples, generator, self.slope
+        )
+
+
+def output_side(term: Term, lam: Tensor, outputs: Tensor) -> OutputSide:
+    """Weigh the outputs of one term of a risk: sigma, and V' where it counts.
+
+    Args:
+        term: From ``risk.terms(lam, batch)``.
+        lam: Outer variable; gives the weights.
+        outputs: ``term.risk.outputs(term.read(theta), term.batch)``.
+
+    Raises:
+        ValueError: for a negative weight, an empty batch, targets that do not fit, or weights
+            without the slope that ``weight_slope=True`` asks for.
+
+    Cost: that of losses and weights from the outputs; negligible.
+    """
+    require_batch(outputs)
+    risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
+    losses = risk.output_losses(outputs, y) if risk.reads_losses else None
+    sigma = sample_weights(risk, lam, term.batch, losses)
+    return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
+
+
 def require_batch(outputs: Tensor) -> None:
     """Refuse a batch without examples.
 
@@ -168,28 +271,52 @@ def require_batch(outputs: Tensor) -> None:
 
 
 def output_hessian_vp(
-    risk: WeightedRisk, outputs: Tensor, sigma: Tensor | None, u: Tensor
+    risk: WeightedRisk,
+    outputs: Tensor,
+    sigma: Tensor | None,
+    u: Tensor,
+    y: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    r"""C u for the GGN:  (1/n) sigma_i h_i u_i, example by example.
+    r"""C u for the GGN:  (1/n) [ sigma_i h_i u_i + V'_i s_i (s_i . u_i) ], example by example.
 
         cross-entropy  h_i = diag(p_i) - p_i p_i^T,  p_i = softmax(outputs_i)
+                       with positions: blockdiag over t of k_it (diag(p_it) - p_it p_it^T)
         mse            h_i = I
 
     Args:
         risk: Gives the likelihood.
-        outputs: Model outputs, shape (n, C).
+        outputs: Model outputs, shape (n, C) or (n, T, C).
         sigma: Weights, shape (n,), or None.
-        u: Direction, shape (n, C).
+        u: Direction, like the outputs.
+        y: Targets; needed where some may be ignored, and with ``slope``.
+        slope: V', shape (n,), or None.
 
     Returns:
-        Shape (n, C).
+        Like the outputs.
+
+    Raises:
+        ValueError: if the targets are needed and not there.
 
     Cost: negligible.
     """
+    several = outputs.dim() > 2 or risk.ignore_index is not None
+    if y is None and (slope is not None or risk.loss == "cross_entropy" and several):
+        raise ValueError(
+            "y: is None; labels with positions, ignored labels and V' need the targets"
+        )
+    hu = u
     if risk.loss == "cross_entropy":
-        p = outputs.softmax(1)
-        u = p * u - p * (p * u).sum(1, keepdim=True)
-    return _times(u, sigma) / len(outputs)
+        p = outputs.softmax(-1)
+        hu = p * u - p * (p * u).sum(-1, keepdim=True)
+        share = None if y is None else risk.share(outputs, y)
+        if share is not None:
+            hu = share[..., None] * hu
+    hu = _times(hu, sigma)
+    if slope is not None:
+        s = risk.output_gradient(outputs, y)
+        hu = hu + _times(s, slope * _dots(s, u))
+    return hu / len(outputs)
 
 
 def output_probes(
@@ -200,6 +327,7 @@ def output_probes(
     fisher: str = "mc",
     samples: int = 1,
     generator: torch.Generator | None = None,
+    slope: Tensor | None = None,
 ) -> list[Tensor]:
     r"""Output-gradient columns s whose second moment is the output curvature of each example.
 
@@ -214,20 +342,31 @@ def output_probes(
     The weight enters by its square root. (Weighting the loss itself by sigma_i would put sigma_i^2
     into the second moment; leaving it out would put none.)
 
+    With positions a column also carries sqrt(k_it), the share of a position in its example's loss;
+    "exact" has a probe for each class at each position, "mc" draws at each position independently,
+    and "empirical" has the gradient of l_i itself, k_it (p_it - e_{y_it}).
+
+    Where the slope of the weights counts, V' s_i s_i^T is to be added, s_i the gradient at the true
+    label: "exact" and "mc" get one more column, sqrt(V'_i) s_i, and "empirical" the factor
+    sqrt(sigma_i + V'_i). A negative V'_i has no real column: it counts as 0, here but not in
+    `output_hessian_vp`. So the exact Fisher is then the GGN of the positive V' alone.
+
     Args:
         risk: Gives the likelihood.
-        outputs: Model outputs, shape (n, C).
-        y: Targets; used by the empirical variant only.
+        outputs: Model outputs, shape (n, C) or (n, T, C).
+        y: Targets; used by the empirical variant, for ignored labels and with ``slope``.
         sigma: Weights, shape (n,), or None.
         fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
         samples: M; used by ``"mc"`` only.
         generator: A CPU generator for the draws of ``"mc"``; they are moved to the outputs' device.
+        slope: V', shape (n,), or None.
 
     Returns:
-        A list of tensors of shape (n, C).
+        A list of tensors like the outputs.
 
     Raises:
-        ValueError: for an unknown ``fisher``, fewer than one sample, or outputs not finite.
+        ValueError: for an unknown ``fisher``, fewer than one sample, outputs not finite, or exact
+            probes for so many classes and positions that they would not fit.
 
     Cost: negligible; each probe then costs one backward pass.
     Source: Martens and Grosse (2015); the weights: arXiv 2603.29108, app. A.2.
@@ -237,15 +376,29 @@ def output_probes(
     outputs = outputs.detach()
     _require_finite_outputs(outputs)
     classification = risk.loss == "cross_entropy"
-    p = outputs.softmax(1) if classification else None
+    p = outputs.softmax(-1) if classification else None
+    own = fisher == "empirical" or slope is not None
+    s = risk.output_gradient(outputs, y) if own else None
+    bend = None if slope is None else slope.clamp(min=0)
+    if fisher == "empirical":
+        return [_times(s, _root(_plus(sigma, bend)))]
     if fisher == "exact":
         columns = _exact_columns(outputs, p)
-    elif fisher == "mc":
-        columns = [_draw(outputs, p, generator) / math.sqrt(samples) for _ in range(samples)]
     else:
-        columns = [risk.output_gradient(outputs, y)]
-    root = None if sigma is None else sigma.sqrt()
-    return [_times(s, root) for s in columns]
+        columns = [_draw(outputs, p, generator) / math.sqrt(samples) for _ in range(samples)]
+    share = risk.share(outputs, y)
+    if share is not None:
+        columns = [share.sqrt()[..., None] * column for column in columns]
+    columns = [_times(column, _root(sigma)) for column in columns]
+    return columns if bend is None else [*columns, _times(s, _root(bend))]
+
+
+def _plus(sigma: Tensor | None, bend: Tensor | None) -> Tensor | None:
+    return sigma if bend is None else sigma + bend
+
+
+def _root(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.sqrt()
 
 
 def _require_finite_outputs(outputs: Tensor) -> None:
@@ -276,8 +429,18 @@ def _exact_columns(outputs, p):
     if p is None:
         flat = torch.eye(outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
         return [e.view_as(outputs[0]).expand_as(outputs) for e in flat]
-    eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-    return [p[:, c : c + 1].sqrt() * (eye[c] - p) for c in range(p.shape[1])]
+    classes, positions = p.shape[-1], math.prod(p.shape[1:-1])
+    if p.dim() > 2 and p.numel() * classes * positions > LARGEST:
+        raise ValueError(
+            f"fisher: 'exact' needs a probe for each class at each position, {classes} x "
+            f"{positions} probes of shape {tuple(p.shape)}; use 'mc' or 'empirical'"
+        )
+    eye = torch.eye(classes, dtype=p.dtype, device=p.device)
+    roots = [p[..., c, None].sqrt() * (eye[c] - p) for c in range(classes)]
+    if p.dim() == 2:
+        return roots
+    at = torch.eye(positions, dtype=p.dtype, device=p.device).view(-1, *p.shape[1:-1], 1)
+    return [root * here for root in roots for here in at]
 
 
 def _draw(outputs, p, generator):
@@ -285,12 +448,13 @@ def _draw(outputs, p, generator):
     if p is None:
         noise = torch.randn(outputs.shape, dtype=outputs.dtype, generator=generator)
         return noise.to(outputs.device)
-    labels = p.cpu().multinomial(1, generator=generator).squeeze(1)
-    return p - _one_hot(labels.to(p.device), p)
+    labels = p.flatten(0, -2).cpu().multinomial(1, generator=generator)
+    return p - torch.zeros_like(p).scatter_(-1, labels.view(*p.shape[:-1], 1).to(p.device), 1.0)
 
 
-def _one_hot(y, p):
-    return torch.zeros_like(p).scatter_(1, y[:, None], 1.0)
+def _dots(s: Tensor, u: Tensor) -> Tensor:
+    """s_i . u_i for each example, shape (n,)."""
+    return (s * u).reshape(len(s), -1).sum(1)
 
 
 def _times(u: Tensor, weight: Tensor | None) -> Tensor:
@@ -318,53 +482,118 @@ class Hessian(Operator):
 
 
 class GGN(Operator):
-    r"""The generalised Gauss-Newton matrix of a `WeightedRisk`.
+    r"""The generalised Gauss-Newton matrix of a `WeightedRisk` or `SumOfRisks`.
 
-        G v = J^T C J v + 2 l2 v,    C = (1/n) blockdiag(sigma_i h_i)
+        G v = sum over terms of c J^T C J v + 2 l2 v,
+        C = (1/n) blockdiag(sigma_i h_i + V'_i s_i s_i^T),    V' only with ``weight_slope=True``
 
     J v is one forward pass with theta + eps v (a dual number); J^T u is one backward pass through a
-    graph of the outputs that is built once and kept.
+    graph of the outputs that is built once and kept. A negative V' may make G indefinite.
 
     Args:
-        risk: The weighted risk.
-        lam: Outer variable; gives the weights.
+        risk: The risk.
+        lam: Outer variable; gives the weights and the inputs.
         theta: Inner variable, shape (d,).
-        batch: (x, y, ...).
+        batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
 
     Raises:
-        TypeError: if ``risk`` is not a `WeightedRisk`.
+        TypeError: if ``risk`` is neither, or a subclass that overrides its structure.
         ValueError: for a negative weight or an empty batch.
 
     Cost: counted as 2 gradients per product (measured between 1.7 and 3.3).
     Source: Schraudolph (2002).
     """
 
-    def __init__(self, risk: WeightedRisk, lam: Tensor, theta: Tensor, batch: Any):
-        require_risk(risk, type(self).__name__)
-        self.risk, self.batch, self.sigma = risk, batch, sample_weights(risk, lam, batch)
-        self.theta = theta.detach().requires_grad_()
-        with torch.enable_grad():
-            self.outputs = risk.outputs(self.theta, batch)
-        require_batch(self.outputs)
-        super().__init__(self._product, theta)
+    @differentiating
+    def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
+        require_risk(risk, type(self).__name__, simple=False)
+        theta = theta.detach().requires_grad_()
+        with second_order(), same_twice("inner_loss", theta, lambda: risk(lam, theta, batch)):
+            terms = [
+                (term, term.risk.outputs(term.read(theta), term.batch))
+                for term in _terms(risk, lam, batch)
+            ]
+        self.parts = [
+            OutputMap(term, theta, outputs, output_side(term, lam, outputs))
+            for term, outputs in terms
+        ]
+        self.l2 = risk.l2
+        self._act_on(theta)
 
+    def middle(self, part: "OutputMap", u: Tensor) -> Tensor:
+        """C u of one term, like its outputs."""
+        return part.side.times(u)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return G v."""
+        out = 2 * self.l2 * v
+        for part in self.parts:
+            out = out + part.term.coefficient * part.vjp(self.middle(part, part.jvp(v)))
+        return out
+
+
+def _terms(risk: WeightedRisk | SumOfRisks, lam: Tensor, batch: Any) -> list[Term]:
+    with torch.no_grad():
+        return risk.terms(lam.detach(), batch)
+
+
+@dataclass
+class OutputMap:
+    """The outputs of one term as a function of theta, at one point, and C there."""
+
+    term: Term
+    theta: Tensor
+    outputs: Tensor
+    side: OutputSide
+    probes: list[Tensor] | None = None
+    pushed: bool | None = None  # forward mode may be used; None before it was compared
+
+    @differentiating
     def jvp(self, v: Tensor) -> Tensor:
-        """J v, shape (n, C): the directional derivative of the outputs along v."""
-        with torch.no_grad(), fwad.dual_level():
-            dual = fwad.make_dual(self.theta.detach(), v.detach())
-            tangent = fwad.unpack_dual(self.risk.outputs(dual, self.batch)).tangent
-        return torch.zeros_like(self.outputs) if tangent is None else tangent
+        """J v, like the outputs: their directional derivative along v, by one forward-mode pass.
 
+        Where an operation has none, or J is not the transpose of what training follows, by double
+        backward: J v = d/du < J^T u, v >.
+        """
+        term, v = self.term, v.detach()
+        if self.pushed is not False:
+            try:
+                along = push_forward(
+                    lambda theta: term.risk.outputs(theta, term.batch),
+                    term.read(self.theta.detach()),
+                    term.read(v),
+                )[1]
+                if self.pushed or self._is_transpose(along, v):
+                    return along
+            except NoForwardMode:
+                pass
+            self.pushed = False
+        with second_order(), way_out():
+            u = torch.zeros_like(self.outputs).requires_grad_()
+            (back,) = torch.autograd.grad(
+                self.outputs, self.theta, u, create_graph=True, retain_graph=True
+            )
+            (along,) = torch.autograd.grad(back, u, v, allow_unused=True)
+        return torch.zeros_like(self.outputs) if along is None else along
+
+    def _is_transpose(self, along: Tensor, v: Tensor) -> bool:
+        """Compare < u, J v > with < J^T u, v > once, for a random u; cost: half a gradient."""
+        seen, known = verdicts_of(self.term.risk.model), known_code(self.term.risk.model)
+        if not (known and "pushed forward" in seen):
+            u = torch.randn(along.shape, generator=torch.Generator().manual_seed(0)).to(along)
+            size = float(along.norm() * u.norm())
+            apart = abs(float(dot(u, along) - dot(self.vjp(u), v)))
+            if math.isfinite(size) and apart > tolerance(along) * size:
+                return False
+            seen["pushed forward"] = True
+        self.pushed = True
+        return True
+
+    @differentiating
     def vjp(self, u: Tensor) -> Tensor:
-        """J^T u, shape (d,), for u of shape (n, C)."""
-        return torch.autograd.grad(self.outputs, self.theta, u, retain_graph=True)[0]
-
-    def middle(self, u: Tensor) -> Tensor:
-        """C u, shape (n, C)."""
-        return output_hessian_vp(self.risk, self.outputs.detach(), self.sigma, u)
-
-    def _product(self, v):
-        return self.vjp(self.middle(self.jvp(v))) + 2 * self.risk.l2 * v
+        """J^T u, shape (d,), for u like the outputs."""
+        with way_out():
+            return torch.autograd.grad(self.outputs, self.theta, u, retain_graph=True)[0]
 
 
 class _ProbeFisher(GGN):
@@ -372,21 +601,21 @@ class _ProbeFisher(GGN):
 
     fisher, samples, generator = "empirical", 1, None
 
-    def __init__(self, risk: WeightedRisk, lam: Tensor, theta: Tensor, batch: Any):
+    def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         super().__init__(risk, lam, theta, batch)
-        self.probes = output_probes(
-            risk, self.outputs, batch[1], self.sigma, self.fisher, self.samples, self.generator
-        )
+        for part in self.parts:
+            part.probes = part.side.probes(self.fisher, self.samples, self.generator)
 
-    def middle(self, u):
-        along = [s * (s * u).flatten(1).sum(1).view(-1, *[1] * (u.dim() - 1)) for s in self.probes]
-        return sum(along) / len(u)
+    def middle(self, part: OutputMap, u: Tensor) -> Tensor:
+        """C u of one term, like its outputs."""
+        return sum(_times(s, _dots(s, u)) for s in part.probes) / len(u)
 
 
 class EmpiricalFisher(_ProbeFisher):
     r"""The empirical Fisher: second moment of the true gradients, (1/n) sum_i sigma_i g_i g_i^T.
 
-    Not the Fisher: its labels are the data's, not the model's. Plus 2 l2 on the diagonal.
+    Not the Fisher: its labels are the data's, not the model's. Plus 2 l2 on the diagonal. Where the
+    slope of the weights counts, sigma_i + max(V'_i, 0) stands for sigma_i.
 
     The arguments and errors are those of `GGN`.
 
@@ -399,13 +628,15 @@ class Fisher(_ProbeFisher):
 
         F = (1/n) sum_i sigma_i E_{y ~ model}[ g_i(y) g_i(y)^T ] + 2 l2 I
 
-    The draws are made once, so that the operator is one fixed matrix.
+    The draws are made once, so that the operator is one fixed matrix. Where the slope of the
+    weights counts, max(V'_i, 0) g_i g_i^T at the true label is added: equal to the GGN where no V'
+    is negative.
 
     Args:
-        risk: The weighted risk.
-        lam: Outer variable; gives the weights.
+        risk: The risk, as for `GGN`.
+        lam: Outer variable; gives the weights and the inputs.
         theta: Inner variable, shape (d,).
-        batch: (x, y, ...).
+        batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
         fisher: ``"mc"`` or ``"exact"``.
         samples: Draws per example for ``"mc"``.
         generator: A CPU generator for the draws.
@@ -418,7 +649,7 @@ class Fisher(_ProbeFisher):
 
     def __init__(
         self,
-        risk: WeightedRisk,
+        risk: WeightedRisk | SumOfRisks,
         lam: Tensor,
         theta: Tensor,
         batch: Any,
@@ -431,7 +662,9 @@ class Fisher(_ProbeFisher):
         super().__init__(risk, lam, theta, batch)
 
 
-def ggn_vp(risk: WeightedRisk, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
+def ggn_vp(
+    risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any, v: Tensor
+) -> Tensor:
     """One GGN-vector product G v, shape (d,); see `GGN` for many at one point.
 
     Cost: 2 gradients.

@@ -411,7 +411,8 @@ class Batches:
             self._start_pass()
         index = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
-        return self.x[index], self.y[index], index
+        # the same rows as x[index], several times sooner on a CPU
+        return self.x.index_select(0, index), self.y.index_select(0, index), index
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the whole set as one batch, in order."""

@@ -80,7 +80,7 @@ def eigenvalue_correction(
 
 def _by_example(columns: Tensor, n: int) -> Tensor:
     """View (rows, n positions) as (n, rows, positions)."""
-    return columns.view(len(columns), n, -1).transpose(0, 1)
+    return columns.reshape(len(columns), n, -1).transpose(0, 1)
 
 
 def _early(a: Tensor, g: Tensor) -> Tensor:
@@ -108,12 +108,13 @@ def _corrected(
     gs = [output_columns(layer.module, grads[layer.name]) for grads in done.gradients]
     n = done.tape.n
     weight = bias = None
-    (call,) = done.tape.calls[layer.name]
-    if len(call.input) != n and not (call.input.dim() == 2 and len(call.input) % n == 0):
-        raise ValueError(
-            f"model: the input of layer {layer.name!r} has shape {tuple(call.input.shape)}; EKFAC "
-            f"needs the {n} examples of the batch in its first dimension"
-        )
+    for name in done.tape.parameters_of(layer):
+        if name in done.tape.unlike:
+            raise ValueError(
+                f"model: EKFAC needs each example's gradient, but for parameter {name!r} "
+                f"{done.tape.unlike[name]}; use KFAC, or write the model with the examples in the "
+                "first dimension, in the batch's order"
+            )
     if layer.weight is not None:
         x = done.tape.input_columns(layer)
         weight = eigenvalue_correction(x, gs, a.vectors, b.vectors, n)

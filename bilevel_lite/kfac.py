@@ -49,17 +49,21 @@ from bilevel_lite.kronecker import (
 from bilevel_lite.linsolve import LinearSolve, at_least
 from bilevel_lite.params import unflatten
 from bilevel_lite.problem import NotFinite
-from bilevel_lite.products import COST, cross_from_slopes, cross_vp
+from bilevel_lite.products import COST, cross_and_route, cross_from_slopes
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import SolveInfo, Solver
+from bilevel_lite.surroundings import differentiating
 from bilevel_lite.tape import (
+    Call,
     Layer,
     Tape,
+    along,
     output_columns,
     places_of,
     split_parameters,
     squared_gradients,
 )
+from bilevel_lite.trust import known_code
 
 __all__ = [
     "KFAC",
@@ -131,20 +135,22 @@ def estimate(
     tape = Tape(risk, theta, batch, bias)
     probes = output_probes(risk, tape.outputs, batch[1], sigma, fisher, samples, generator)
     params = unflatten(risk.model, theta.detach())
-    b: dict[str, Any] = {}
-    diagonal = {name: 0.0 for name in tape.rest} if rest == "diagonal" else {}
-    kept = []
-    own, share = None, true and fisher == "empirical"
+    own, share = None, False
     if true:
         s = risk.output_gradient(tape.outputs.detach(), batch[1])
-        shapes = [call.shape for calls in tape.calls.values() for call in calls]
-        share = share and all(shape is None or shape[:1] == (tape.n,) for shape in shapes)
-        own = tape.backward(s, keep=not share)
+        own = tape.backward(s, keep=True)
+        tape.verify(s, own, params, by_example=True)
+        share = fisher == "empirical" and not tape.unlike
+    b: dict[str, Any] = {}
+    diagonal: dict[str, Any] = {}
+    kept = []
     for i, probe in enumerate(probes):
         if share:  # the probe is sqrt(sigma_i) s_i, and so are its gradients
             grads = {name: [_weighted(g, sigma) for g in gs] for name, gs in own.items()}
         else:
-            grads = tape.backward(probe, keep=i + 1 < len(probes))
+            grads = tape.backward(probe, keep=i + 1 < len(probes) or not (i or true))
+            if not (i or true):
+                tape.verify(probe, grads, params, keep or bool(tape.rest) and rest == "diagonal")
         for layer in tape.layers:
             (g,) = grads[layer.name]
             if g is None:  # the outputs do not depend on this layer
@@ -152,15 +158,18 @@ def estimate(
             x = output_columns(layer.module, g)
             narrow = dual and len(probes) * x.shape[1] < NARROW * len(x)
             b[layer.name] = accumulate(b.get(layer.name), x, 1 / tape.n, narrow)
-        for name in diagonal:
-            diagonal[name] = diagonal[name] + squared_gradients(tape, name, grads, params) / tape.n
+        for name in tape.rest if rest == "diagonal" else ():
+            squares = squared_gradients(tape, name, grads, params) / tape.n
+            diagonal[name] = diagonal.get(name, 0.0) + squares
         if keep:
             kept.append({layer.name: grads[layer.name][0] for layer in tape.layers})
     return Estimate(tape, b, diagonal, len(probes), kept, dual, own)
 
 
 def _weighted(g: Tensor | None, sigma: Tensor | None) -> Tensor | None:
-    return g if g is None or sigma is None else g * sigma.sqrt().view(-1, *[1] * (g.dim() - 1))
+    if g is None or sigma is None:
+        return g
+    return (g.reshape(len(sigma), -1) * sigma.sqrt()[:, None]).view(g.shape)
 
 
 def _no_gradient(tape: Tape, layer: Layer) -> Tensor:
@@ -251,7 +260,7 @@ def block_operator(
 ) -> Operator:
     """Layers' blocks, the diagonals of an estimate, and 2 l2 I, as one `Operator`."""
     places = {name: done.tape.rest[name][0] for name in done.diagonal}
-    diagonals = [DiagonalBlock(places[name], d) for name, d in done.diagonal.items()]
+    diagonals = [DiagonalBlock(name, places[name], d) for name, d in done.diagonal.items()]
 
     def matvec(v):
         out = torch.zeros_like(v)
@@ -305,24 +314,51 @@ class Block:
 
     def __call__(self, b: Tensor, out: Tensor) -> None:
         """Write this block's part of v into ``out``."""
+        self.layer.write(out, *self.solved(b))
+
+    def solved(self, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """This block's part of v, as the layer reads it: V and a separate bias."""
         weight, bias = self.layer.read(b)
-        self.layer.write(
-            out,
+        return (
             None if weight is None else self.weight(weight),
             None if bias is None else self.bias(bias),
         )
+
+    def slopes(self, done: Estimate, b: Tensor, v: Tensor | None) -> Tensor | float:
+        """This layer's part of < grad l_i, v >, shape (n,), from the tape; v if it is known."""
+        weight, bias = self.layer.split(*(self.solved(b) if v is None else self.layer.read(v)))
+        params = {} if weight is None else {"weight": weight}
+        if bias is not None:
+            params["bias"] = bias
+        return done.tape.slopes_of(self.layer.name, done.true, lambda call: along(call, params))
 
 
 @dataclass
 class DiagonalBlock:
     """The same for a diagonal block, by its factor; with ``factor`` None, the result is 0."""
 
+    name: str
     place: slice
     factor: Tensor | float | None
 
     def __call__(self, b: Tensor, out: Tensor) -> None:
         """Write this block's part of v into ``out``."""
         out[self.place] = 0 if self.factor is None else self.factor * b[self.place]
+
+    def slopes(self, done: Estimate, b: Tensor, v: Tensor | None) -> Tensor | float:
+        """This parameter's part of < grad l_i, v >, shape (n,), from the tape."""
+        if self.factor is None:
+            return 0.0
+        direction = self.factor * b[self.place]
+        return sum(
+            done.tape.slopes_of(owner, done.true, partial(self._along, local, direction))
+            for owner, local in done.tape.rest[self.name][1]
+            if owner in done.tape.calls
+        )
+
+    @staticmethod
+    def _along(local: str, direction: Tensor, call: Call) -> Tensor:
+        return along(call, {local: direction.view(call.module._parameters[local].shape)})
 
 
 class KFAC(Solver):
@@ -396,8 +432,6 @@ class KFAC(Solver):
         self.ema, self.every, self.damping_rule = ema, every, damping_rule
         self.bias, self.rest, self.fixed_batch = bias, rest, fixed_batch
         self._generator = generator or torch.Generator().manual_seed(seed)
-        self._sharing = False  # during `solve_and_cross`: what is built is left in _shared
-        self._shared: Estimate | None = None
         self._reset()
 
     def _reset(self):
@@ -411,15 +445,20 @@ class KFAC(Solver):
 
     # -- building
 
-    def _build(self, risk, lam, theta, batch, invert: bool = True) -> Iterator[Any]:
-        """Estimate the factors and give the blocks' damped inverses one by one."""
+    def _estimate(self, risk, lam, theta, batch, true: bool = False) -> Estimate:
+        """One pass for factors and diagonals (``true``: and for J v)."""
         tau = self.damping + 2 * risk.l2
         done = estimate(
             risk, lam, theta, batch, self.fisher, self.samples, self._generator,
             self.bias, self.rest, dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients,
-            true=self._sharing,
+            true=true,
         )  # fmt: skip
         self._report = (0, 0.0, tuple(done.tape.rest), (1 + done.probes) / 2)
+        return done
+
+    def _build(self, risk, done: Estimate, invert: bool = True, keep: bool = False) -> Iterator:
+        """Give the blocks' damped inverses one by one; ``keep``: the tape is needed afterwards."""
+        tau = self.damping + 2 * risk.l2
         old, new = self._factors or {}, {}
         for layer in done.tape.layers:
             factors = self._layer_factors(done, layer, old.get(layer.name))
@@ -428,7 +467,7 @@ class KFAC(Solver):
             if invert:
                 yield self._block(layer, factors, tau)
             del factors
-            if not self._sharing:
+            if not keep:
                 del done.tape.calls[layer.name]  # streaming: its input is needed no more
         diagonal = {
             name: self._mix(self._diagonal.get(name), d) for name, d in done.diagonal.items()
@@ -437,7 +476,6 @@ class KFAC(Solver):
             yield from self._rest_blocks(done.tape.rest, diagonal, tau)
         if self.every > 1 or self.ema:
             self._factors, self._diagonal = new, diagonal
-        self._shared = done if self._sharing else None
 
     def _rebuild(self, risk) -> Iterator[Any]:
         """The blocks of factors that `load_state_dict` brought back."""
@@ -485,7 +523,7 @@ class KFAC(Solver):
     def _rest_blocks(self, rest: dict, diagonal: dict, tau: float) -> Iterator["DiagonalBlock"]:
         for name, (place, _) in rest.items():
             if self.rest == "drop":
-                yield DiagonalBlock(place, None)
+                yield DiagonalBlock(name, place, None)
                 continue
             d = diagonal.get(name)
             if tau == 0 and (d is None or bool(d.min() == 0)):
@@ -493,7 +531,7 @@ class KFAC(Solver):
                     f"damping: is 0 and the diagonal of parameter {name!r} has a zero; "
                     "give a positive damping or l2"
                 )
-            yield DiagonalBlock(place, 1 / (tau if d is None else d + tau))
+            yield DiagonalBlock(name, place, 1 / (tau if d is None else d + tau))
 
     # -- applying
 
@@ -524,68 +562,101 @@ class KFAC(Solver):
         if not self.ema:
             return 0.0
         risk = require_risk(loss, type(self).__name__)
-        for _ in self._build(risk, lam, theta, batch, invert=False):
+        for _ in self._build(risk, self._estimate(risk, lam, theta, batch), invert=False):
             pass
         return self.last_cost
 
     def _ready(self, risk, lam, theta, batch, store: bool):
         """The blocks: kept ones while they last, else new ones (a stream unless stored)."""
-        restored = self._blocks is None and self._factors is not None and self._theta is not None
-        if restored and self._age < self.every:
-            self._blocks = list(self._rebuild(risk))
-        fresh = self._blocks is None or self._age >= self.every
-        if not fresh and self._theta.shape != theta.shape:
+        if self._keeps_on(risk, theta):
+            return self._blocks
+        self._forget()
+        blocks = self._build(risk, self._estimate(risk, lam, theta, batch))
+        return self._remember(blocks, theta, store)
+
+    def _keeps_on(self, risk: WeightedRisk, theta: Tensor) -> bool:
+        """True if this call uses kept factors; counts it."""
+        if not self._kept(risk):
+            return False
+        if self._theta.shape != theta.shape:
             raise ValueError(
                 f"{type(self).__name__}: remembers factors for {self._theta.numel()} parameters, "
                 f"but theta has {theta.numel()}; use a new solver for a new problem"
             )
-        if fresh:
-            self._age, self._blocks, self._theta = 0, None, None  # gone, should the build fail
-            blocks = self._build(risk, lam, theta, batch)
-            if self.every == 1:
-                return list(blocks) if store else blocks
-            self._blocks, self._theta = list(blocks), theta.detach().clone()
-        else:
-            size = float(self._theta.norm())
-            moved = float((theta.detach() - self._theta).norm())
-            self._report = (self._age, moved / size if size else moved, self._report[2], 0.0)
+        size = float(self._theta.norm())
+        moved = float((theta.detach() - self._theta).norm())
+        self._report = (self._age, moved / size if size else moved, self._report[2], 0.0)
         self._age += 1
+        return True
+
+    def _kept(self, risk: WeightedRisk) -> bool:
+        """True if there are blocks that are still to be used."""
+        restored = self._blocks is None and self._factors is not None and self._theta is not None
+        if restored and self._age < self.every:
+            self._blocks = list(self._rebuild(risk))
+        return self._blocks is not None and self._age < self.every
+
+    def _forget(self):
+        self._age, self._blocks, self._theta = 0, None, None  # gone, should the build fail
+
+    def _remember(self, blocks: Iterator, theta: Tensor, store: bool):
+        self._age = 1
+        if self.every == 1:
+            return list(blocks) if store else blocks
+        self._blocks, self._theta = list(blocks), theta.detach().clone()
         return self._blocks
 
     def limit(self) -> None:
         """Return None: its system, the Kronecker one, is solved exactly."""
 
-    def solve(self, problem, lam, theta, batch, b, diagnose: bool = True):
-        """Return v and a `KFACInfo`; see `Solver.solve`."""
-        v, info = super().solve(problem, lam, theta, batch, b, diagnose)
+    def _info(self, done, matvec, b, diagnose):
+        info = super()._info(done, matvec, b, diagnose)
         staleness, drift, without, _ = self._report
         known = {**vars(info), "gradients": info.gradients + self.last_cost}
-        return v, KFACInfo(
+        return KFACInfo(
             **known, staleness=staleness, drift=drift, without_block=without, rest=self.rest
         )
 
-    def solve_and_cross(self, problem, lam, theta, batch, b, diagnose: bool = True):
+    @differentiating
+    def solve_and_cross(
+        self, problem, lam, theta, batch, b, diagnose: bool = True, want_v: bool = True
+    ):
         r"""Return v, J v on the same batch, and the diagnosis; J v from the pass that built G.
 
             J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
             < grad_theta l_i, v > = sum over layers of g_i . (V a_i)
 
-        with the inputs a_i of that pass and one more backward pass for g_i. Where factors were
-        reused, or a layer is not of this kind, J v is `bilevel_lite.products.cross_vp`.
+        with the inputs a_i of that pass and one more backward pass for g_i: where factors are built
+        anew and all of the model's code is known (`bilevel_lite.risk.known_code`). Else J v is
+        `bilevel_lite.products.cross_vp`; ``info.cross`` says so. Without ``want_v`` v is not formed
+        where J v does not need it.
         """
         risk = problem.inner_loss
-        self._sharing = type(risk) is WeightedRisk and risk.weight is not None
-        try:
-            v, info = self.solve(problem, lam, theta, batch, b, diagnose)
-            done, slopes = self._shared, None
-        finally:
-            self._sharing, self._shared = False, None
-        if done is not None:
-            parts = (unflatten(risk.model, t.detach()) for t in (theta, v))
-            slopes = done.tape.slopes(done.true, *parts)
-        if slopes is None:
-            return v, cross_vp(risk, lam, theta, batch, v), info
-        return v, cross_from_slopes(risk, lam, batch, slopes), info
+        weighted = type(risk) is WeightedRisk and risk.weight is not None
+        if not weighted or not known_code(risk.model) or self._kept(risk):
+            return super().solve_and_cross(problem, lam, theta, batch, b, diagnose)
+        self._require_like(b, theta)
+        self._forget()
+        done = self._estimate(risk, lam, theta, batch, true=True)
+        own = not done.tape.unlike
+        blocks = self._build(risk, done, keep=own)
+        v = torch.empty_like(b) if want_v or diagnose or not own else None
+        slopes = done.tape.outputs.new_zeros(done.tape.n)
+        for block in self._remember(blocks, theta, store=False):
+            if v is not None:
+                block(b, v)
+            if own:
+                slopes += block.slopes(done, b, v)
+        if v is not None:
+            _require_finite(v)
+        matvec = self._operator(problem, lam, theta, batch)
+        info = self._info(LinearSolve(v, iterations=0, products=0), matvec, b, diagnose)
+        if own:
+            info.cross = f"{info.solver}'s own pass"
+            terms = risk.terms(lam.detach(), batch)
+            return v, cross_from_slopes(lam, theta, terms, [slopes], [done.tape.outputs]), info
+        jv, info.cross = cross_and_route(risk, lam, theta, batch, v)
+        return v, jv, info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         risk = require_risk(problem.inner_loss, type(self).__name__)
@@ -662,13 +733,17 @@ def _apply(blocks, b: Tensor) -> Tensor:
     v = torch.empty_like(b)
     for block in blocks:
         block(b, v)
+    _require_finite(v)
+    return v
+
+
+def _require_finite(v: Tensor) -> None:
     bad = 0 if bool(torch.isfinite(v.sum())) else int((~torch.isfinite(v)).sum())
     if bad:
         raise NotFinite(
             f"KFAC: {bad} of {v.numel()} entries of v are NaN or infinite; is the damping zero on "
             "a curvature that is zero, or are the inputs of a huge scale?"
         )
-    return v
 
 
 class KFACRichardson(Solver):

@@ -10,29 +10,43 @@ Damping tau, by one of three rules:
 
 A factor of rank R < d is never formed: the Woodbury identity solves it in its R columns
 (`Columns`). Nothing is inverted: Cholesky factors solve.
+
+What J v reads of V is its product with the inputs x. Where A = s X X^T and x = X, the push-through
+identity gives it in R dimensions, and 1 / delta, which is what float32 loses, does not occur:
+
+    V (s X X^T + delta I)^-1 X = (V X) (s X^T X + delta I)^-1
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "Columns",
+    "DampedFactor",
+    "EigenbasisInverse",
+    "FactoredInverse",
     "Matrix",
     "Spectrum",
     "eigenbasis_inverse",
     "heuristic_damping",
     "in_basis",
     "kronecker_inverse",
+    "set_threads",
 ]
 
 Solve = Callable[..., Tensor]
 RULES = ("heuristic", "factored", "exact")
 NARROW = 0.7  # columns are kept where there are fewer than this many times d (measured)
+LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
+
+
+# ------------------------------------------------------------------ the three forms
 
 
 @dataclass
@@ -58,8 +72,8 @@ class Matrix:
         """All d eigenpairs."""
         return Spectrum(*_eigh(self.matrix))
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> Solve:
-        """V -> (on F + delta I)^-1 V, or V (on F + delta I)^-1 if called with ``right=True``.
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
+        """(on F + delta I)^-1, to be applied from either side; see `DampedFactor`.
 
         Args:
             delta: Damping.
@@ -68,8 +82,7 @@ class Matrix:
         Raises:
             ValueError: if on F + delta I is not positive definite to working precision.
         """
-        chol = _cholesky(on * self.matrix, delta)
-        return _either_side(lambda v: torch.cholesky_solve(v, chol))
+        return _DampedMatrix(_cholesky(on * self.matrix, delta))
 
 
 @dataclass
@@ -104,21 +117,12 @@ class Columns:
         """The R eigenpairs that may differ from zero: X = Q T, T T^T diagonalised."""
         q, t = torch.linalg.qr(self.columns)
         values, rotation = _eigh(self.scale * (t @ t.T))
-        return Spectrum(values, q @ rotation)
+        return Spectrum(values, q @ rotation).keep(self.columns, rotation.T @ t)
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> Solve:
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
         """As `Matrix.damped`; delta must be positive, for F alone has no inverse."""
-        x = self.columns
-        chol = _cholesky(self.gram.clone(), delta / self.scale)
-
-        def solve(v, right=False):
-            if right:  # written out, so that the large V is not transposed
-                inner = on * torch.cholesky_solve((v @ x).T, chol).T
-                return torch.addmm(v, inner, x.T, alpha=-1).div_(delta)
-            inner = on * torch.cholesky_solve(x.T @ v, chol)
-            return torch.addmm(v, x, inner, alpha=-1).div_(delta)
-
-        return solve
+        chol = _cholesky(on * self.gram, delta / self.scale)
+        return _DampedColumns(self.columns, self.scale, chol, delta, on)
 
 
 @dataclass
@@ -127,6 +131,7 @@ class Spectrum:
 
     values: Tensor
     vectors: Tensor
+    _kept = None  # (X, its version, U^T X); no field, so no part of a saved state
 
     @property
     def dim(self) -> int:
@@ -150,22 +155,122 @@ class Spectrum:
         """Return itself."""
         return self
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> Solve:
+    def keep(self, x: Tensor, along: Tensor | None = None) -> "Spectrum":
+        """Keep U^T X for the columns X that F was made of, so that `coordinates` knows it.
+
+        Args:
+            x: X, shape (d, R), with F a multiple of X X^T: then X lies in the span of U.
+            along: U^T X, shape (r, R), if it is known; else it is computed.
+
+        Returns:
+            Itself.
+        """
+        self._kept = x, x._version, self.vectors.T @ x if along is None else along
+        return self
+
+    def coordinates(self, x: Tensor) -> Tensor | None:
+        """U^T x, shape (r, R), if x is what `keep` was given, unchanged since; else None."""
+        if self._kept is None or not _same(self._kept[0], x) or self._kept[1] != x._version:
+            return None
+        return self._kept[2]
+
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
         """As `Matrix.damped`."""
-        u, inverse = self.vectors, 1 / (on * self.values + delta)
-        if not self.thin:
-            return _either_side(lambda v: u @ (inverse[:, None] * (u.T @ v)))
-        change = (inverse - 1 / delta)[:, None]
-        return _either_side(lambda v: u @ (change * (u.T @ v)) + v / delta)
-
-
-def _either_side(solve: Callable[[Tensor], Tensor]) -> Solve:
-    """Let a symmetric solve act from the right too: V F^-1 = (F^-1 V^T)^T."""
-    return lambda v, right=False: solve(v.T).T if right else solve(v)
+        return _DampedSpectrum(self, 1 / (on * self.values + delta), 1 / delta if self.thin else 0)
 
 
 FORMS = {form.__name__: form for form in (Matrix, Columns, Spectrum)}
 Factor = Matrix | Columns | Spectrum
+
+
+# ------------------------------------------------------------------ their damped inverses
+
+
+class DampedFactor:
+    """V -> (on F + delta I)^-1 V, or V (on F + delta I)^-1 if called with ``right=True``."""
+
+    def __call__(self, v: Tensor, right: bool = False) -> Tensor:
+        """Apply from the left, or from the right."""
+        return self.right(v) if right else self.left(v)
+
+    def left(self, v: Tensor) -> Tensor:
+        """(on F + delta I)^-1 V."""
+        raise NotImplementedError
+
+    def right(self, v: Tensor) -> Tensor:
+        """V (on F + delta I)^-1; it is symmetric, so this is ((on F + delta I)^-1 V^T)^T."""
+        return self.left(v.T).T
+
+    def through(self, v: Tensor, x: Tensor) -> Tensor:
+        """V (on F + delta I)^-1 x for x of shape (d, R): for F's own columns by push-through.
+
+        Cost: that of the fewer of V's rows and x's columns, and of one product with them; for F's
+        own columns V X and a solve in their R dimensions.
+        """
+        return self.right(v) @ x if len(v) <= x.shape[1] else v @ self.left(x)
+
+
+@dataclass
+class _DampedMatrix(DampedFactor):
+    chol: Tensor  # of on F + delta I
+
+    def left(self, v):
+        return torch.cholesky_solve(v, self.chol)
+
+
+@dataclass
+class _DampedColumns(DampedFactor):
+    columns: Tensor
+    scale: float
+    chol: Tensor  # of on X^T X + (delta / scale) I
+    delta: Tensor
+    on: Tensor | float
+
+    def left(self, v):
+        inner = self.on * torch.cholesky_solve(self.columns.T @ v, self.chol)
+        return torch.addmm(v, self.columns, inner, alpha=-1).div_(self.delta)
+
+    def right(self, v):  # written out, so that the large V is not transposed
+        inner = self.on * torch.cholesky_solve((v @ self.columns).T, self.chol).T
+        return torch.addmm(v, inner, self.columns.T, alpha=-1).div_(self.delta)
+
+    def through(self, v, x):
+        if not _same(x, self.columns):
+            return super().through(v, x)
+        return torch.cholesky_solve((v @ x).T, self.chol).T / self.scale
+
+
+@dataclass
+class _DampedSpectrum(DampedFactor):
+    basis: Spectrum
+    inverse: Tensor  # 1 / (on values + delta)
+    outside: Tensor | int  # 1 / delta, the inverse on what a thin basis leaves out; else 0
+
+    def left(self, v):
+        u = self.basis.vectors
+        out = u @ ((self.inverse - self.outside)[:, None] * (u.T @ v))
+        return out + self.outside * v if self.basis.thin else out
+
+    def right(self, v):  # by rows: V is wide, and its transpose would be copied
+        u = self.basis.vectors
+        out = (v @ u * (self.inverse - self.outside)) @ u.T
+        return out + self.outside * v if self.basis.thin else out
+
+    def through(self, v, x):
+        along = self.basis.coordinates(x)
+        if along is None:
+            return super().through(v, x)
+        return (v @ self.basis.vectors * self.inverse) @ along
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """True if both are the same view of the same memory."""
+    return a is b or (
+        (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+    )
+
+
+# ------------------------------------------------------------------ symmetric algebra
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,11 +288,10 @@ def _cholesky(matrix: Tensor, delta: Tensor) -> Tensor:
     """Cholesky factor of matrix + delta I, written over matrix; float64 where float32 fails."""
     damped = matrix
     damped.diagonal().add_(delta)
-    chol, failed = torch.linalg.cholesky_ex(damped)
-    failed = int(failed)
+    chol, failed = _potrf(damped)
     if failed and matrix.dtype == torch.float32:
-        chol, failed = torch.linalg.cholesky_ex(damped.double())
-        chol, failed = chol.to(matrix.dtype), int(failed)
+        chol, failed = _potrf(damped.double())
+        chol = chol.to(matrix.dtype)
     if failed:
         _require_finite_factor(damped)
         raise ValueError(
@@ -202,8 +306,23 @@ def _require_finite_factor(matrix: Tensor) -> None:
         raise ValueError("KFAC: a factor holds NaN or infinity; are the inputs of a huge scale?")
 
 
+def _potrf(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Cholesky factor, lower, and whether it failed."""
+    if not _numpy_pays(matrix):
+        chol, failed = torch.linalg.cholesky_ex(matrix)
+        return chol, bool(failed)
+    from scipy.linalg import lapack
+
+    potrf = lapack.spotrf if matrix.dtype == torch.float32 else lapack.dpotrf
+    chol, failed = potrf(matrix.numpy().T, lower=1)  # .T: LAPACK counts by columns
+    return torch.from_numpy(chol), failed > 0 or not math.isfinite(chol[-1, -1])
+
+
 def _gram(x: Tensor) -> Tensor:
-    """X X^T, of which the upper half is copied, not computed (torch has no such product)."""
+    """X X^T, of which half is computed and half copied: by NumPy, or in blocks (torch has none)."""
+    if _numpy_pays(x):
+        rows = x.numpy()
+        return torch.from_numpy(np.dot(rows, rows.T))  # NumPy sees that it is symmetric: SYRK
     half = len(x) // 2
     if half < 256:
         return x @ x.T
@@ -213,6 +332,46 @@ def _gram(x: Tensor) -> Tensor:
     torch.mm(bottom, top.T, out=out[half:, :half])
     out[:half, half:] = out[half:, :half].T
     return out
+
+
+in_numpy = True  # False: torch alone (`bilevel_lite.bench.flops` sees torch's operations only)
+
+
+def set_threads(threads: int) -> None:
+    """Hold torch to a number of threads, and NumPy and SciPy too, which do not ask torch."""
+    torch.set_num_threads(threads)
+    for library in _blas():
+        library.set_num_threads(threads)
+
+
+def _numpy_pays(x: Tensor) -> bool:
+    """True where NumPy and SciPy are quicker: large matrices on a CPU, one thread everywhere.
+
+    With more threads theirs and torch's wait for each other at every call, busily: on two shared
+    cores a product then took up to fifteen times as long.
+    """
+    return (
+        in_numpy
+        and len(x) >= LARGE
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not x.requires_grad
+        and torch.get_num_threads() == 1
+        and {library.num_threads for library in _blas()} == {1}
+    )
+
+
+@cache
+def _blas() -> list:
+    """The BLAS libraries of NumPy and SciPy, of which threadpoolctl knows the threads."""
+    import scipy.linalg.lapack  # noqa: F401 (brings its own)
+
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return []
+    return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 def accumulate(total: Factor | None, x: Tensor, scale: float, narrow: bool) -> Factor:
@@ -247,9 +406,60 @@ def heuristic_damping(a: Factor, b: Factor, tau: float) -> tuple[Tensor, Tensor]
     return pi * root, root / pi
 
 
+@dataclass
+class FactoredInverse:
+    """V -> (on B + delta_B I)^-1 V (on A + delta_A I)^-1: the damped inverse of one block."""
+
+    a: DampedFactor
+    b: DampedFactor
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The damped inverse times V, shape (d1, d2)."""
+        return self.a(self.b(v), right=True)
+
+    def along(self, v: Tensor, x: Tensor) -> Tensor:
+        """The same times x, shape (d1, R), for inputs x of shape (d2, R).
+
+        Cost: where x are the columns of A, d1 d2 R and solves in the R dimensions; the (d1, d2)
+        result is then never formed.
+        """
+        if x.shape[1] <= len(x):
+            return self.b(self.a.through(v, x))
+        return self.a.through(self.b(v), x)
+
+
+@dataclass
+class EigenbasisInverse:
+    r"""V -> U_B [ (U_B^T V U_A) * inverse ] U_A^T, and V / tau on what thin bases leave out."""
+
+    a: Spectrum | None
+    b: Spectrum
+    inverse: Tensor  # 1 / (values + tau)
+    tau: float
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The damped inverse times V, shape (d1, d2), or (d1, 1) for a bias."""
+        if not (self.b.thin or (self.a is not None and self.a.thin)):
+            return in_basis(self.a, self.b, self.inverse, v)
+        return in_basis(self.a, self.b, self.inverse - 1 / self.tau, v) + v / self.tau
+
+    def along(self, v: Tensor, x: Tensor) -> Tensor:
+        """The same times x, shape (d1, R), for inputs x of shape (d2, R).
+
+        Inputs that A was made of have no part outside of U_A, so a thin U_A leaves nothing out.
+        """
+        along = self.a.coordinates(x)
+        if along is None:
+            return self(v) @ x
+        u, v = self.b.vectors, v @ self.a.vectors
+        if not self.b.thin:
+            return u @ (self.inverse * (u.T @ v)) @ along
+        return (u @ ((self.inverse - 1 / self.tau) * (u.T @ v)) + v / self.tau) @ along
+
+
 def kronecker_inverse(
     a: Factor | None, b: Factor, tau: float, rule: str = "heuristic"
-) -> tuple[Solve | None, Solve]:
+) -> tuple[FactoredInverse | EigenbasisInverse | None, Solve]:
     r"""The damped inverse of one block, as two functions: for the weight and for a separate bias.
 
         heuristic, factored   V -> (B + delta_B I)^-1 V (A + delta_A I)^-1
@@ -268,7 +478,8 @@ def kronecker_inverse(
         rule: ``"heuristic"``, ``"factored"`` or ``"exact"``.
 
     Returns:
-        The function for V of shape (d1, d2), or None without A; the function for v, shape (d1, 1).
+        The function for V of shape (d1, d2), or None without A, which also has ``along(V, x)``;
+        the function for v, shape (d1, 1). Both can be copied and pickled.
 
     Raises:
         ValueError: for an unknown rule, or if the damped block is singular.
@@ -292,18 +503,17 @@ def kronecker_inverse(
     # A (x) B is zero if one of them is: then leave both out, and (sqrt(tau) I) (x) (sqrt(tau) I),
     # damping alone, remains.
     on = ((a.trace() > 0) & (b.trace() > 0)).to(delta_a.dtype)
-    solve_a, solve_b = a.damped(delta_a, on), b.damped(delta_b, on)
-
-    def weight(v):
-        return solve_a(solve_b(v), right=True)
-
-    def bias(v):
-        return torch.where(on > 0, solve_b(v), v / tau if tau else v)
-
-    return weight, bias
+    weight = FactoredInverse(a.damped(delta_a, on), b.damped(delta_b, on))
+    return weight, partial(_bias_inverse, weight.b, on, tau)
 
 
-def eigenbasis_inverse(a: Spectrum | None, b: Spectrum, values: Tensor, tau: float) -> Solve:
+def _bias_inverse(b: DampedFactor, on: Tensor, tau: float, v: Tensor) -> Tensor:
+    return torch.where(on > 0, b(v), v / tau if tau else v)
+
+
+def eigenbasis_inverse(
+    a: Spectrum | None, b: Spectrum, values: Tensor, tau: float
+) -> EigenbasisInverse:
     r"""V -> U_B [ (U_B^T V U_A) / (values + tau) ] U_A^T, and V / tau on what thin bases leave out.
 
     Args:
@@ -326,13 +536,7 @@ def eigenbasis_inverse(a: Spectrum | None, b: Spectrum, values: Tensor, tau: flo
             "give a positive damping or l2"
         )
     values = values if a is not None else values[:, None]
-    inverse = 1 / (values + tau) - (1 / tau if thin else 0)
-
-    def solve(v):
-        out = in_basis(a, b, inverse, v)
-        return out + v / tau if thin else out
-
-    return solve
+    return EigenbasisInverse(a, b, 1 / (values + tau), tau)
 
 
 def _require_regular(*factors: Factor | None) -> None:

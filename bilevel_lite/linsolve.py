@@ -16,13 +16,25 @@ from torch import Tensor
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import dot
 
-__all__ = ["LinearSolve", "NegativeCurvatureWarning", "cg", "cg_normal", "direct", "neumann"]
+__all__ = [
+    "DivergenceWarning",
+    "LinearSolve",
+    "NegativeCurvatureWarning",
+    "cg",
+    "cg_normal",
+    "direct",
+    "neumann",
+]
 
 Operator = Callable[[Tensor], Tensor]
 
 
 class NegativeCurvatureWarning(UserWarning):
     """CG met a direction p with p^T H p <= 0: H is not positive definite and CG does not apply."""
+
+
+class DivergenceWarning(UserWarning):
+    """A Neumann series whose summands grow: its sum is no approximation of H^-1 b."""
 
 
 @dataclass
@@ -181,7 +193,7 @@ def cg_normal(
         iters: Steps at most.
         tol: Stop when ||H r|| <= tol ||H b||.
         damping: Added to H's diagonal, once.
-        x0: Start; zero by default, which saves two products.
+        x0: Start; zero by default, which saves two products: H x0, and H b for the tolerance.
 
     Returns:
         `LinearSolve`; ``residual`` is that of H v = b and costs no product (it is carried along),
@@ -190,7 +202,8 @@ def cg_normal(
     Raises:
         ValueError: as `cg`.
 
-    Cost: 2 products per step plus 1, as in the released code of arXiv 2603.29108.
+    Cost: 2 products per step plus 1, as in the released code of arXiv 2603.29108; with ``x0``
+    plus 3.
     """
     at_least("iters", iters, 1)
     apply = _damped(matvec, damping)
@@ -199,14 +212,16 @@ def cg_normal(
     s = apply(r)  # residual of the normal equations, H r
     p, ss = s.clone(), dot(s, s)
     low, high, steps = float("inf"), -float("inf"), 0
-    s_first, b_norm = _read(s.norm(), b.norm())
+    hb = s if x0 is None else apply(b)
+    s_norm, hb_norm, b_norm = _read(s.norm(), hb.norm(), b.norm())
     _require_finite("b: the right-hand side", b_norm)
-    _require_finite("matvec: H b", s_first)
-    s_norm = s_first
-    while steps < iters and s_norm > tol * s_first:
+    _require_finite("matvec: H b", s_norm, hb_norm)
+    while steps < iters and s_norm > tol * hb_norm:
         hp = apply(p)
         hphp, pp = _read(dot(hp, hp), dot(p, p))
         _require_finite(f"matvec: ||H p||^2 at step {steps + 1}", hphp, pp)
+        if pp == 0:  # the direction underflowed: nothing is left to solve
+            break
         if hphp == 0:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
         low, high = min(low, hphp / pp), max(high, hphp / pp)
@@ -223,11 +238,11 @@ def cg_normal(
     return LinearSolve(
         solution=v,
         iterations=steps,
-        products=2 * steps + 1 + (x0 is not None),
+        products=2 * steps + 1 + 2 * (x0 is not None),
         residual=residual,
         relative_residual=_relative(residual, b_norm),
         curvature=(low, high) if low <= high else None,
-        converged=s_norm <= tol * s_first,
+        converged=s_norm <= tol * hb_norm,
     )
 
 
@@ -258,6 +273,11 @@ def neumann(
         ValueError: for a step that is not positive, fewer than one term, or a series that has
             grown beyond the largest number (a diverging step).
 
+    Warns:
+        DivergenceWarning: if the last summand, step (I - step H)^(terms-1) b, is longer than the
+            first: some |1 - step mu| > 1. It is step times the residual of the sum of the others,
+            so that v = 0 would have had a smaller one.
+
     Cost: terms - 1 products, fewer once the summands vanish.
     Source: Lorraine et al. (2020).
     """
@@ -267,9 +287,10 @@ def neumann(
     apply = _damped(matvec, damping)
     p = b.clone()
     total = b.clone()
-    low, high, products = float("inf"), -float("inf"), 0
+    low, high, growth, products = float("inf"), -float("inf"), 0.0, 0
     (pp,) = _read(dot(p, p))
     _require_finite("b: the right-hand side", pp)
+    bb = pp
     for _ in range(terms - 1):
         if pp < torch.finfo(p.dtype).tiny:  # the remaining summands vanish in this precision
             break
@@ -279,12 +300,16 @@ def neumann(
         p.sub_(hp, alpha=step)
         total.add_(p)
         before, (php, pp) = pp, _read(php, dot(p, p))
-        low, high = min(low, php / before), max(high, php / before)
+        if math.isfinite(quotient := php / before):
+            low, high = min(low, quotient), max(high, quotient)
+            growth = max(growth, math.sqrt(pp / before))
     if not bool(torch.isfinite(total).all()):
-        raise NotFinite(
-            f"step: {step} makes the Neumann series diverge (curvature up to {high:.3g} was met; "
-            f"the series needs step < {2 / high:.3g})"
-        )
+        if not growth:  # no product was finite
+            raise NotFinite("matvec: H b is not finite, or too large for its norm")
+        raise NotFinite(_divergence(step, low, high, growth))
+    if pp > bb * (1 + torch.finfo(p.dtype).eps ** 0.5):  # beyond rounding
+        last = f"; the last of {terms} summands is {math.sqrt(pp / bb):.3g} times the first"
+        warnings.warn(_divergence(step, low, high, growth) + last, DivergenceWarning, stacklevel=2)
     return LinearSolve(
         solution=step * total,
         iterations=products + 1,
@@ -292,6 +317,26 @@ def neumann(
         curvature=(low, high) if low <= high else None,
         negative_curvature=low <= 0 if low <= high else False,
     )
+
+
+def _divergence(step: float, low: float, high: float, growth: float) -> str:
+    """Why the series diverges, from the quotients met and the largest growth of a summand.
+
+    For H without negative eigenvalues, 1 < growth <= max |1 - step mu| = step mu_max - 1.
+    """
+    if low <= 0:
+        why = (
+            f"curvature from {low:.3g} to {high:.3g} was met, and where it is negative no step "
+            "converges: solve the inner problem further, or add damping"
+        )
+    else:
+        if 1 < growth < math.inf:
+            high = max(high, (1 + growth) / step)
+        why = (
+            f"the largest curvature is at least {high:.3g}, if none is negative, and the series "
+            f"needs step < 2 / curvature = {2 / high:.3g}"
+        )
+    return f"step: {step} makes the Neumann series diverge ({why})"
 
 
 def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> LinearSolve:

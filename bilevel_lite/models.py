@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilevel_lite.trust import rowwise
+
 
 def linear(inputs: int, classes: int, bias: bool = True) -> nn.Module:
     """Softmax regression: logits = W x + c, with d = (inputs + bias) * classes parameters."""
@@ -43,6 +45,7 @@ def lenet(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+@rowwise
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with BatchNorm and a shortcut, projected where the shape changes."""
 

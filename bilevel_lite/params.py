@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel_lite.surroundings import lock_of, uncompiled
+from bilevel_lite.surroundings import lock_of
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that theta holds: those that require a gradient, tied ones once.
-
-    Those of a ``torch.compile``d module are named as in the module inside.
 
     Args:
         model: Any module. Freeze a layer with ``requires_grad_(False)`` to keep it out of theta.
@@ -27,7 +25,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: if no parameter requires a gradient.
     """
-    params = {name: p for name, p in uncompiled(model).named_parameters() if p.requires_grad}
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
             f"model: {type(model).__name__} has no parameter with requires_grad=True, "
@@ -68,11 +66,18 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     }
 
 
-def predict(model: nn.Module, theta: Tensor, *inputs: Tensor) -> Tensor:
-    """Evaluate ``model(*inputs)`` with the parameters read from ``theta``, shape (d,).
+def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
+    """`unflatten`, each part a leaf: gradients arrive layer by layer and are never put together."""
+    return {k: t.detach().requires_grad_() for k, t in unflatten(model, theta.detach()).items()}
 
-    A ``torch.compile``d module is called as it was before: torch cannot differentiate compiled code
-    twice. One thread at a time is in a module, for its parameters are swapped during the call.
-    """
+
+def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
+    """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
+    named = theta if isinstance(theta, dict) else unflatten(model, theta)
     with lock_of(model):
-        return functional_call(uncompiled(model), unflatten(model, theta), inputs)
+        return functional_call(model, named, inputs)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -88,11 +88,11 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
     try:
         value = loss(lam, theta, batch)
     except (TypeError, RuntimeError) as error:
-        _require_unwritten(name, before, versions((lam, theta)))
+        require_unwritten(name, before, versions((lam, theta)))
         if batch is None and "NoneType" in str(error):
             raise TypeError(f"batch: got None, but {name} needs a batch ({error})") from error
         raise
-    _require_unwritten(name, before, versions((lam, theta)))
+    require_unwritten(name, before, versions((lam, theta)))
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
     if value.dim() != 0:
@@ -141,7 +141,12 @@ def require_as_drawn(name: str, batch: Any, before: Any) -> None:
         )
 
 
-def _require_unwritten(name: str, before: list[int], after: list[int]) -> None:
+def require_unwritten(name: str, before: list[int], after: list[int]) -> None:
+    """Refuse a loss that wrote into lam or theta: their `versions` before and after.
+
+    Raises:
+        ValueError: naming the loss, the variable and the way out.
+    """
     for variable, was, now in zip(("lam", "theta"), before, after, strict=True):
         if was != now:
             raise ValueError(

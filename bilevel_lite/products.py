@@ -9,21 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
+from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.risk import SumOfRisks, Term, is_structured
 from bilevel_lite.surroundings import (
     differentiating,
     ordinary,
-    plain_attention,
     same_twice,
+    second_order,
     way_out,
 )
 
 __all__ = [
     "COST",
+    "cross_and_route",
+    "cross_differences",
     "cross_from_slopes",
     "cross_vp",
     "dense",
@@ -41,11 +43,6 @@ __all__ = [
 
 # The package's unit of account, in gradient-equivalents.
 COST = {"gradient": 1, "hvp": 2, "cross": 2}
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
-    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -76,9 +73,9 @@ def gradient(
     Cost: 1 gradient.
     """
     lam, theta = _leaf(lam), _leaf(theta)
-    with way_out(name, times=""):
+    with way_out(name):
         value = evaluate(loss, lam, theta, batch, name)
-        grad_lam, grad_theta = _grad(value, (lam, theta), name)
+    grad_lam, grad_theta = _grad(value, (lam, theta), name)
     if grad_theta is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     if grad_lam is None:
@@ -95,11 +92,9 @@ def theta_gradient(
     Arguments, errors and cost are those of `gradient`; lam's part of the backward pass is saved.
     """
     lam, theta = lam.detach().clone(), _leaf(theta)
-    with way_out(name, times=""):
+    with way_out(name):
         value = evaluate(loss, lam, theta, batch, name)
-        grad = (
-            torch.autograd.grad(value, theta, allow_unused=True)[0] if value.requires_grad else None
-        )
+    grad = _grad(value, (theta,), name)[0] if value.requires_grad else None
     if grad is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     return value.detach(), grad
@@ -109,7 +104,8 @@ def _grad(value, inputs, name, **kwargs):
     if not value.requires_grad:
         wanted = "theta" if len(inputs) == 1 else "lam or on theta"
         raise ValueError(f"{name}: does not depend on {wanted}")
-    return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+    with way_out(name):
+        return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
 
 
 def _require_dependence(**depends: bool) -> None:
@@ -124,20 +120,20 @@ def _value(loss, lam, theta, batch):
     def again():
         return loss(lam.detach(), theta.detach(), batch)
 
-    with plain_attention(), same_twice("inner_loss", theta, again):
+    with same_twice("inner_loss", theta, again):
         return evaluate(loss, lam, theta, batch, "inner_loss")
 
 
 def _gradient_graph(loss, lam, theta, batch):
     """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
-    value = _value(loss, lam, theta, batch)
-    (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
+        (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
     _require_dependence(theta=grad is not None)
     return grad
 
 
 @differentiating
-@way_out("inner_loss")
 def hvp_operator(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None
 ) -> Callable[[Tensor], Tensor]:
@@ -170,10 +166,10 @@ def hvp_operator(
         return lambda v: torch.zeros_like(v)
 
     @differentiating
-    @way_out("inner_loss")
     def matvec(v: Tensor) -> Tensor:
         v = ordinary(v)
-        (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
+        with way_out():
+            (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if out is None else out
 
     return matvec
@@ -207,18 +203,19 @@ def dense(matvec: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
 
 
 def cross_vp(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "dual"
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "auto"
 ) -> Tensor:
     r"""The cross-derivative product J v, with J = d2 g / (dlam dtheta), shaped like lam.
 
         J v = grad_lam < grad_theta g(lam, theta), v >
 
-    Two ways, equal to rounding. ``"double_backward"`` is the formula as written. ``"dual"`` notes
-    that < grad_theta g, v > is the directional derivative of g along v: give theta the tangent v
-    (a dual number theta + eps v), evaluate g once, and differentiate the tangent of the value with
-    respect to lam only. The reverse pass then starts at lam and never reaches the network, which
-    makes it the cheaper way for deep models. For a `WeightedRisk` it is one forward-mode pass of
-    the model alone: < grad_theta g, v > is the mean of sigma_i times `WeightedRisk.slopes`.
+    A plain function of (lam, theta, batch) is differentiated twice in reverse: the formula as
+    written. A `WeightedRisk` whose lam is in its weights needs the examples' slopes only,
+
+        J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+
+    which are one forward-mode pass of the model, held against an ordinary gradient
+    (`WeightedRisk.slopes`).
 
     Args:
         loss: ``loss(lam, theta, batch)`` -> scalar.
@@ -226,64 +223,146 @@ def cross_vp(
         theta: Inner variable, shape (d,).
         batch: Passed on to ``loss``.
         v: Direction, shaped like ``theta``.
-        mode: ``"dual"`` or ``"double_backward"``. An operation without a forward-mode rule
-            raises NotImplementedError under ``"dual"``.
+        mode: ``"auto"``, or ``"double_backward"`` for the formula as written in any case.
 
     Returns:
         Tensor like ``lam``, detached. Zeros where g depends on lam but not jointly with theta.
 
     Raises:
-        ValueError: if the loss is not one finite number, does not depend on ``lam``, or ``mode``
-            is unknown.
+        ValueError: if the loss is not one finite number, does not depend on ``lam``, ``mode`` is
+            unknown, or an operation cannot be differentiated twice (attention's fast kernels are
+            replaced by the one that can).
 
     Cost: counted as 2 gradients.
     """
-    lam = lam.detach().requires_grad_()
-    if mode == "dual" and type(loss) is WeightedRisk and loss.weight is not None:
-        slopes = loss.slopes(theta, batch, v)
-        if looked_at(slopes) and not torch.isfinite(slopes.sum()):
-            evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
-        return cross_from_slopes(loss, lam, batch, slopes)
-    elif mode == "dual":
-        with fwad.dual_level():
-            value = evaluate(
-                loss, lam, fwad.make_dual(theta.detach(), v.detach()), batch, "inner_loss"
-            )
-            value, tangent = fwad.unpack_dual(value)
-        _require_dependence(lam=value.requires_grad, theta=tangent is not None)
-        along = tangent
-    elif mode == "double_backward":
-        theta = theta.detach().requires_grad_()
-        value = evaluate(loss, lam, theta, batch, "inner_loss")
+    return cross_and_route(loss, lam, theta, batch, v, mode)[0]
+
+
+@differentiating
+def cross_and_route(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, mode: str = "auto"
+) -> tuple[Tensor, str]:
+    """`cross_vp`, and a line that says how it was computed: the one place that decides it."""
+    if mode not in ("auto", "double_backward"):
+        raise ValueError(f"mode: got {mode!r}, expected 'auto' or 'double_backward'")
+    if mode == "double_backward" or not has_slopes(loss):
+        return _cross_twice(loss, lam, theta, batch, v), "double backward"
+    terms = loss.terms(lam.detach(), batch)
+    parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v)) for t in terms]
+    slopes = [slope for slope, _ in parts]
+    if looked_at(theta) and not all(bool(torch.isfinite(s.sum())) for s in slopes):
+        evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad
+    routes = dict.fromkeys(route for _, route in parts)
+    return cross_from_slopes(lam, theta, terms, slopes), " and ".join(routes)
+
+
+def has_slopes(loss: Loss) -> bool:
+    """True if J v of this loss is read from the examples' slopes: lam stands in weights only."""
+    if not is_structured(loss):
+        return False
+    risks = loss.risks if isinstance(loss, SumOfRisks) else [loss]
+    weighted = any(risk.weight is not None for risk in risks)
+    return weighted and all(risk.inputs is None for risk in risks)
+
+
+def _cross_twice(loss, lam, theta, batch, v):
+    lam, theta, v = _leaf(lam), _leaf(theta), ordinary(v)
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         along = dot(grad, v)
-    else:
-        raise ValueError(f"mode: got {mode!r}, expected 'dual' or 'double_backward'")
-    if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
+        if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
+            return torch.zeros_like(lam)
+        (out,) = torch.autograd.grad(along, lam, allow_unused=True)
+        return torch.zeros_like(lam) if out is None else out
+
+
+def cross_differences(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, step: float | None = None
+) -> Tensor:
+    r"""J v by central differences along v; first derivatives only, for `bilevel_lite.check`.
+
+        J v ~ ( grad_lam g(lam, theta + h v) - grad_lam g(lam, theta - h v) ) / (2 h)
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+        v: Direction, shaped like ``theta``.
+        step: h ||v|| / max(1, ||theta||); by default the cube root of theta's machine epsilon,
+            where the error of the differences and that of rounding are about equal.
+
+    Cost: 2 gradients.
+    """
+    size = float(v.norm())
+    if size == 0:
         return torch.zeros_like(lam)
-    (out,) = torch.autograd.grad(along, lam, allow_unused=True)
-    return torch.zeros_like(lam) if out is None else out
+    if is_structured(loss) and any(t.risk.reads_losses for t in loss.terms(lam, batch)):
+        return _field_differences(loss, lam, theta, batch, v, step)
+    step = torch.finfo(theta.dtype).eps ** (1 / 3) if step is None else step
+    h = step * max(1.0, float(theta.norm())) / size
+    up, down = (gradient(loss, lam, theta + s * h * v, batch, "inner_loss")[1] for s in (1, -1))
+    return (up - down) / (2 * h)
 
 
-def cross_from_slopes(risk: WeightedRisk, lam: Tensor, batch: Any, slopes: Tensor) -> Tensor:
-    """J v of a weighted risk from < grad_theta l_i, v >, shape (n,): like lam, detached.
+def _field_differences(loss, lam, theta, batch, v, step):
+    """The same for weights that read the losses: < grad_theta g, v > along each entry of lam.
 
-        J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+    There grad_lam g is not the derivative of what grad_theta g is the gradient of.
+    """
+    step = torch.finfo(lam.dtype).eps ** (1 / 3) if step is None else step
+    h = step * max(1.0, float(lam.abs().max()))
+    axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+
+    def along(point):
+        return dot(theta_gradient(loss, point, theta, batch, "inner_loss")[1], v)
+
+    changes = [(along(lam + h * e) - along(lam - h * e)) / (2 * h) for e in axes]
+    return torch.stack(changes).view_as(lam).to(lam)
+
+
+@differentiating
+def cross_from_slopes(
+    lam: Tensor,
+    theta: Tensor,
+    terms: list[Term],
+    slopes: list[Tensor],
+    outputs: list[Tensor] | None = None,
+) -> Tensor:
+    """J v of a risk from < grad_theta l_i, v >, shape (n,) for each term: like lam, detached.
+
+        J v = grad_lam sum over terms of c (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
+
+    Args:
+        lam: Outer variable.
+        theta: Inner variable, for weights that read the losses.
+        terms: From ``risk.terms(lam, batch)``.
+        slopes: For each term.
+        outputs: The model's outputs for each term, if they are at hand.
 
     Raises:
         ValueError: if the weights do not depend on lam.
 
-    Cost: that of the weights alone.
+    Cost: that of the weights alone, and of the losses if they read them.
     """
     lam = lam.detach().requires_grad_()
-    along = (risk.weights(lam, batch) * slopes).mean()
-    _require_dependence(lam=along.requires_grad)
-    return torch.autograd.grad(along, lam)[0]
+    total = 0.0
+    for k, (term, slope) in enumerate(zip(terms, slopes, strict=True)):
+        risk, losses = term.risk, None
+        if risk.weight is None:
+            continue
+        if risk.reads_losses:
+            with torch.no_grad():
+                made = risk.outputs(term.read(theta), term.batch) if outputs is None else outputs[k]
+                losses = risk.output_losses(made.detach(), term.batch[1])
+        total = total + term.coefficient * (risk.weights(lam, term.batch, losses) * slope).mean()
+    _require_dependence(lam=total.requires_grad)
+    return torch.autograd.grad(total, lam)[0]
 
 
 @differentiating
-@way_out("inner_loss")
 def first_and_second(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -296,12 +375,13 @@ def first_and_second(
     backward pass).
     """
     lam, theta, p = _leaf(lam), _leaf(theta), ordinary(p)
-    value = _value(loss, lam, theta, batch)
-    grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-    _require_dependence(lam=grad_lam is not None, theta=grad is not None)
-    jp = hp = None
-    if grad.requires_grad:
-        jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
+        grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        _require_dependence(lam=grad_lam is not None, theta=grad is not None)
+        jp = hp = None
+        if grad.requires_grad:
+            jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
     return (
         value.detach(),
         grad.detach(),
@@ -327,7 +407,7 @@ def update_vjp(
 
 
 @differentiating
-@way_out("inner_loss")
+@way_out()
 def update_operator(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
@@ -350,13 +430,13 @@ def update_operator(
     Cost: counted as 2 gradients per direction (the gradient is a by-product).
     """
     lam, theta = _leaf(lam), _leaf(theta)
-    with plain_attention():
+    with second_order():
         value = evaluate(loss, lam, theta, batch, "inner_loss")
-    grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
     _require_dependence(lam=grads[0] is not None, theta=grads[1] is not None)
 
     @differentiating
-    @way_out("inner_loss")
+    @way_out()
     def along(e: Tensor, z: Tensor) -> Tensor:
         pairs = [(g, ordinary(v)) for g, v in zip(grads, (e, z), strict=True) if g.requires_grad]
         if not pairs:

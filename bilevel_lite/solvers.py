@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
-from bilevel_lite.products import COST, cross_vp, dense, hvp_operator
-from bilevel_lite.surroundings import differentiating, ordinary, same_twice
+from bilevel_lite.products import COST, cross_and_route, dense, hvp_operator
+from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
 
@@ -36,6 +36,7 @@ class SolveInfo:
         curvature: (smallest, largest) curvature met along the solver's directions, or None.
         negative_curvature: True if one of them was zero or negative.
         converged: True if the solver's tolerance was met, None if it has none.
+        cross: How J v was computed, and why so; "" where only v was asked for.
     """
 
     solver: str
@@ -47,6 +48,7 @@ class SolveInfo:
     curvature: tuple[float, float] | None = None
     negative_curvature: bool = False
     converged: bool | None = None
+    cross: str = ""
 
 
 def _entry(method):
@@ -109,6 +111,15 @@ class Solver:
         Raises:
             ValueError: if ``b`` does not have theta's shape, or as the solver says.
         """
+        self._require_like(b, theta)
+        matvec = self._operator(problem, lam, theta, batch)
+        done = self._solve(problem, lam, theta, batch, b, matvec)
+        v = done.solution.detach()
+        if self.warm_start:
+            self._v = v
+        return v, self._info(done, matvec, b, diagnose)
+
+    def _require_like(self, b: Tensor, theta: Tensor) -> None:
         if b.shape != theta.shape:
             raise ValueError(
                 f"b: got shape {tuple(b.shape)}, expected {tuple(theta.shape)}, that of theta"
@@ -118,16 +129,19 @@ class Solver:
                 f"{type(self).__name__}: remembers a v of shape {tuple(self._v.shape)}, but b has "
                 f"shape {tuple(b.shape)}; use a new solver for a new problem"
             )
-        matvec = _Lazy(lambda: self._operator(problem.inner_loss, lam, theta, batch))
-        done = self._solve(problem, lam, theta, batch, b, matvec)
-        v = done.solution.detach()
-        if self.warm_start:
-            self._v = v
+
+    def _operator(self, problem, lam, theta, batch) -> "_Lazy":
+        operator = GGN if self.curvature == "ggn" else hvp_operator
+        return _Lazy(lambda: operator(problem.inner_loss, lam, theta, batch))
+
+    def _info(self, done: linsolve.LinearSolve, matvec, b: Tensor, diagnose: bool) -> SolveInfo:
+        """The diagnosis, with the residual if asked for."""
         if done.residual is None and diagnose:
+            v = done.solution
             done.residual = float((b - matvec(v) - self.damping * v).norm())
             b_norm = float(b.norm())
             done.relative_residual = done.residual / b_norm if b_norm else done.residual
-        return v, SolveInfo(
+        return SolveInfo(
             solver=type(self).__name__,
             iterations=done.iterations,
             products=done.products,
@@ -139,28 +153,30 @@ class Solver:
             converged=done.converged,
         )
 
-    def _operator(self, loss, lam, theta, batch):
-        """Return the function v -> H v, or that of what stands for H."""
-        if self.curvature == "hessian":
-            return hvp_operator(loss, lam, theta, batch)
-        with same_twice("inner_loss", theta, lambda: loss(lam, theta, batch)):
-            return GGN(loss, lam, theta, batch)
-
     def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
         raise NotImplementedError
 
     @_entry
     def solve_and_cross(
-        self, problem: Any, lam: Tensor, theta: Tensor, batch: Any, b: Tensor, diagnose: bool = True
-    ) -> tuple[Tensor, Tensor, SolveInfo]:
+        self,
+        problem: Any,
+        lam: Tensor,
+        theta: Tensor,
+        batch: Any,
+        b: Tensor,
+        diagnose: bool = True,
+        want_v: bool = True,
+    ) -> tuple[Tensor | None, Tensor, SolveInfo]:
         """Return v, J v on the same batch, and the diagnosis.
 
         A solver that passes the batch through the model itself (KFAC) shares that pass with J v;
-        here the two are computed one after the other. Arguments and errors are those of `solve`
-        and `bilevel_lite.products.cross_vp`.
+        here the two are computed one after the other. Without ``want_v`` a solver that need not
+        form v gives None in its place. Other arguments and errors are those of `solve` and
+        `bilevel_lite.products.cross_vp`.
         """
         v, info = self.solve(problem, lam, theta, batch, b, diagnose)
-        return v, cross_vp(problem.inner_loss, lam, theta, batch, v), info
+        jv, info.cross = cross_and_route(problem.inner_loss, lam, theta, batch, v)
+        return v, jv, info
 
     def limit(self) -> "Direct | None":
         """Return the direct solver of this solver's own system, or None if it solves it exactly.

@@ -7,6 +7,7 @@ its one place here; what no setting cures is refused in a sentence that names th
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
     "SameDraws",
@@ -24,11 +24,10 @@ __all__ = [
     "forward_level",
     "lock_of",
     "ordinary",
-    "plain_attention",
     "random_state",
     "restore_random_state",
     "same_twice",
-    "uncompiled",
+    "second_order",
     "way_out",
 ]
 
@@ -80,49 +79,66 @@ def forward_level() -> Iterator[None]:
 def lock_of(model: nn.Module) -> Any:
     """The lock under which a module is called with other parameters: one thread at a time."""
     with _guard:
-        return _locks.setdefault(uncompiled(model), threading.RLock())
+        return _locks.setdefault(model, threading.RLock())
 
 
-# ------------------------------------------------------------------ compiled models
+# ------------------------------------------------------------------ kernels
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile(model)``: compiled code has no second derivatives."""
-    return getattr(model, "_orig_mod", model)
-
-
-# ------------------------------------------------------------------ attention
-
-
-class _PlainAttention:
+class _SecondOrder:
     """A switch of the whole process that several threads may hold at once."""
 
     def __init__(self):
-        self.holders, self.before, self.kernel = 0, True, None
+        self.holders = 0
 
     def __enter__(self):
         with _guard:
-            if not self.holders:
-                self.before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-                self.kernel = sdpa_kernel(SDPBackend.MATH)
-                self.kernel.__enter__()
             self.holders += 1
+            if self.holders > 1:
+                return
+            self.before = [(put, get()) for get, put in _kernels()]
+            for put, _ in self.before:
+                put(put is torch.backends.cuda.enable_math_sdp)
+            self.stance = None
+            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                self.stance = torch.compiler.set_stance("force_eager")  # compiled: no second order
+                self.stance.__enter__()
 
     def __exit__(self, *error):
         with _guard:
             self.holders -= 1
-            if not self.holders:
-                self.kernel.__exit__(None, None, None)
-                torch.backends.mha.set_fastpath_enabled(self.before)
+            if self.holders:
+                return
+            if self.stance is not None:
+                self.stance.__exit__(None, None, None)
+            for put, was in self.before:
+                put(was)
 
 
-_plain_attention = _PlainAttention()
+def _kernels() -> list[tuple[Callable, Callable]]:
+    """Pairs (is it on?, switch it) of what torch may compute attention with."""
+    cuda, mha = torch.backends.cuda, torch.backends.mha
+    pairs = [
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        (mha.get_fastpath_enabled, mha.set_fastpath_enabled),
+    ]
+    if hasattr(cuda, "enable_cudnn_sdp"):  # torch 2.5
+        pairs.append((cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp))
+    return pairs
 
 
-def plain_attention() -> Any:
-    """Attention in operations that have every derivative (torch's math kernel); back afterwards."""
-    return _plain_attention
+_second_order = _SecondOrder()
+
+
+def second_order() -> Any:
+    """Operations that have every derivative: attention by torch's math kernel, nothing compiled.
+
+    A context manager for the forward pass whose gradient is differentiated again, or which forward
+    mode follows; the caller's settings are back afterwards.
+    """
+    return _second_order
 
 
 # ------------------------------------------------------------------ random numbers
@@ -207,6 +223,7 @@ def same_twice(
 _INFERENCE = "inference tensor"
 _HOPELESS = (  # what torch says where a derivative is missing
     "not implemented",
+    "sparse tensors",
     "forward AD",
     "does not support",
     "is not differentiable",
@@ -221,8 +238,8 @@ _HOPELESS = (  # what torch says where a derivative is missing
 
 
 @contextmanager
-def way_out(what: str = "inner_loss", times: str = " twice") -> Iterator[None]:
-    """Say in a sentence what torch says where a derivative is missing (empty ``times``: a first).
+def way_out(what: str = "inner_loss") -> Iterator[None]:
+    """Say in a sentence what torch says where a derivative is missing.
 
     Raises:
         ValueError: naming ``what``, torch's reason and what to do.
@@ -240,8 +257,8 @@ def way_out(what: str = "inner_loss", times: str = " twice") -> Iterator[None]:
             ) from error
         if any(words in said for words in _HOPELESS):
             raise ValueError(
-                f"{what}: torch cannot differentiate it{times} ({said[:300]}); use an operation "
-                f"that can be differentiated{times} (attention: the math kernel, "
+                f"{what}: torch cannot differentiate it as needed here ({said[:300]}); use an "
+                "operation that has a second derivative (attention: the math kernel, "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); an embedding: max_norm=None, "
                 "sparse=False; a torch.autograd.Function: a backward that is differentiable)"
             ) from error

@@ -4,25 +4,51 @@ KFAC needs, for each layer z = W a, the inputs a and the output gradients g = (d
 probes s at the model's outputs. The tape keeps the inputs on the way forward; backward passes stop
 at the layers' outputs, so that no weight gradient is ever formed. Parameters without a Kronecker
 block (norms, embeddings, shared weights) get the exact diagonal of the same Fisher.
+
+A module's class says by which formula its gradient is put together, never that this is right: the
+formulas are held against autograd's own gradient, parameter by parameter, on the whole batch for a
+model not seen before and on a few examples at each call. What differs has no block, no examples, or
+neither, and everything that would have rested on it takes another way or is refused by name.
 """
 
 import math
-from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
-from bilevel_lite.params import trainable
+from bilevel_lite.params import leaves, trainable, unflatten
 from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.surroundings import lock_of, same_twice, second_order
+from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
 
-__all__ = ["Layer", "Tape", "output_columns", "places_of", "split_parameters", "squared_gradients"]
+__all__ = [
+    "Call",
+    "Layer",
+    "Tape",
+    "along",
+    "output_columns",
+    "places_of",
+    "split_parameters",
+    "squared_gradients",
+]
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+KNOWN = {
+    cls: cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *NORMS)
+}
+
+
+UNLIKE = "its gradient does not go example by example with the rows of the batch"
 
 
 @dataclass
@@ -41,10 +67,20 @@ class Layer:
         bias = None if self.bias is None else v[self.bias][:, None]
         return (torch.cat([weight, bias], 1), None) if self.joint else (weight, bias)
 
-    def write(self, out: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Put both back into a flat vector; the inverse of `read`."""
+    def split(
+        self, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What `read` gave, in the shapes of the module's parameters."""
         if self.joint:
             weight, bias = weight[:, :-1], weight[:, -1:]
+        return (
+            None if weight is None else weight.reshape(self.module.weight.shape),
+            None if bias is None else bias.reshape(-1),
+        )
+
+    def write(self, out: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Put both back into a flat vector; the inverse of `read`."""
+        weight, bias = self.split(weight, bias)
         if weight is not None:
             out[self.weight] = weight.reshape(-1)
         if bias is not None:
@@ -66,13 +102,17 @@ class Call:
         """True if one tensor went in and one came out."""
         return self.input is not None and self.edge is not None
 
+    @property
+    def shapes(self) -> tuple:
+        """Shapes of the one tensor that went in and of the one that came out."""
+        return None if self.input is None else self.input.shape, self.shape
+
 
 class Tape:
     """One forward pass in which the calls of all modules that own parameters are kept.
 
     A backward pass stops at the layers' outputs and never forms a gradient in the parameters. What
-    a parameter does outside of its own module's calls (a weight that a decoder borrows, say) is
-    therefore not seen: its block leaves that part out, and `slopes` gives None.
+    a parameter does outside of its own module's calls is not seen; `verify` notices it.
 
     Args:
         risk: The weighted risk.
@@ -81,42 +121,46 @@ class Tape:
         bias: ``"joint"`` or ``"separate"``.
 
     Raises:
-        ValueError: for a precision below float32, an empty batch, or a layer in training mode
-            whose output is random or mixes examples.
+        ValueError: for a precision below float32, an empty batch, a layer in training mode whose
+            output is random or mixes examples, or a model that draws random numbers.
     """
 
     def __init__(self, risk: WeightedRisk, theta: Tensor, batch: Any, bias: str = "joint"):
         _require_precision(theta)
         _require_eval(risk.model)
+        self.risk, self.theta, self.batch, self.bias = risk, theta.detach(), batch, bias
         self.calls: dict[str, list[Call]] = {}
         self.x = batch[0]
-        places = places_of(risk.model)
+        self.places = places_of(risk.model)
         self.names = {id(p): name for name, p in trainable(risk.model).items()}
-        modules = dict(risk.model.named_modules())
-        owners = {owner for _, where in places.values() for owner, _ in where}
-        hooks = [modules[o].register_forward_hook(self._hook(o), with_kwargs=True) for o in owners]
-        nodes: dict[str, Any] = {}
-        hooks.append(risk.model.register_forward_pre_hook(partial(_origins, places, nodes)))
-        try:
-            with torch.enable_grad():
-                self.outputs = risk.outputs(theta.detach().requires_grad_(), batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        self.modules = dict(risk.model.named_modules())
+        self.owners = sorted({o for _, where in self.places.values() for o, _ in where})
+        self._run(risk, batch)
         require_batch(self.outputs)
         self.n = self.outputs.shape[0]
-        once = {name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable}
-        self.layers, self.rest = split_parameters(places, modules, once, bias)
-        uses = _uses(self.outputs, nodes.values())
-        self.borrowed = any(
-            uses[node] > self._expected(places[name][1], modules) for name, node in nodes.items()
-        )
+        self.once = {
+            name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable
+        }
+        self.layers, self.rest = split_parameters(self.places, self.modules, self.once, bias)
+        self.known = known_code(risk.model)
+        self.unlike: dict[str, str] = {}  # parameter -> why its gradient has no examples here
 
-    def _expected(self, where: list, modules: dict) -> float:
-        """How often the calls of a parameter's owners use it; no bound for a module of its own."""
-        calls = sum(len(self.calls.get(owner, ())) for owner, _ in where)
-        known = all(isinstance(modules[owner], ONCE_A_CALL) for owner, _ in where)
-        return calls if known or not calls else math.inf
+    def _run(self, risk, batch):
+        compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
+        compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
+        once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch))
+        with once, lock_of(risk.model):
+            hooks = [
+                self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
+                for o in self.owners
+            ]
+            try:
+                with torch.enable_grad(), second_order() if compiled else nullcontext():
+                    self._leaf = self.theta.clone().requires_grad_()
+                    self.outputs = risk.outputs(self._leaf, batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def _hook(self, name):
         def keep(module, inputs, options, output):
@@ -137,6 +181,8 @@ class Tape:
         """Send one output probe back to the outputs of every kept call."""
         flat = [c for calls in self.calls.values() for c in calls]
         edges = [c.edge for c in flat if c.edge is not None]
+        if not edges:
+            return {name: [None] * len(calls) for name, calls in self.calls.items()}
         grads = iter(
             torch.autograd.grad(self.outputs, edges, probe, retain_graph=keep, allow_unused=True)
         )
@@ -145,31 +191,232 @@ class Tape:
             for name, calls in self.calls.items()
         }
 
-    def slopes(self, grads: dict[str, list[Tensor]], params: dict, v: dict) -> Tensor | None:
-        """< gradient of example i in theta, v >, shape (n,), from what the tape has kept.
+    # -- held against autograd
 
-            sum over calls of  g_i . (dz_i along v),     for a linear map  g_i . (V a_i)
+    def verify(
+        self, probe: Tensor, grads: dict[str, list[Tensor]], params: dict, by_example: bool
+    ) -> None:
+        r"""Compare what the formulas make of one probe with autograd's gradient of the same.
+
+            sum_i c_i G_i  =  grad_theta sum_i c_i < s_i, outputs_i >,    G_i = sum of g a^T
+
+        On a model, or a pattern of shapes, not seen before: with random c_i on the whole batch.
+        After that nothing more where all of the model's code is known. Else a few examples alone,
+        other ones at each call; where those differ, or the model cannot take them, the whole batch
+        decides again. And if examples are to be told apart, the probe c_i s_i is sent back, which
+        must give c_i g_i in every row.
+
+        Afterwards ``layers`` holds linear maps whose blocks are right, and ``unlike`` names the
+        parameters whose gradient does not go example by example with the batch's rows.
 
         Args:
-            grads: What `backward` returned for the gradients of the examples' losses.
+            probe: s, like the outputs; its graph is still there.
+            grads: What `backward` made of it.
             params: theta by name.
-            v: The direction by name.
+            by_example: Whether gradients example by example are wanted of it.
 
-        Returns:
-            Shape (n,), or None if a call did not take and give one tensor with an example a row,
-            or a parameter is used outside of its module's calls.
+        Cost: nothing for known code; else a few examples, and half a gradient if ``by_example``; 1
+        gradient (and the rest's gradients, example by example) where the whole batch is compared.
         """
-        if self.borrowed:
-            return None
-        total = self.outputs.new_zeros(self.n)
+        seen = verdicts_of(self.risk.model)
+        key = ("tape", self.bias, *self._pattern())
+        if key in seen:
+            self._take(*seen[key])
+        if key not in seen or not (self.known or self._some(probe, grads, params)):
+            verdict = self._whole(probe, grads, params)
+            seen.setdefault(key, verdict)
+            self._take(*verdict)
+        elif by_example and not self.known:
+            self._separate(probe, grads)
+
+    def _separate(self, probe, grads) -> None:
+        """Note the modules in whose calls a row is not an example, on this very batch."""
+        c = self._weights_of_examples(probe)
+        scaled = self.backward(probe * c.view(-1, *[1] * (probe.dim() - 1)), keep=True)
+        sizes, apart, names = [], [], []
         for name, calls in self.calls.items():
-            for call, g in zip(calls, grads[name], strict=True):
+            for call, g, made in zip(calls, grads[name], scaled[name], strict=True):
+                if g is not None and not self._rows(call):
+                    g = self._by_example(g) * c.view(-1, *[1] * g.dim())
+                    sizes.append(made.norm())
+                    apart.append((self._by_example(made) - g).norm())
+                    names.append(name)
+        if not names:
+            return
+        sizes, apart = torch.stack(sizes), torch.stack(apart)
+        least = torch.finfo(self.theta.dtype).eps * sizes.max()
+        bad = ~(apart <= tolerance(self.theta) * sizes + least)
+        mixed = {name for name, b in zip(names, bad.tolist(), strict=True) if b}
+        more = {
+            name: UNLIKE
+            for name, (_, where) in self.places.items()
+            if any(owner in mixed for owner, _ in where)
+        }
+        self.unlike = {**more, **self.unlike}
+
+    def _weights_of_examples(self, like: Tensor) -> Tensor:
+        return torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(like)
+
+    def _pattern(self):
+        """What a verdict rests on beside the model: the modules called, and the rows they took."""
+        for name, calls in self.calls.items():
+            for c in calls:
+                shapes = tuple(
+                    None if s is None else tuple(d == self.n for d in s) for s in c.shapes
+                )
+                yield name, shapes, self._rows(c) == ""
+        yield self.theta.dtype, self.theta.device, *self.names.values()
+
+    def _take(self, without_block: frozenset, unlike: dict[str, str]) -> None:
+        self.unlike = unlike
+        if without_block:
+            once = self.once - without_block
+            self.layers, self.rest = split_parameters(self.places, self.modules, once, self.bias)
+
+    def _whole(self, probe, grads, params) -> tuple[frozenset, dict[str, str]]:
+        """The verdict of the whole batch: owners without a block, parameters without examples."""
+        c = self._weights_of_examples(probe)
+        truth = self._autograd(probe * c.view(-1, *[1] * (probe.dim() - 1)))
+        unlike = self._differ(truth, grads, params, c)
+        in_blocks = [layer for layer in self.layers if set(self.parameters_of(layer)) & set(unlike)]
+        without = frozenset()
+        if in_blocks:  # no examples, but perhaps a block: the sum over all rows is enough for that
+            truth_all = self._autograd(probe)
+            wrong = self._differ(truth_all, grads, params, None, in_blocks)
+            without = frozenset(
+                l.name for l in in_blocks if set(self.parameters_of(l)) & set(wrong)
+            )
+        if without:
+            self._take(without, unlike)
+            unlike = self._differ(truth, grads, params, c)
+        return without, unlike
+
+    def _autograd(self, probe: Tensor) -> dict[str, Tensor]:
+        (whole,) = torch.autograd.grad(self.outputs, self._leaf, probe, retain_graph=True)
+        return unflatten(self.risk.model, whole)
+
+    def _some(self, probe, grads, params) -> bool:
+        """True if a few examples, passed through the model alone, have the gradients made here."""
+        rows = spots(self.n)
+        here = leaves(self.risk.model, self.theta)
+        try:
+            with torch.enable_grad():
+                outputs = self.risk.outputs(here, some_examples(self.batch, rows, self.n))
+            whole = torch.autograd.grad(
+                outputs, list(here.values()), probe[rows], allow_unused=True
+            )
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        truth = {
+            name: torch.zeros_like(here[name]) if g is None else g
+            for name, g in zip(here, whole, strict=True)
+            if name not in self.unlike
+        }
+        return not self._differ(truth, grads, params, rows)
+
+    def _differ(self, truth, grads, params, c, layers=None) -> dict[str, str]:
+        """Parameter -> why what the formulas make of it is not the truth, along one direction.
+
+        ``c``: weights of all examples, or a list of rows, or None for the sum over all rows.
+        """
+        truth = {name: _projected(t) for name, t in truth.items()}
+        made: dict[str, Tensor | str] = {}
+        for layer in self.layers if layers is None else layers:
+            made |= self._of_block(layer, grads, c)
+        if layers is None:
+            for name in self.rest:
+                if name in truth:
+                    made[name] = self._of_rest(name, grads, params, c)
+        names = [name for name in made if name in truth]
+        differ = {name: made[name] for name in names if isinstance(made[name], str)}
+        names = [name for name in names if name not in differ]
+        if not names:
+            return differ
+        sizes = torch.stack([truth[name].norm() for name in names])
+        apart = torch.stack([(made[name] - truth[name]).norm() for name in names])
+        least = torch.finfo(self.theta.dtype).eps * sizes.max()
+        bad = ~(apart <= tolerance(self.theta) * sizes + least)
+        return differ | {name: UNLIKE for name, b in zip(names, bad.tolist(), strict=True) if b}
+
+    def parameters_of(self, layer: Layer) -> list[str]:
+        """Names of the parameters of one linear map."""
+        return [
+            name
+            for name, (_, where) in self.places.items()
+            if name not in self.rest and where[0][0] == layer.name
+        ]
+
+    def _of_block(self, layer: Layer, grads: dict, c) -> dict[str, Tensor | str]:
+        """sum_i c_i g_i a_i^T for the weight and the bias of one linear map."""
+        (call,), (g,) = self.calls[layer.name], grads[layer.name]
+        names = self.parameters_of(layer)
+        if g is None:
+            return dict.fromkeys(names, self.outputs.new_zeros(()))
+        if c is not None and (why := self._rows(call)):
+            return dict.fromkeys(names, f"its module {layer.name!r} {why}")
+        a = call.input
+        if isinstance(c, list):
+            a, g = (self._by_example(t)[c].flatten(0, 1) for t in (a, g))
+        columns = output_columns(call.module, g)
+        if isinstance(c, Tensor):
+            columns = columns * c.repeat_interleave(columns.shape[1] // self.n)
+        made = {}
+        for name in names:
+            if self.places[name][1][0][1] == "bias":
+                made[name] = columns.sum(1)
+            else:
+                a_columns = _input_columns(call.module, a, False)
+                made[name] = columns @ (a_columns.T @ _direction(len(a_columns), a))
+        return made
+
+    def _of_rest(self, name: str, grads: dict, params: dict, c) -> Tensor | str:
+        """sum_i c_i G_i of a parameter without a block, from its gradients example by example."""
+        total = torch.zeros_like(_projected(params[name]))
+        for owner, local in self.rest[name][1]:
+            for call, g in zip(self.calls.get(owner, ()), grads.get(owner, ()), strict=True):
+                if not call.usable or len(call.input) != self.n or call.shape[0] != self.n:
+                    return (
+                        f"its module {owner!r} does not take and give one tensor with an example "
+                        "a row"
+                    )
                 if g is None:
                     continue
-                rows = call.usable and len(call.input) == len(g) == self.n
-                if not rows or call.input._version != call.version:
-                    return None
-                total += (g * _along(call, params, v, self.names)).flatten(1).sum(1)
+                a = call.input
+                if isinstance(c, list):
+                    a, g = a[c], g[c]
+                weight = c if torch.is_tensor(c) else g.new_ones(len(g))
+                if kind_of(call.module) is nn.Embedding:
+                    total = total + _embedding_sum(call.module, a, g, weight)
+                    continue
+                try:
+                    per = _per_example(call.module, a, local, g, params, self.names)
+                except RuntimeError as error:  # torch.func cannot take this module
+                    said = " ".join(str(error).split())[:100]
+                    return f"its module {owner!r} cannot be cut into examples ({said})"
+                total = total + _projected(torch.tensordot(weight, per, 1))
+        return total
+
+    def _rows(self, call: Call) -> str:
+        """Why a call cannot be cut into examples; "" if its first dimension may be."""
+        if not call.usable:
+            return "does not take and give one tensor"
+        if not call.input.dim() or len(call.input) % self.n or call.shape[0] % self.n:
+            return f"takes shape {tuple(call.input.shape)}, not the {self.n} examples a row"
+        return ""
+
+    def _by_example(self, t: Tensor) -> Tensor:
+        return t.reshape(self.n, -1, *t.shape[1:])
+
+    # -- J v
+
+    def slopes_of(self, name: str, grads: dict, along: Callable[[Call], Tensor]) -> Tensor | float:
+        """sum over one module's calls of g_i . (dz_i along v), shape (n,); `along` gives dz."""
+        total = 0.0
+        for call, g in zip(self.calls[name], grads[name], strict=True):
+            if call.input._version != call.version:
+                raise ValueError(_overwritten(name))
+            if g is not None:
+                total = total + (g * along(call)).reshape(self.n, -1).sum(1)
         return total
 
     def input_columns(self, layer: Layer) -> Tensor:
@@ -180,11 +427,33 @@ class Tape:
         """
         (call,) = self.calls[layer.name]
         if call.input._version != call.version:
-            raise ValueError(
-                f"model: the input of layer {layer.name!r} was changed in place after the layer "
-                "had read it; use the operation that makes a copy"
-            )
+            raise ValueError(_overwritten(layer.name))
         return _input_columns(call.module, call.input, layer.joint)
+
+
+def _projected(t: Tensor) -> Tensor:
+    """A gradient of shape (d1, ...) along one fixed direction of its other dimensions, (d1,)."""
+    if t.dim() < 2:
+        return t.reshape(-1)
+    rows = t.reshape(len(t), -1)
+    return rows @ _direction(rows.shape[1], t)
+
+
+def _direction(size: int, like: Tensor) -> Tensor:
+    return _directions(size, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    normal = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    return normal.to(device, dtype)
+
+
+def _overwritten(name: str) -> str:
+    return (
+        f"model: the input of layer {name!r} was changed in place after the layer had read it; use "
+        "the operation that makes a copy"
+    )
 
 
 def _require_precision(theta: Tensor) -> None:
@@ -237,35 +506,25 @@ def split_parameters(places: dict, modules: dict, once: set, bias: str) -> tuple
     return list(layers.values()), rest
 
 
-def _origins(places: dict, nodes: dict, model: nn.Module, _) -> None:
-    """Note the graph node of each parameter, as the model sees it in this forward pass."""
-    for name, (_, where) in places.items():
-        owner, local = where[0]
-        p = model.get_submodule(owner)._parameters[local]
-        if p.grad_fn is not None:
-            nodes[name] = p.grad_fn
-
-
-def _uses(outputs: Tensor, nodes) -> Counter:
-    """How often the graph of the outputs goes back to each node."""
-    wanted, seen, stack, uses = set(nodes), set(), [outputs.grad_fn], Counter()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in wanted:
-            continue
-        for before, _ in node.next_functions:
-            if before in wanted:
-                uses[before] += 1
-            stack.append(before)
-    return uses
+def kind_of(module: nn.Module) -> type | None:
+    """The class whose formulas a module follows: its own, or that of which it changes nothing."""
+    own = type(module)
+    for cls, forward in KNOWN.items():
+        if isinstance(module, cls):
+            same = own.forward is forward and "forward" not in vars(module)
+            same = same and getattr(own, "_conv_forward", 0) is getattr(cls, "_conv_forward", 0)
+            plain = set(module._parameters) <= {"weight", "bias"} and not module._modules
+            plain = plain and not (hasattr(own, "weight") or hasattr(own, "bias"))
+            special = any(
+                getattr(module, option, None) for option in ("sparse", "scale_grad_by_freq")
+            )
+            return cls if same and plain and not special else None
+    return None
 
 
 def _is_linear_map(module: nn.Module) -> bool:
-    conv = isinstance(module, nn.Conv2d) and module.groups == 1
-    return conv or isinstance(module, nn.Linear)
+    kind = kind_of(module)
+    return kind is nn.Linear or kind is nn.Conv2d and module.groups == 1
 
 
 def _input_columns(module: nn.Module, a: Tensor, ones: bool) -> Tensor:
@@ -307,32 +566,33 @@ def output_columns(module: nn.Module, g: Tensor) -> Tensor:
 def squared_gradients(tape: Tape, name: str, grads: dict, params: dict) -> Tensor:
     """Sum over examples of the squared per-example gradient, for a parameter without a block."""
     place, where = tape.rest[name]
+    if name in tape.unlike:
+        raise ValueError(
+            f"model: parameter {name!r} has no Kronecker block, and {tape.unlike[name]}, so it has "
+            "no diagonal block either; pass rest='damping' (damping alone) or rest='drop' (v = 0), "
+            "or freeze it"
+        )
     used = [
         (call, local, g)
         for owner, local in where
         for call, g in zip(tape.calls.get(owner, ()), grads.get(owner, ()), strict=True)
+        if g is not None
     ]
-    if not used or any(not c.usable or c.input.shape[:1] != (tape.n,) for c, _, _ in used):
-        raise ValueError(
-            f"model: parameter {name!r} has no Kronecker block, and its layer does not take and "
-            "give one tensor with an example a row, so it has no diagonal block either; pass "
-            "rest='damping' (damping alone) or rest='drop' (v = 0), or freeze it"
-        )
-    used = [(call, local, g) for call, local, g in used if g is not None]
     if not used:  # the outputs do not depend on it
         return params[name].new_zeros(place.stop - place.start)
     call, _, g = used[0]
-    if type(call.module) is nn.Embedding and len(used) == 1:
+    if kind_of(call.module) is nn.Embedding and len(used) == 1:
         return _embedding_squares(call.module, call.input, g)
-    summed = sum(_per_example(call, local, g, params, tape.names) for call, local, g in used)
+    summed = sum(_per_example(c.module, c.input, k, g, params, tape.names) for c, k, g in used)
     return summed.square().sum(0).reshape(-1)
 
 
-def _per_example(call: Call, local: str, g: Tensor, params: dict, names: dict) -> Tensor:
+def _per_example(
+    module: nn.Module, a: Tensor, local: str, g: Tensor, params: dict, names: dict
+) -> Tensor:
     """Gradient of each example in one parameter of one call, shape (n, *parameter shape)."""
-    module, a = call.module, call.input
     own = _named(module, params, names)
-    if isinstance(module, NORMS) and len(own) == 2:  # y = weight xhat + bias
+    if kind_of(module) in NORMS and len(own) == 2:  # y = weight xhat + bias
         if local == "weight":  # xhat is the layer with unit weight
             unit = {"weight": torch.ones_like(own["weight"]), "bias": torch.zeros_like(own["bias"])}
             g = g * functional_call(module, unit, (a,))
@@ -354,28 +614,28 @@ def _named(module: nn.Module, values: dict, names: dict) -> dict[str, Tensor]:
     return {k: values[names[id(p)]] for k, p in module.named_parameters() if id(p) in names}
 
 
-def _along(call: Call, params: dict, v: dict, names: dict) -> Tensor:
-    """Directional derivative of a call's output in the module's own parameters, along v."""
+def along(call: Call, params: dict[str, Tensor]) -> Tensor:
+    """Derivative of a call's output along a direction of the module's own parameters.
+
+    Every kind of module that is known is linear in its parameters: its derivative is the module
+    itself with the direction as parameters, those not in ``params`` zero.
+    """
     module = call.module
-    own = {k for k, p in module._parameters.items() if id(p) in names}
-    direction = {k: t for k, t in _named(module, v, names).items() if k in own}
-    if _is_linear_map(module) or isinstance(module, NORMS):  # linear in its parameters
-        zeros = {
-            k: torch.zeros_like(p)
-            for k, p in module._parameters.items()
-            if p is not None and k not in own
-        }
-        return functional_call(module, {**zeros, **direction}, (call.input,))
-    fixed = _named(module, params, names)
-
-    def run(moving):
-        return functional_call(module, {**fixed, **moving}, (call.input,))
-
-    return jvp(run, ({k: fixed[k] for k in own},), (direction,))[1]
+    zeros = {k: torch.zeros_like(p) for k, p in module._parameters.items() if p is not None}
+    if getattr(module, "padding_idx", None) is not None:  # that row is not trained
+        weight = params["weight"].clone()
+        weight[module.padding_idx] = 0
+        params = {"weight": weight}
+    return functional_call(module, {**zeros, **params}, (call.input,))
 
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
-ONCE_A_CALL = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *NORMS)
+def _embedding_sum(module: nn.Embedding, index: Tensor, g: Tensor, c: Tensor) -> Tensor:
+    """sum_i c_i G_i of an embedding along one direction, shape (num_embeddings,)."""
+    along = g @ _direction(g.shape[-1], g) * c.view(-1, *[1] * (g.dim() - 2))
+    out = g.new_zeros(module.num_embeddings).index_add_(0, index.reshape(-1), along.reshape(-1))
+    if module.padding_idx is not None:
+        out[module.padding_idx] = 0
+    return out
 
 
 def _embedding_squares(module: nn.Embedding, index: Tensor, g: Tensor) -> Tensor:

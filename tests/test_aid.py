@@ -97,6 +97,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(9):
         again = resumed.step()
+    # to the last bit: the same operations in the same order
     assert torch.equal(whole.lam, resumed.lam) and torch.equal(whole.theta, resumed.theta)
     assert torch.equal(last.hypergradient, again.hypergradient)
     assert (last.iteration, last.gradients) == (again.iteration, again.gradients)

@@ -822,6 +822,7 @@ def test_mrbo_kfac_makes_the_same_draws_at_both_points_and_fresh_ones_at_the_nex
         method.step()
     v = [out[0] for out in found]
     assert len(v) == 5  # one point, then twice two; lam and theta do not move
+    # the same operations in the same order, as the draws are the same
     assert torch.equal(v[1], v[2]) and torch.equal(v[3], v[4])
     assert not torch.equal(v[0], v[2]) and not torch.equal(v[2], v[4])
 
@@ -1117,7 +1118,10 @@ def test_every_method_is_resumed():
 
 
 def same(one, other):
-    """Equal to the last bit, whatever is nested in what."""
+    """Equal to the last bit, whatever is nested in what.
+
+    May be asked of copies, and of runs of the same operations in the same order on one processor.
+    """
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -1329,6 +1333,7 @@ def test_a_step_size_that_diverges_is_named_and_the_last_good_state_kept(name):
     method, good, value = STEEP[name](), None, None
     with pytest.raises(NotFinite) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.NegativeCurvatureWarning)
+        warnings.simplefilter("ignore", bl.DivergenceWarning)
         for _ in range(300):
             good = method.state_dict()
             value = method.step().outer_loss
@@ -1592,6 +1597,7 @@ def test_a_state_can_be_loaded_more_than_once():
         for _ in range(2):
             method.step()
         ends.append(method.lam.clone())
+    # the same operations in the same order
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
@@ -1608,6 +1614,7 @@ def test_samplers_with_one_generator_resume_exactly(shared):
         second.load_state_dict(first.state_dict())
         for _ in range(12 - cut):
             second.step()
+        # the same operations in the same order
         assert torch.equal(second.lam, whole.lam) and torch.equal(second.theta, whole.theta)
 
 
@@ -1623,6 +1630,7 @@ def test_the_reported_hypergradient_is_not_changed_by_nesterov():
 
     plain = run_on([A, B], lambda p: torch.optim.SGD(p, 0.05))
     other = run_on([A, B], nesterov)
+    # the same operations in the same order until lam moves
     assert torch.equal(plain.step().hypergradient, other.step().hypergradient)
 
 

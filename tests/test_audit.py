@@ -1,5 +1,7 @@
 """The audit's parts against what they must be, on problems where each can be made zero."""
 
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,7 @@ def test_parts_add_up_and_each_is_what_it_says():
             float((own - slopes).norm() / slopes.norm()), 1e-4
         )
         assert row.parts["inner"] == rows["direct"].parts["inner"] > 0.05
+    # exactly: the same operations in the same order
     assert rows["direct"].parts["curvature"] == rows["direct"].parts["linear"] == 0
     damped = bl.hypergradient(problem, lam, theta, inner, outer, bl.Direct(0.1))
     exact = bl.hypergradient(problem, lam, theta, inner, outer)
@@ -147,6 +150,31 @@ def test_large_problems_use_cg_and_say_when_it_fails(monkeypatch):
         pytest.raises(ValueError, match="CG stopped at"),
     ):
         bl.audit(saddle, torch.ones(2), torch.ones(4), solvers=[bl.CG(1)])
+
+
+def test_a_hypergradient_of_zero_has_no_angle():
+    problem, lam, solve_inner, inner, outer = setting()
+
+    class Sampler:
+        def __init__(self, batches):
+            self.batches = iter(batches)
+
+        def draw(self):
+            return next(self.batches)
+
+    # a batch may switch f off, and with it the hypergradient
+    gated = bl.BilevelProblem(
+        problem.inner_loss, lambda lam, t, b: b[2] * problem.outer_loss(lam, t, b[:2])
+    )
+    on, off = (*outer, 1.0), (*outer, 0.0)
+    args = gated, lam, solve_inner(lam), inner, on, [bl.CG(2)]
+    (plain,) = bl.audit(*args).rows
+    (mixed,) = bl.audit(*args, outer_sampler=Sampler([on, off, off, on]), draws=4).rows
+    assert 0.5 < plain.cosine < 0.999 and mixed.cosine == pytest.approx(plain.cosine, 1e-12)
+    assert mixed.length == pytest.approx(plain.length / 2, 1e-12)  # there it does count
+    (none,) = bl.audit(*args, outer_sampler=Sampler([off, off]), draws=2).rows
+    assert math.isnan(none.cosine) and none.length == 0
+    assert none.relative_error == pytest.approx(1, 1e-12)
 
 
 def test_prints_and_draws():

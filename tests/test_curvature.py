@@ -1,13 +1,15 @@
 """Curvature operators against dense matrices built another way, and against curvlinops."""
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import curvature, linsolve
+from bilevel_lite import curvature, linsolve, solvers
 
 LOSSES = ["cross_entropy", "mse"]
 
@@ -175,7 +177,7 @@ def test_monte_carlo_fisher_converges_to_the_ggn_at_the_rate_one_over_root_m():
     assert abs(slope + 0.5) < 0.15
     one = curvature.Fisher(risk, lam, theta, batch, generator=g)
     v = torch.ones(len(theta))
-    assert torch.equal(one @ v, one @ v)  # drawn once: one fixed matrix
+    assert torch.equal(one @ v, one @ v)  # drawn once: the same operations
 
 
 # ---------------------------------------------------------------- bad input
@@ -204,3 +206,56 @@ def test_bad_input_gives_one_clear_sentence():
     empty = tuple(part[:0] for part in batch)
     with pytest.raises(ValueError, match="no example"):
         curvature.GGN(risk, lam.abs(), theta, empty)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def no_collector():
+    """What then dies, dies of having no reference, and not of a collection that may come late."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        curvature.GGN,
+        curvature.Fisher,
+        curvature.EmpiricalFisher,
+        curvature.Hessian,
+        lambda *args: bl.products.hvp_operator(*args),
+    ],
+    ids=["GGN", "Fisher", "EmpiricalFisher", "Hessian", "hvp_operator"],
+)
+def test_an_operator_dies_with_its_last_reference(build, no_collector):
+    risk, lam, theta, batch = setting()
+    operator = build(risk, lam, theta, batch)
+    operator(torch.ones_like(theta))
+    alive = weakref.ref(operator)
+    del operator
+    assert alive() is None
+
+
+@pytest.mark.parametrize("which", ["ggn", "hessian"])
+def test_no_operator_outlives_its_solve(which, no_collector, monkeypatch):
+    risk, lam, theta, batch = setting()
+    built = []
+
+    def counted(make):
+        def build(*args):
+            operator = make(*args)
+            built.append(weakref.ref(operator))
+            return operator
+
+        return build
+
+    for name in ("GGN", "hvp_operator"):
+        monkeypatch.setattr(solvers, name, counted(getattr(solvers, name)))
+    problem = bl.BilevelProblem(risk, risk)
+    solver = bl.CG(3, damping=10.0, curvature=which)
+    solver.solve(problem, lam, theta, batch, torch.ones_like(theta))
+    assert len(built) == 1 and built[0]() is None

@@ -85,7 +85,7 @@ def test_standardised_pixels_have_mean_0_and_variance_1_by_colour():
     by_colour = out.x.view(50, 3, 4).transpose(0, 1).flatten(1)
     assert float(by_colour.mean(1).abs().max()) < 1e-6
     assert float((by_colour.std(1) - 1).abs().max()) < 1e-6
-    assert torch.equal(out.x_test, out.x[:7])  # by the training pixels, not by its own
+    assert torch.equal(out.x_test, out.x[:7])  # by the training pixels; number by number
     grey = data.standardise(d._replace(image_shape=(3, 4)))
     assert float(grey.x.mean()) == pytest.approx(0, abs=1e-6)
     assert float(grey.x.std()) == pytest.approx(1)

@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_bit_equal(whole, tmp_path):
             file.write('{"iteration": 99, "tuning_l')
     (out / "checkpoint.tmp").write_bytes(b"half a checkpoint")
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
-    assert numbers(out) == numbers(whole)
+    assert numbers(out) == numbers(whole)  # the same operations in the same order
 
 
 def count_lines(path):

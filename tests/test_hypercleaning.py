@@ -177,7 +177,7 @@ def test_a_model_with_batchnorm_is_cleaned_and_resumed_bit_equal(tmp_path, monke
     for result in (whole, parts):
         for row in result["history"]:
             del row["seconds"]
-    assert parts["history"] == whole["history"]
+    assert parts["history"] == whole["history"]  # the same operations in the same order
 
 
 def test_minibatch_training_descends_and_weights_leave_examples_out():
@@ -196,6 +196,7 @@ def test_minibatch_training_descends_and_weights_leave_examples_out():
     weights = (~task.wrong).to(x.dtype)
     other = y.clone()
     other[task.wrong] = (other[task.wrong] + 1) % 3
+    # to the last bit: nothing but a factor of exactly 0 differs
     assert torch.equal(fit((x, y), weights), fit((x, other), weights))
     assert not torch.equal(fit((x, y)), fit((x, other)))
 
@@ -216,6 +217,7 @@ def test_batchnorm_recovers_from_statistics_that_are_nan():
     task.refresh(good * float("nan"))
     assert not bool(torch.isfinite(norm.running_mean).any())
     task.refresh(good)
+    # the same operations in the same order
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
 
 

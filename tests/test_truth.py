@@ -68,7 +68,7 @@ def test_products_equal_the_matrices_written_by_hand(ridge):
     assert error(products.hessian(r.inner, r.lam, r.theta), r.h) < 1e-13
     assert error(products.hvp(r.inner, r.lam, r.theta, None, r.v), r.h @ r.v) < 1e-13
     jv = r.lam.exp() * r.theta * r.v  # d2g / (dlam_j dtheta_j) = exp(lam_j) theta_j
-    for mode in ("dual", "double_backward"):
+    for mode in ("auto", "double_backward"):
         assert error(products.cross_vp(r.inner, r.lam, r.theta, None, r.v, mode), jv) < 1e-13
     jp, hp = products.update_vjp(r.inner, r.lam, r.theta, None, r.v)
     assert error(jp, jv) < 1e-13 and error(hp, r.h @ r.v) < 1e-13
@@ -100,7 +100,7 @@ def mlp_risk(loss, classes=3):
 def test_cross_product_by_dual_numbers_equals_double_backward_on_a_network(loss):
     risk, lam, theta, batch = mlp_risk(loss)
     v = torch.linspace(-1, 1, len(theta))
-    dual = products.cross_vp(risk, lam, theta, batch, v, "dual")
+    dual = products.cross_vp(risk, lam, theta, batch, v)
     double = products.cross_vp(risk, lam, theta, batch, v, "double_backward")
     assert error(dual, double) < 1e-12
     # and both equal sigma'(lam_n) <grad l_n, v> / N
@@ -166,7 +166,7 @@ def test_flatten_and_unflatten_are_inverse_and_skip_frozen_parameters():
 ])  # fmt: skip
 def test_every_implicit_solver_reaches_autograd_through_the_closed_form(ridge, make):
     r = ridge
-    for mode in ("dual", "double_backward"):
+    for mode in ("auto", "double_backward"):
         h, info = bl.hypergradient(
             r.problem, r.lam, r.theta, solver=make(r), return_info=True, cross_mode=mode
         )
@@ -240,7 +240,7 @@ def test_warm_start_continues_where_the_last_call_stopped(ridge):
     other.load_state_dict(solver.state_dict())
     a, _ = solver.solve(r.problem, r.lam, r.theta, None, b)
     c, _ = other.solve(r.problem, r.lam, r.theta, None, b)
-    assert torch.equal(a, c)
+    assert torch.equal(a, c)  # the same operations in the same order
 
 
 def test_lam_of_any_shape_and_scalar_unknowns():
@@ -264,7 +264,7 @@ def test_lam_of_any_shape_and_scalar_unknowns():
 def test_cg_ends_exactly_on_the_identity_and_on_early_convergence():
     b = torch.arange(1.0, 6.0)
     done = linsolve.cg(lambda v: v, b, iters=10)
-    assert torch.equal(done.solution, b)
+    assert torch.equal(done.solution, b)  # sums of small integers are exact in any order
     assert (done.iterations, done.products, done.converged) == (1, 1, True)
     assert linsolve.cg_normal(lambda v: v, b, iters=10).solution.allclose(b, atol=1e-15)
     h = torch.diag(torch.tensor([1.0, 1.0, 2.0, 2.0, 5.0]))  # three distinct eigenvalues
@@ -276,7 +276,7 @@ def test_cg_ends_exactly_on_the_identity_and_on_early_convergence():
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_cg_on_a_scalar_unknown(shape):
     b = torch.full(shape, 3.0)
-    assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)
+    assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)  # exact
 
 
 def test_cg_on_a_zero_right_hand_side_is_zero():
@@ -311,6 +311,30 @@ def test_cg_normal_is_cg_on_the_squared_system(ridge):
         assert ours.products == 2 * iters + 1
 
 
+def test_cg_normal_stops_where_its_tolerance_says_from_any_start(ridge):
+    r = ridge
+    calls = []
+
+    def matvec(v):
+        calls.append(v)
+        return r.h @ v
+
+    def normal_residual(v):
+        return float((r.h @ (r.v - r.h @ v)).norm() / (r.h @ r.v).norm())
+
+    solution = torch.linalg.solve(r.h, r.v)
+    start = solution + 1e-3 * torch.linspace(-1, 1, len(solution))
+    for x0, tol in ((None, 1e-2), (start, 1e-6), (start, 1e-2), (solution, 1e-8)):
+        calls.clear()
+        done = linsolve.cg_normal(matvec, r.v, 100, tol, x0=x0)
+        assert done.converged and normal_residual(done.solution) <= tol
+        assert done.products == len(calls) == 2 * done.iterations + (1 if x0 is None else 3)
+        if done.iterations > 1:  # one step less was not enough
+            before = linsolve.cg_normal(matvec, r.v, done.iterations - 1, tol, x0=x0)
+            assert not before.converged and normal_residual(before.solution) > tol
+    assert done.iterations == 0 and torch.equal(done.solution, solution)
+
+
 def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
     h = torch.diag(torch.tensor([3.0, 2.0, -1.0]))
     b = torch.tensor([1.0, 1.0, 0.8])
@@ -319,7 +343,7 @@ def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
     assert done.negative_curvature and not done.converged
     assert done.curvature[0] <= 0
     before = linsolve.cg(lambda v: h @ v, b, iters=done.iterations).solution
-    assert torch.equal(done.solution, before)
+    assert torch.equal(done.solution, before)  # the same operations in the same order
     done = linsolve.cg_normal(lambda v: h @ v, b, iters=10)  # the squared system is definite
     assert error(done.solution, b / h.diagonal()) < 1e-10
     with warnings.catch_warnings():
@@ -335,8 +359,38 @@ def test_neumann_error_per_eigenvalue():
         done = linsolve.neumann(lambda v: mu * v, b, terms, step=0.9)
         assert error(1 - mu * done.solution, (1 - 0.9 * mu) ** terms) < 1e-13
         assert done.products == terms - 1
-    with pytest.raises(ValueError, match="diverge"):
+    with pytest.raises(ValueError, match=r"curvature is at least 1.9, .* step < 2 / curv.* = 1.05"):
         linsolve.neumann(lambda v: mu * v, b, 5000, step=1.5)
+
+
+def test_neumann_warns_where_its_summands_have_outgrown_b():
+    mu, b = torch.tensor([1.0, 1.0, 1.0, 2.5]), torch.ones(4)
+    # summand j is (0.04^j, 0.04^j, 0.04^j, (-1.4)^j), and ||b||^2 = 4 lies between 1.4^4 and 1.4^6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linsolve.neumann(lambda v: mu * v, b, 3, step=0.96)
+        linsolve.neumann(lambda v: 0 * v, b, 50, step=0.96)  # neither grows nor shrinks
+    with pytest.warns(bl.DivergenceWarning) as caught:
+        done = linsolve.neumann(lambda v: mu * v, b, 4, step=0.96)
+    text = str(caught.list[0].message)
+    assert "step: 0.96 makes" in text and "the last of 4 summands is 1.37 times the first" in text
+    assert "largest curvature is at least 2.5," in text and "step < 2 / curvature = 0.8)" in text
+    truth = 0.96 * torch.stack([(1 - 0.96 * mu) ** j for j in range(4)]).sum(0)
+    assert error(done.solution, truth) < 1e-14 and done.products == 3
+
+
+def test_neumann_says_that_no_step_helps_against_negative_curvature():
+    mu, b = torch.tensor([1.0, -0.5]), torch.ones(2)
+    # the first summand grows by (1.5^2 / 2)^(1/2) = 1.06 and its quotient is 0.25: not seen yet
+    with pytest.warns(bl.DivergenceWarning, match="at least 2.06, if none is negative"):
+        linsolve.neumann(lambda v: mu * v, b, 2, step=1.0)
+    with pytest.warns(bl.DivergenceWarning, match="from -0.5 to 0.25 was met.* no step converges"):
+        done = linsolve.neumann(lambda v: mu * v, b, 3, step=1.0)
+    assert done.negative_curvature
+    with pytest.raises(bl.problem.NotFinite, match="from -0.5 to 0.25 was met.* no step converges"):
+        linsolve.neumann(lambda v: mu * v, b, 4000, step=1.0)
+    with pytest.raises(bl.problem.NotFinite, match="matvec: H b is not finite"):
+        linsolve.neumann(lambda v: v / 0, b, 4, step=1.0)
 
 
 # ---------------------------------------------------------------- unrolling
@@ -417,7 +471,7 @@ def test_neumann_with_k_terms_is_k_truncated_steps_at_a_fixed_point(ridge, terms
     assert error(neumann, unrolled) < 1e-12
     if terms == 1:
         identity = bl.hypergradient(r.problem, r.lam, r.theta, solver=bl.Identity(lr))
-        assert torch.equal(identity, neumann)
+        assert torch.equal(identity, neumann)  # v = lr b both times, number by number
         one_step = bl.unrolled_hypergradient(r.problem, r.lam, r.theta, steps=1, lr=lr)
         assert error(identity, one_step) < 1e-12
 

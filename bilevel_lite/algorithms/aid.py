@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel_lite.algorithms.method import Method
-from bilevel_lite.hypergrad import hypergradient
+from bilevel_lite.hypergrad import implicit
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.solvers import Solver
@@ -52,14 +52,14 @@ class AID(Method):
         outer_lr: float | None = None,
         inner_batch: Any = None,
         outer_batch: Any = None,
-        cross_mode: str = "shared",
+        cross_mode: str = "auto",
         **common: Any,
     ):
         require_solver(solver)
         at_least("inner_steps", inner_steps, 1)
-        if cross_mode not in ("shared", "dual", "double_backward"):
+        if cross_mode not in ("auto", "double_backward"):
             raise ValueError(
-                f"cross_mode: got {cross_mode!r}, expected 'shared', 'dual' or 'double_backward'"
+                f"cross_mode: got {cross_mode!r}, expected 'auto' or 'double_backward'"
             )
         super().__init__(
             problem, lam, theta, inner_lr, outer_lr, inner_batch, outer_batch, **common
@@ -69,7 +69,7 @@ class AID(Method):
     def _direction(self):
         inner_loss = self._inner_steps(self.inner_steps)
         curvature, cross = self._draw_system()
-        h, info = hypergradient(
+        h, info = implicit(
             self.problem,
             self.lam,
             self.theta,
@@ -78,8 +78,6 @@ class AID(Method):
             solver=self.solver,
             cross_batch=cross,
             curvature_batch=curvature,
-            return_info=True,
-            diagnose=False,
             cross_mode=self.cross_mode,
         )
         self._spend(info.gradients, self._unit)

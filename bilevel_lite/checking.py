@@ -1,0 +1,222 @@
+"""A judge of hypergradients, which takes no way that the judged number has taken.
+
+exact         H formed and solved; J v by another route than the method's
+differences   of Phi, with the inner problem solved anew
+J v           the method's own v, J v by another route
+residual      ||b - H v|| / ||b||, H v from differences of first derivatives
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.hypergrad import (
+    HypergradientInfo,
+    finite_difference_hypergradient,
+    hypergradient,
+)
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.products import cross_differences, cross_vp, dot, theta_gradient
+from bilevel_lite.solvers import Direct, Solver
+from bilevel_lite.surroundings import differentiating
+
+__all__ = ["CheckReport", "check"]
+
+
+@dataclass
+class CheckReport:
+    """A method's hypergradient beside independent truths.
+
+    Attributes:
+        relative_error_exact: ||h - exact|| / ||exact||, exact being the direct solve at theta with
+            J v by another route.
+        cosine_exact: Cosine of the angle between h and exact.
+        relative_error_differences: The same against finite differences.
+        cosine_differences: The same.
+        rtol: The relative error that was asked for.
+        passed: True if all relative errors are at most ``rtol``, the exact solution solves its
+            system by differences too, and the inner loss gives the same value twice.
+        info: The method's own `HypergradientInfo`.
+        relative_error_cross: Of the method's J v against the other route with the method's v.
+        residual: ||b - H v|| / ||b|| of the method's v, with H v by differences and without
+            damping; what the method itself says is ``info.solve.relative_residual``.
+        faults: What is wrong, in words; empty if nothing but the size of the errors.
+    """
+
+    relative_error_exact: float | None
+    cosine_exact: float | None
+    relative_error_differences: float | None
+    cosine_differences: float | None
+    rtol: float
+    passed: bool
+    info: HypergradientInfo
+    relative_error_cross: float | None = None
+    residual: float | None = None
+    faults: tuple[str, ...] = ()
+
+    def __str__(self):
+        lines = ["against            relative error   cosine"]
+        for name, error, cosine in (
+            ("exact solve", self.relative_error_exact, self.cosine_exact),
+            ("differences", self.relative_error_differences, self.cosine_differences),
+        ):
+            if error is not None:
+                lines.append(f"{name:<18} {error:>14.1e}   {cosine:.6f}")
+        if self.relative_error_cross is not None:
+            lines.append(f"{'J v, other route':<18} {self.relative_error_cross:>14.1e}")
+        solve = self.info.solve
+        verdict = "agrees" if self.passed else "DOES NOT AGREE"
+        lines.append(
+            f"{verdict} to {self.rtol:.0e} ({solve.solver}, {solve.products} products, "
+            f"relative residual {self.residual:.1e})"
+        )
+        return "\n".join([*lines, *self.faults])
+
+
+@differentiating
+def check(
+    problem: BilevelProblem,
+    lam: Tensor,
+    theta: Tensor,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    solver: Solver | None = None,
+    solve_inner: Callable[[Tensor], Tensor] | None = None,
+    rtol: float | None = None,
+    eps: float | None = None,
+    num_directions: int | None = None,
+    generator: torch.Generator | None = None,
+    verbose: bool = True,
+) -> CheckReport:
+    """Compare one method's hypergradient with an exact solve and with finite differences.
+
+    The solver is used in a fresh copy: what it remembers, and its generator, are not touched.
+
+    Args:
+        problem: The two losses.
+        lam: Outer variable.
+        theta: Inner variable near theta*(lam).
+        inner_batch: Batch of g.
+        outer_batch: Batch of f.
+        solver: The method to check; `Direct` by default.
+        solve_inner: lam -> theta*(lam); without it the finite differences are left out.
+        rtol: Relative error up to which the verdict is good; by default 1e-4, and 1e-2 where lam or
+            theta is of a shorter type than float64.
+        eps: Step of the finite differences; by default the cube root of the machine epsilon.
+        num_directions: Difference along this many random unit directions instead of every
+            coordinate; for a long lam. The error and cosine then compare the projections onto
+            these directions only, a rough guide with few of them.
+        generator: Source of those directions.
+        verbose: Print the report.
+
+    Returns:
+        `CheckReport`.
+
+    Raises:
+        ValueError: if there is nothing to compare with: theta is too large for an exact solve
+            and no ``solve_inner`` is given.
+
+    Cost: one hypergradient, one direct solve (d products) where d allows, two J v by other routes,
+    two gradients for each of two residuals, two inner solves per direction.
+    """
+    tiny = max(torch.finfo(t.dtype).eps for t in (lam, theta))
+    rtol = (1e-4 if tiny < 1e-12 else 1e-2) if rtol is None else rtol
+    eps = tiny ** (1 / 3) if eps is None else eps
+    at = problem.inner_loss, lam, theta, inner_batch
+    h, info = hypergradient(
+        problem, lam, theta, inner_batch, outer_batch, copy.deepcopy(solver), return_info=True
+    )
+    faults = _same_value_twice(*at)
+    if h.shape != lam.shape or h.dtype != lam.dtype or h.device != lam.device:
+        faults.append(f"h: is {h.dtype} of shape {tuple(h.shape)}, expected a tensor like lam")
+    by_other_route = _other_route(info.solve.cross)
+    cross, _ = _compare(-info.implicit, by_other_route(*at, info.v))
+    if not cross <= rtol:
+        faults.append(f"J v by {info.solve.cross}: is not what another route gives")
+    exact = differences = None
+    if theta.numel() <= Direct().max_dim:
+        v, solved = Direct().solve(problem, lam, theta, inner_batch, info.b)
+        largest = (
+            max(map(abs, solved.curvature)) * float(v.norm()) / max(float(info.b.norm()), tiny)
+        )
+        residual = _residual(*at, info.b, v)
+        if not residual <= rtol * max(1.0, largest * tiny ** (1 / 3)):
+            faults.append(
+                f"H: the exact solution has a relative residual of {residual:.1e} where H v comes "
+                "from differences of the gradient"
+            )
+        exact = _compare(h, info.direct - by_other_route(*at, v))
+    if solve_inner is not None:
+        rows, projected = None, h
+        if num_directions is not None:
+            rows = torch.randn(num_directions, lam.numel(), generator=generator, dtype=lam.dtype)
+            rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
+            projected = rows @ h.reshape(-1)
+            rows = rows.view(-1, *lam.shape)
+        slopes = finite_difference_hypergradient(problem, lam, solve_inner, eps, outer_batch, rows)
+        differences = _compare(projected, slopes)
+    if exact is None and differences is None:
+        raise ValueError(
+            f"solve_inner: is needed, since theta has {theta.numel()} entries, too many for an "
+            "exact solve"
+        )
+    results = [pair for pair in (exact, differences) if pair is not None]
+    report = CheckReport(
+        *(exact or (None, None)),
+        *(differences or (None, None)),
+        rtol=rtol,
+        passed=all(error <= rtol for error, _ in results) and not faults,
+        info=info,
+        relative_error_cross=cross,
+        residual=_residual(*at, info.b, info.v),
+        faults=tuple(faults),
+    )
+    if verbose:
+        print(report)
+    return report
+
+
+def _other_route(taken: str) -> Callable[..., Tensor]:
+    """J v from differences of first derivatives, or by double backward where that was not taken."""
+    if taken.startswith("double backward"):
+        return cross_differences
+    return lambda *arguments: cross_vp(*arguments, mode="double_backward")
+
+
+def _same_value_twice(loss, lam, theta, batch) -> list[str]:
+    first, second = (theta_gradient(loss, lam, theta, batch, "inner_loss") for _ in range(2))
+    if torch.equal(first[0], second[0]) or _compare(first[1], second[1])[0] < 1e-3:
+        return []
+    return [
+        "inner_loss: gives two values at one point (does it draw random numbers, or a new batch at "
+        "each call?), so that b, H and J each belong to another function"
+    ]
+
+
+def _residual(loss, lam, theta, batch, b, v) -> float:
+    """||b - H v|| / ||b||, with H v from central differences of grad_theta g along v."""
+    size, unit = float(v.norm()), float(b.norm())
+    if not size:
+        return 1.0 if unit else 0.0
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / size
+    up, down = (
+        theta_gradient(loss, lam, theta + s * h * v, batch, "inner_loss")[1] for s in (1, -1)
+    )
+    residual = float((b - (up - down) / (2 * h)).norm())
+    return residual / unit if unit else residual
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(a) / float(b) if float(b) else 0.0
+
+
+def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative error and cosine of h against the truth."""
+    size = float(truth.norm())
+    error = float((h - truth).norm()) / size if size else float(h.norm())
+    product = float(h.norm()) * size
+    return error, float(dot(h, truth)) / product if product else float("nan")

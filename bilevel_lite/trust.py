@@ -1,0 +1,111 @@
+"""When a fast path may be used: where it is known to be right, or was compared with the plain one.
+
+A model's class and its layers' classes say which formula might serve. Whether it is right is seen
+from ordinary gradients: once on a whole batch, and, where there is code that we do not know, on a
+few examples at each call. What was seen is remembered for each model.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "known_code",
+    "mixes_examples",
+    "rowwise",
+    "some_examples",
+    "spots",
+    "still",
+    "tolerance",
+    "verdicts_of",
+]
+
+# model -> what was compared, and how it came out
+_verdicts: WeakKeyDictionary = WeakKeyDictionary()
+_calls = itertools.count(1)
+
+
+def verdicts_of(model: nn.Module) -> dict:
+    """What is known of a model from comparisons with ordinary gradients."""
+    return _verdicts.setdefault(model, {})
+
+
+def spots(n: int) -> list[int]:
+    """A few rows of n, evenly spread, other ones at each call: no random number is drawn."""
+    few, first = min(n, 2 + n // 128), int(next(_calls) * 0.6180339887498949 % 1 * n)
+    return sorted((first + k * n // few) % n for k in range(few))
+
+
+def some_examples(batch: Any, rows: list[int], n: int) -> tuple:
+    """These examples as a batch of their own: the rows of whatever has n rows."""
+    has = (isinstance(part, Tensor) and part.dim() > 0 and len(part) == n for part in batch)
+    few = tuple(part[rows] if h else part for part, h in zip(batch, has, strict=True))
+    return type(batch)(few) if isinstance(batch, tuple) and not hasattr(batch, "_fields") else few
+
+
+def tolerance(like: Tensor) -> float:
+    """How far two ways to one number may be apart in this precision, relative to its size."""
+    low = torch.is_autocast_enabled(like.device.type) or (
+        like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    )
+    return 3e-2 if low else 10 * torch.finfo(like.dtype).eps ** 0.5
+
+
+def mixes_examples(model: nn.Module) -> bool:
+    """True if a layer normalises by statistics of the batch."""
+    norm = nn.modules.batchnorm._BatchNorm
+    return any(
+        isinstance(m, norm) and (m.training or m.running_mean is None) for m in model.modules()
+    )
+
+
+# Modules whose code is known: each treats every example by itself, by means of its own parameters.
+ROWWISE: dict[type, Callable] = {
+    cls: cls.forward
+    for cls in (
+        nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Flatten,
+        nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm,
+        nn.Identity, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU,
+        nn.ELU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout,
+    )
+}  # fmt: skip
+
+
+def rowwise(cls: type) -> type:
+    """Declare that a module's own code treats each example by itself; for our own models."""
+    ROWWISE[cls] = cls.forward
+    return cls
+
+
+def known_code(model: nn.Module) -> bool:
+    """True if every module of the model is one of `ROWWISE`, just as its class has it.
+
+    No other code and no hook is in it: what was compared once stays right.
+    """
+    common = nn.modules.module
+    if common._global_forward_hooks or common._global_backward_hooks:
+        return False
+    return all(
+        ROWWISE.get(type(m)) is type(m).forward
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+        and not (m._backward_pre_hooks or "forward" in vars(m))
+        and not (type(m) is nn.Flatten and m.start_dim != 1)
+        and not (type(m) is nn.Embedding and (m.max_norm or m.sparse or m.scale_grad_by_freq))
+        for m in model.modules()
+    )
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """One more forward pass that leaves the model's buffers (running statistics) as they were."""
+    before = [(b, b.clone()) for b in model.buffers()] if mixes_examples(model) else []
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
