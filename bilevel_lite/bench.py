@@ -32,7 +32,7 @@ from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import Batches
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
-from bilevel_lite.hypergrad import hypergradient
+from bilevel_lite.hypergrad import implicit
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import cg
 from bilevel_lite.params import flatten
@@ -56,7 +56,7 @@ CASES = {
 }
 MODELS = ("linear", "mlp", "lenet", "resnet18")  # measured by default
 FISHERS = {"mc": "mc", "empirical": "empirical", "exact": "type-2"}  # our name -> curvlinops'
-MEMORY = ("hvp", "cross dual", "cross double backward", "kfac-mc", "ekfac-mc", "curvlinops kfac-mc")
+MEMORY = ("hvp", "cross", "cross double backward", "kfac-mc", "ekfac-mc", "curvlinops kfac-mc")
 
 
 class Case:
@@ -104,7 +104,7 @@ class Case:
             "gradient in theta": lambda: theta_gradient(loss, *at),
             "hvp": lambda: hvp(loss, *at, self.v),
             "ggn": lambda: ggn_vp(loss, *at, self.v),
-            "cross dual": lambda: cross_vp(loss, *at, self.v),
+            "cross": lambda: cross_vp(loss, *at, self.v),
             "cross double backward": lambda: cross_vp(loss, *at, self.v, "double_backward"),
             "identity": lambda: self.hypergradient(Identity(step)),
             "cg-3": lambda: self.hypergradient(CG(3, 0.0, CG_DAMPING)),
@@ -137,10 +137,7 @@ class Case:
 
     def hypergradient(self, solver) -> Tensor:
         """The package's hypergradient, by as many steps as the solver was asked for."""
-        h, info = hypergradient(
-            self.problem, self.lam, self.theta, self.inner, self.outer, solver,
-            return_info=True, diagnose=False,
-        )  # fmt: skip
+        h, info = implicit(self.problem, self.lam, self.theta, self.inner, self.outer, solver)
         if info.solve.iterations != getattr(solver, "iters", info.solve.iterations):
             raise RuntimeError(f"bench: {solver} stopped after {info.solve.iterations} steps")
         return h

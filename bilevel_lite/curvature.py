@@ -137,14 +137,8 @@ def from_curvlinops(operator: Any, like: Tensor) -> Operator:
 # ------------------------------------------------------------------ the output side: C
 
 
-def require_risk(loss: Any, what: str, simple: bool = True) -> WeightedRisk | SumOfRisks:
+def require_risk(loss: Any, what: str) -> WeightedRisk | SumOfRisks:
     """Refuse a loss whose model, likelihood and weights cannot be seen.
-
-    Args:
-        loss: The inner loss.
-        what: What needs to see them; for the message.
-        simple: Refuse also what the caller does not follow: lam in the inputs, weights that read
-            the losses, a mask, a sum of risks.
 
     Raises:
         TypeError: naming what needs a `WeightedRisk`, or what a subclass has overridden.
@@ -156,26 +150,7 @@ def require_risk(loss: Any, what: str, simple: bool = True) -> WeightedRisk | Su
         )
     if not is_structured(loss):
         raise TypeError(f"inner_loss: {refusal(loss)}")
-    if simple:
-        _require_simple(loss, what)
     return loss
-
-
-def _require_simple(risk: WeightedRisk | SumOfRisks, what: str) -> None:
-    if isinstance(risk, SumOfRisks):
-        found = "a SumOfRisks"
-    else:
-        has = {
-            "inputs=": risk.inputs is not None,
-            "mask=": risk.mask is not None,
-            "a weight that reads the losses": risk.reads_losses,
-        }
-        found = next((f"a WeightedRisk with {name}" for name, there in has.items() if there), None)
-    if found:
-        raise TypeError(
-            f"inner_loss: is {found}, which {what} does not follow; use CG, Neumann or Direct, on "
-            "the Hessian or on the GGN"
-        )
 
 
 def sample_weights(
@@ -229,6 +204,10 @@ class OutputSide:
     def times(self, u: Tensor) -> Tensor:
         """C u; see `output_hessian_vp`."""
         return output_hessian_vp(self.risk, self.outputs, self.sigma, u, self.y, self.slope)
+
+    def empirical_weight(self) -> Tensor | None:
+        """sigma + max(V', 0), by which an example's own second moment is multiplied; or None."""
+        return _plus(self.sigma, None if self.slope is None else self.slope.clamp(min=0))
 
     def probes(
         self, fisher: str = "mc", samples: int = 1, generator: torch.Generator | None = None
@@ -506,7 +485,7 @@ class GGN(Operator):
 
     @differentiating
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
-        require_risk(risk, type(self).__name__, simple=False)
+        require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
         with second_order(), same_twice("inner_loss", theta, lambda: risk(lam, theta, batch)):
             terms = [

@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.curvature import Operator
-from bilevel_lite.kfac import (
-    KFAC,
-    Block,
-    Estimate,
-    block_operator,
-    estimate,
-    require_bias,
-    require_rest,
-)
+from bilevel_lite.factors import Estimate, estimate, require_bias
+from bilevel_lite.kfac import KFAC, Block, block_operator, require_rest
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
@@ -105,21 +98,24 @@ def _corrected(
     done: Estimate, layer: Layer, a: Spectrum | None, b: Spectrum
 ) -> tuple[Tensor | None, Tensor | None]:
     """E for the weight (a joint bias in it) and for a separate bias; None where there is none."""
-    gs = [output_columns(layer.module, grads[layer.name]) for grads in done.gradients]
-    n = done.tape.n
     weight = bias = None
-    for name in done.tape.parameters_of(layer):
-        if name in done.tape.unlike:
-            raise ValueError(
-                f"model: EKFAC needs each example's gradient, but for parameter {name!r} "
-                f"{done.tape.unlike[name]}; use KFAC, or write the model with the examples in the "
-                "first dimension, in the batch's order"
-            )
-    if layer.weight is not None:
-        x = done.tape.input_columns(layer)
-        weight = eigenvalue_correction(x, gs, a.vectors, b.vectors, n)
-    if layer.bias is not None and not layer.joint:
-        bias = eigenvalue_correction(None, gs, None, b.vectors, n)
+    for one, own in done.uses[layer.name]:
+        tape, c = one.tape, one.term.coefficient
+        for name in tape.parameters_of(own):
+            if name in tape.unlike:
+                raise ValueError(
+                    f"model: EKFAC needs each example's gradient, but for parameter {name!r} "
+                    f"{tape.unlike[name]}; use KFAC, or write the model with the examples in the "
+                    "first dimension, in the batch's order"
+                )
+        gs = [output_columns(own.module, grads[own.name]) for grads in one.gradients]
+        if layer.weight is not None:
+            x = tape.input_columns(own)
+            part = c * eigenvalue_correction(x, gs, a.vectors, b.vectors, tape.n)
+            weight = part if weight is None else weight + part
+        if layer.bias is not None and not layer.joint:
+            part = c * eigenvalue_correction(None, gs, None, b.vectors, tape.n)
+            bias = part if bias is None else bias + part
     return weight, bias
 
 
@@ -175,6 +171,7 @@ class EKFAC(KFAC):
                 layer,
                 None if weight is None else eigenbasis_inverse(a, b, weight, tau),
                 None if bias is None else eigenbasis_inverse(None, b, bias, tau),
+                columns=None if a is None else a.inputs,
             )
         except ValueError as error:
             raise ValueError(f"{error} (layer {layer.name!r})") from None
@@ -203,9 +200,9 @@ def ekfac_operator(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True
     )
     blocks = []
-    for layer in done.tape.layers:
+    for layer in done.layers:
         a = None if layer.weight is None else done.a(layer).spectrum()
-        b = done.b[layer.name].spectrum()
+        b = done.b(layer).spectrum()
         weight, bias = _corrected(done, layer, a, b)
         if weight is not None:
             weight = partial(in_basis, a, b, weight)

@@ -27,42 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.curvature import (
-    Operator,
-    output_probes,
-    require_fisher,
-    require_risk,
-    sample_weights,
-)
+from bilevel_lite.curvature import Operator, require_fisher, require_risk
+from bilevel_lite.factors import Estimate, arrange, estimate, kfac_factors, require_bias
 from bilevel_lite.kronecker import (
     FORMS,
-    NARROW,
     RULES,
     Columns,
     Factor,
     Matrix,
     Solve,
-    accumulate,
     heuristic_damping,
     kronecker_inverse,
 )
 from bilevel_lite.linsolve import LinearSolve, at_least
-from bilevel_lite.params import unflatten
 from bilevel_lite.problem import NotFinite
-from bilevel_lite.products import COST, cross_and_route, cross_from_slopes
-from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.products import COST, cross_and_route, cross_from_slopes, has_slopes
+from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
 from bilevel_lite.solvers import SolveInfo, Solver
 from bilevel_lite.surroundings import differentiating
-from bilevel_lite.tape import (
-    Call,
-    Layer,
-    Tape,
-    along,
-    output_columns,
-    places_of,
-    split_parameters,
-    squared_gradients,
-)
+from bilevel_lite.tape import Call, Layer, along, output_columns, places_of, split_parameters
 from bilevel_lite.trust import known_code
 
 __all__ = [
@@ -76,151 +59,7 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------ factors
-
-
-@dataclass
-class Estimate:
-    """What one pass estimates: B of each layer, the diagonals, and the tape with the inputs."""
-
-    tape: Tape
-    b: dict[str, Factor]
-    diagonal: dict[str, Tensor]
-    probes: int
-    gradients: list[dict[str, Tensor]]
-    dual: bool
-    true: dict[str, list[Tensor]] | None = None  # gradients of the examples' own losses
-
-    def a(self, layer: Layer) -> Factor | None:
-        """Factor A of one layer, from its inputs; formed when asked for, one layer at a time."""
-        if layer.weight is None:
-            return None
-        x = self.tape.input_columns(layer)
-        return accumulate(None, x, 1 / x.shape[1], self.dual and x.shape[1] < NARROW * len(x))
-
-
-def estimate(
-    risk: WeightedRisk,
-    lam: Tensor,
-    theta: Tensor,
-    batch: Any,
-    fisher: str = "mc",
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-    bias: str = "joint",
-    rest: str = "diagonal",
-    dual: bool = True,
-    keep: bool = False,
-    true: bool = False,
-) -> Estimate:
-    """One forward pass, one backward pass a probe; see `kfac_factors` for the arguments.
-
-    Args:
-        risk: The weighted risk.
-        lam: Outer variable.
-        theta: Inner variable.
-        batch: (x, y, ...).
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per example for ``"mc"``.
-        generator: A CPU generator.
-        bias: ``"joint"`` or ``"separate"``.
-        rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
-        dual: Keep factors of low rank as columns.
-        keep: Keep the layers' output gradients of every probe (EKFAC needs them).
-        true: Also keep those of the examples' unweighted losses (the shared J v needs them).
-    """
-    require_risk(risk, "KFAC")
-    require_fisher(fisher, samples)
-    sigma = sample_weights(risk, lam, batch)
-    tape = Tape(risk, theta, batch, bias)
-    probes = output_probes(risk, tape.outputs, batch[1], sigma, fisher, samples, generator)
-    params = unflatten(risk.model, theta.detach())
-    own, share = None, False
-    if true:
-        s = risk.output_gradient(tape.outputs.detach(), batch[1])
-        own = tape.backward(s, keep=True)
-        tape.verify(s, own, params, by_example=True)
-        share = fisher == "empirical" and not tape.unlike
-    b: dict[str, Any] = {}
-    diagonal: dict[str, Any] = {}
-    kept = []
-    for i, probe in enumerate(probes):
-        if share:  # the probe is sqrt(sigma_i) s_i, and so are its gradients
-            grads = {name: [_weighted(g, sigma) for g in gs] for name, gs in own.items()}
-        else:
-            grads = tape.backward(probe, keep=i + 1 < len(probes) or not (i or true))
-            if not (i or true):
-                tape.verify(probe, grads, params, keep or bool(tape.rest) and rest == "diagonal")
-        for layer in tape.layers:
-            (g,) = grads[layer.name]
-            if g is None:  # the outputs do not depend on this layer
-                g = grads[layer.name][0] = _no_gradient(tape, layer)
-            x = output_columns(layer.module, g)
-            narrow = dual and len(probes) * x.shape[1] < NARROW * len(x)
-            b[layer.name] = accumulate(b.get(layer.name), x, 1 / tape.n, narrow)
-        for name in tape.rest if rest == "diagonal" else ():
-            squares = squared_gradients(tape, name, grads, params) / tape.n
-            diagonal[name] = diagonal.get(name, 0.0) + squares
-        if keep:
-            kept.append({layer.name: grads[layer.name][0] for layer in tape.layers})
-    return Estimate(tape, b, diagonal, len(probes), kept, dual, own)
-
-
-def _weighted(g: Tensor | None, sigma: Tensor | None) -> Tensor | None:
-    if g is None or sigma is None:
-        return g
-    return (g.reshape(len(sigma), -1) * sigma.sqrt()[:, None]).view(g.shape)
-
-
-def _no_gradient(tape: Tape, layer: Layer) -> Tensor:
-    return tape.outputs.new_zeros(tape.calls[layer.name][0].shape)
-
-
-def kfac_factors(
-    risk: WeightedRisk,
-    lam: Tensor,
-    theta: Tensor,
-    batch: Any,
-    fisher: str = "mc",
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-    bias: str = "joint",
-) -> dict[str, tuple[Tensor | None, Tensor]]:
-    r"""The Kronecker factors (A, B) of every linear map of the model, as matrices.
-
-        A = mean over examples and positions of a a^T,    B = (1/n) sum over both of g g^T
-
-    Args:
-        risk: The weighted risk; its l2 term is not in the factors.
-        lam: Outer variable; gives the weights sigma.
-        theta: Inner variable, shape (d,).
-        batch: (x, y, ...).
-        fisher: ``"mc"``: B from draws of the model's own labels; ``"exact"``: one probe a class;
-            ``"empirical"``: the data's labels.
-        samples: Draws per example for ``"mc"``.
-        generator: A CPU generator for the draws.
-        bias: ``"joint"`` (a has a 1 appended, the block is that of [W, bias]) or ``"separate"``
-            (weight A (x) B, bias B).
-
-    Returns:
-        Layer name -> (A, B), shapes (d2, d2) and (d1, d1); A is None where the weight is frozen.
-        Parameters of other layers have no entry.
-
-    Raises:
-        TypeError: if ``risk`` is not a `WeightedRisk`.
-        ValueError: for a negative weight, an empty batch, a model in training mode with dropout or
-            BatchNorm, half precision, or an unknown option.
-
-    Cost: half a gradient (forward) and half a gradient a probe, plus the products that form A, B.
-    Source: Martens and Grosse (2015); Grosse and Martens (2016); the weights: arXiv 2603.29108,
-    app. A.2.
-    """
-    require_bias(bias)
-    done = estimate(
-        risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False
-    )
-    factors = {layer.name: (done.a(layer), done.b[layer.name]) for layer in done.tape.layers}
-    return {name: (a and a.dense(), b.dense()) for name, (a, b) in factors.items()}
+# ------------------------------------------------------------------ as an operator
 
 
 def kfac_operator(
@@ -244,8 +83,8 @@ def kfac_operator(
     require_rest(rest)
     done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
     blocks = []
-    for layer in done.tape.layers:
-        a, b = done.a(layer), done.b[layer.name].dense()
+    for layer in done.layers:
+        a, b = done.a(layer), done.b(layer).dense()
         weight = None if a is None else partial(_sandwich, b, a.dense())
         blocks.append(Block(layer, weight, partial(torch.matmul, b)))
     return block_operator(blocks, done, risk, theta)
@@ -259,8 +98,7 @@ def block_operator(
     blocks: list["Block"], done: Estimate, risk: WeightedRisk, theta: Tensor
 ) -> Operator:
     """Layers' blocks, the diagonals of an estimate, and 2 l2 I, as one `Operator`."""
-    places = {name: done.tape.rest[name][0] for name in done.diagonal}
-    diagonals = [DiagonalBlock(name, places[name], d) for name, d in done.diagonal.items()]
+    diagonals = [DiagonalBlock(name, done.rest[name], d) for name, d in done.diagonal.items()]
 
     def matvec(v):
         out = torch.zeros_like(v)
@@ -269,11 +107,6 @@ def block_operator(
         return out + 2 * risk.l2 * v
 
     return Operator(matvec, theta)
-
-
-def require_bias(bias: str) -> None:
-    if bias not in ("joint", "separate"):
-        raise ValueError(f"bias: got {bias!r}, expected 'joint' or 'separate'")
 
 
 def require_rest(rest: str) -> None:
@@ -306,11 +139,15 @@ class KFACInfo(SolveInfo):
 
 @dataclass
 class Block:
-    """What acts on one layer's part of a vector: the block, or its damped inverse."""
+    """What acts on one layer's part of a vector: the block, or its damped inverse.
+
+    ``columns`` are the inputs that A was made of, where A knows them.
+    """
 
     layer: Layer
-    weight: Solve | None
+    weight: Any
     bias: Solve
+    columns: Tensor | None = None
 
     def __call__(self, b: Tensor, out: Tensor) -> None:
         """Write this block's part of v into ``out``."""
@@ -325,12 +162,23 @@ class Block:
         )
 
     def slopes(self, done: Estimate, b: Tensor, v: Tensor | None) -> Tensor | float:
-        """This layer's part of < grad l_i, v >, shape (n,), from the tape; v if it is known."""
-        weight, bias = self.layer.split(*(self.solved(b) if v is None else self.layer.read(v)))
+        """This layer's part of < grad l_i, v >, shape (n,): sum of g_i . (V a_i), from the tape.
+
+        V a_i without V where A knows its inputs: (B^-1 V A^-1) X, in their own dimensions.
+        """
+        one, layer = done.only(self.layer)
+        (call,), (g,) = one.tape.calls[layer.name], one.own[layer.name]
+        if self.columns is not None and g is not None:
+            weight, bias = self.layer.read(b)
+            z = self.weight.along(weight, self.columns)
+            z = z if bias is None else z + self.bias(bias)
+            columns = output_columns(call.module, g)
+            return (columns * z).sum(0).view(one.tape.n, -1).sum(1)
+        weight, bias = layer.split(*(self.solved(b) if v is None else self.layer.read(v)))
         params = {} if weight is None else {"weight": weight}
         if bias is not None:
             params["bias"] = bias
-        return done.tape.slopes_of(self.layer.name, done.true, lambda call: along(call, params))
+        return one.tape.slopes_of(layer.name, one.own, lambda call: along(call, params))
 
 
 @dataclass
@@ -349,11 +197,12 @@ class DiagonalBlock:
         """This parameter's part of < grad l_i, v >, shape (n,), from the tape."""
         if self.factor is None:
             return 0.0
+        (one,) = done.passes
         direction = self.factor * b[self.place]
         return sum(
-            done.tape.slopes_of(owner, done.true, partial(self._along, local, direction))
-            for owner, local in done.tape.rest[self.name][1]
-            if owner in done.tape.calls
+            one.tape.slopes_of(owner, one.own, partial(self._along, local, direction))
+            for owner, local in one.tape.rest[self.name][1]
+            if owner in one.tape.calls
         )
 
     @staticmethod
@@ -453,37 +302,35 @@ class KFAC(Solver):
             self.bias, self.rest, dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients,
             true=true,
         )  # fmt: skip
-        self._report = (0, 0.0, tuple(done.tape.rest), (1 + done.probes) / 2)
+        self._report = (0, 0.0, tuple(done.rest), (1 + done.probes) / 2)
         return done
 
     def _build(self, risk, done: Estimate, invert: bool = True, keep: bool = False) -> Iterator:
         """Give the blocks' damped inverses one by one; ``keep``: the tape is needed afterwards."""
         tau = self.damping + 2 * risk.l2
         old, new = self._factors or {}, {}
-        for layer in done.tape.layers:
+        for layer in done.layers:
             factors = self._layer_factors(done, layer, old.get(layer.name))
             if self.every > 1 or self.ema:
-                factors = new[layer.name] = _owned(factors, done.tape.x)
+                factors = new[layer.name] = _owned(factors, done)
             if invert:
                 yield self._block(layer, factors, tau)
             del factors
             if not keep:
-                del done.tape.calls[layer.name]  # streaming: its input is needed no more
+                for one, own in done.uses[layer.name]:
+                    del one.tape.calls[own.name]  # streaming: its input is needed no more
         diagonal = {
             name: self._mix(self._diagonal.get(name), d) for name, d in done.diagonal.items()
         }
         if invert:
-            yield from self._rest_blocks(done.tape.rest, diagonal, tau)
+            yield from self._rest_blocks(done.rest, diagonal, tau)
         if self.every > 1 or self.ema:
             self._factors, self._diagonal = new, diagonal
 
     def _rebuild(self, risk) -> Iterator[Any]:
         """The blocks of factors that `load_state_dict` brought back."""
         tau = self.damping + 2 * risk.l2
-        modules = dict(risk.model.named_modules())
-        layers, rest = split_parameters(
-            places_of(risk.model), modules, set(self._factors), self.bias
-        )
+        layers, rest = _layers_of(risk, self.bias, set(self._factors))
         for layer in layers:
             yield self._block(layer, self._factors[layer.name], tau)
         yield from self._rest_blocks(rest, self._diagonal, tau)
@@ -492,7 +339,7 @@ class KFAC(Solver):
 
     def _layer_factors(self, done: Estimate, layer: Layer, old: tuple | None) -> tuple:
         """What stands for this layer until the next build: here the factors A and B."""
-        a, b = self._input_factor(done, layer), done.b[layer.name]
+        a, b = self._input_factor(done, layer), done.b(layer)
         if not self.ema or old is None:
             return a, b
         pairs = zip(old[:2], (a, b), strict=True)
@@ -503,25 +350,30 @@ class KFAC(Solver):
         return new if old is None or not self.ema else self.ema * old + (1 - self.ema) * new
 
     def _input_factor(self, done: Estimate, layer: Layer) -> Factor | None:
-        if layer.weight is None or not self.fixed_batch or self.ema:
+        found = done.only(layer)
+        if layer.weight is None or not self.fixed_batch or self.ema or found is None:
             return done.a(layer)
-        a, kept = done.tape.calls[layer.name][0].input, self._inputs.get(layer.name)
+        one, own = found
+        a, kept = one.tape.calls[own.name][0].input, self._inputs.get(layer.name)
         if kept is not None and _same(kept[0], a) and kept[1] == a._version:
             return kept[2]
         factor = done.a(layer)
-        if a.untyped_storage().data_ptr() == done.tape.x.untyped_storage().data_ptr():
+        if a.untyped_storage().data_ptr() == one.tape.x.untyped_storage().data_ptr():
             factor = factor.spectrum()
+            if one.term.risk.mask is None:
+                factor.keep(one.tape.input_columns(own))
             self._inputs[layer.name] = (a, a._version, factor)
         return factor
 
     def _block(self, layer: Layer, factors: tuple, tau: float) -> "Block":
         try:
-            return Block(layer, *kronecker_inverse(*factors, tau, self.damping_rule))
+            inverse = kronecker_inverse(*factors, tau, self.damping_rule)
         except ValueError as error:
             raise ValueError(f"{error} (layer {layer.name!r})") from None
+        return Block(layer, *inverse, columns=None if factors[0] is None else factors[0].inputs)
 
     def _rest_blocks(self, rest: dict, diagonal: dict, tau: float) -> Iterator["DiagonalBlock"]:
-        for name, (place, _) in rest.items():
+        for name, place in rest.items():
             if self.rest == "drop":
                 yield DiagonalBlock(name, place, None)
                 continue
@@ -632,16 +484,17 @@ class KFAC(Solver):
         where J v does not need it.
         """
         risk = problem.inner_loss
-        weighted = type(risk) is WeightedRisk and risk.weight is not None
-        if not weighted or not known_code(risk.model) or self._kept(risk):
+        one = isinstance(risk, WeightedRisk) and has_slopes(risk) and known_code(risk.model)
+        if not one or self._kept(risk):
             return super().solve_and_cross(problem, lam, theta, batch, b, diagnose)
         self._require_like(b, theta)
         self._forget()
         done = self._estimate(risk, lam, theta, batch, true=True)
-        own = not done.tape.unlike
+        (one,) = done.passes
+        own = not one.tape.unlike
         blocks = self._build(risk, done, keep=own)
         v = torch.empty_like(b) if want_v or diagnose or not own else None
-        slopes = done.tape.outputs.new_zeros(done.tape.n)
+        slopes = one.tape.outputs.new_zeros(one.tape.n)
         for block in self._remember(blocks, theta, store=False):
             if v is not None:
                 block(b, v)
@@ -653,8 +506,7 @@ class KFAC(Solver):
         info = self._info(LinearSolve(v, iterations=0, products=0), matvec, b, diagnose)
         if own:
             info.cross = f"{info.solver}'s own pass"
-            terms = risk.terms(lam.detach(), batch)
-            return v, cross_from_slopes(lam, theta, terms, [slopes], [done.tape.outputs]), info
+            return v, cross_from_slopes(lam, theta, [one.term], [slopes], [one.side.outputs]), info
         jv, info.cross = cross_and_route(risk, lam, theta, batch, v)
         return v, jv, info
 
@@ -702,16 +554,41 @@ class KFAC(Solver):
             }
 
 
-def _owned(factors: tuple, x: Any) -> tuple:
+def _owned(factors: tuple, done: Estimate) -> tuple:
     """The factors, without columns that are a view of the caller's batch."""
+    given = {
+        one.tape.x.untyped_storage().data_ptr()
+        for one in done.passes
+        if isinstance(one.tape.x, Tensor)
+    }
 
     def owned(f):
-        if not isinstance(f, Columns) or not isinstance(x, Tensor):
+        if not isinstance(f, Columns):
             return f
-        shared = f.columns.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        shared = f.columns.untyped_storage().data_ptr() in given
         return Columns(f.columns.clone(), f.scale) if shared else f
 
     return tuple(map(owned, factors))
+
+
+def _layers_of(
+    risk: WeightedRisk | SumOfRisks, bias: str, wanted: set[str]
+) -> tuple[list[Layer], dict[str, slice]]:
+    """The layers of these names, and the rest, without a pass."""
+    if isinstance(risk, WeightedRisk):
+        terms = [Term(risk, None)]
+    else:
+        terms = [Term(r, None, 1.0, part) for r, part in zip(risk.risks, risk.parts, strict=True)]
+    splits = []
+    for term in terms:
+        modules = dict(term.risk.model.named_modules())
+        splits.append(split_parameters(places_of(term.risk.model), modules, set(modules), bias))
+    layers, _, rest, _ = arrange(risk, terms, splits)
+    for layer in [one for one in layers if one.name not in wanted]:
+        for part in ("weight", "bias"):
+            if getattr(layer, part) is not None:
+                rest[f"{layer.name}.{part}".lstrip(".")] = getattr(layer, part)
+    return [layer for layer in layers if layer.name in wanted], rest
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

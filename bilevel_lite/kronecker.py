@@ -54,6 +54,7 @@ class Matrix:
     """F as a matrix, shape (d, d); solved by Cholesky, d^3 / 3."""
 
     matrix: Tensor
+    inputs = None  # the columns that F is made of, where they are known
 
     @property
     def dim(self) -> int:
@@ -103,6 +104,11 @@ class Columns:
     def trace(self) -> Tensor:
         """Return tr F."""
         return self.scale * self.gram.trace()
+
+    @property
+    def inputs(self) -> Tensor:
+        """The columns that F is made of."""
+        return self.columns
 
     @cached_property
     def gram(self) -> Tensor:
@@ -167,6 +173,12 @@ class Spectrum:
         """
         self._kept = x, x._version, self.vectors.T @ x if along is None else along
         return self
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The columns that F is made of, if `keep` was given them and they have not changed."""
+        known = self._kept is not None and self._kept[1] == self._kept[0]._version
+        return self._kept[0] if known else None
 
     def coordinates(self, x: Tensor) -> Tensor | None:
         """U^T x, shape (r, R), if x is what `keep` was given, unchanged since; else None."""

@@ -388,7 +388,7 @@ class CGNormal(CG):
     condition number is squared; for a fair comparison with `CG` give both the same number of
     products.
 
-    Cost: 2 * iters + 1 products, one more with a warm start.
+    Cost: 2 * iters + 1 products, two more with a warm start.
     """
 
     def __init__(

@@ -97,10 +97,8 @@ class Call:
     edge: Any  # where the gradient in the call's output arrives; None if it is not one tensor
     shape: torch.Size | None  # of the output
 
-    @property
-    def usable(self) -> bool:
-        """True if one tensor went in and one came out."""
-        return self.input is not None and self.edge is not None
+    def __post_init__(self):
+        self.usable = self.input is not None and self.edge is not None  # one tensor in, one out
 
     @property
     def shapes(self) -> tuple:
@@ -191,6 +189,18 @@ class Tape:
             for name, calls in self.calls.items()
         }
 
+    def release(self) -> None:
+        """Let go of the graph, once nothing more is sent back through it."""
+        self.outputs, self._leaf = self.outputs.detach(), None
+        for calls in self.calls.values():
+            for call in calls:
+                call.edge = None
+
+    def exclude(self, name: str) -> None:
+        """Let the parameters of one layer have no block."""
+        self.once = self.once - {name}
+        self.layers, self.rest = split_parameters(self.places, self.modules, self.once, self.bias)
+
     # -- held against autograd
 
     def verify(
@@ -265,7 +275,7 @@ class Tape:
                     None if s is None else tuple(d == self.n for d in s) for s in c.shapes
                 )
                 yield name, shapes, self._rows(c) == ""
-        yield self.theta.dtype, self.theta.device, *self.names.values()
+        yield self.theta.dtype, self.theta.device, *sorted(self.once), *self.names.values()
 
     def _take(self, without_block: frozenset, unlike: dict[str, str]) -> None:
         self.unlike = unlike

@@ -347,7 +347,7 @@ def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
     done = linsolve.cg_normal(lambda v: h @ v, b, iters=10)  # the squared system is definite
     assert error(done.solution, b / h.diagonal()) < 1e-10
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         done = linsolve.cg(lambda v: h @ v, b, iters=10, damping=1.5)
     assert error(done.solution, b / (h.diagonal() + 1.5)) < 1e-12
 
@@ -367,7 +367,7 @@ def test_neumann_warns_where_its_summands_have_outgrown_b():
     mu, b = torch.tensor([1.0, 1.0, 1.0, 2.5]), torch.ones(4)
     # summand j is (0.04^j, 0.04^j, 0.04^j, (-1.4)^j), and ||b||^2 = 4 lies between 1.4^4 and 1.4^6
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         linsolve.neumann(lambda v: mu * v, b, 3, step=0.96)
         linsolve.neumann(lambda v: 0 * v, b, 50, step=0.96)  # neither grows nor shrinks
     with pytest.warns(bl.DivergenceWarning) as caught:

@@ -1,0 +1,353 @@
+r"""A and B of every layer, and the diagonals of the rest, from one remembered pass.
+
+    A = mean of a a^T                        (d2 x d2, from the forward pass)
+    B = (1/n) sum over positions of g g^T    (d1 x d1, g = (dz/doutputs)^T s, s an output probe)
+
+Where a risk is a sum of terms (`bilevel_lite.SumOfRisks`) each has its pass, and a layer that
+several share has
+
+    B = sum_k c_k B_k,     A = sum_k c_k A_k / sum_k c_k,     diagonals sum_k c_k d_k
+
+which is the term's own block times c_k where one term has the layer, and the block of the whole
+where one batch was cut into terms with c_k = n_k / n. Positions that the risk's mask calls padding
+are left out of A; B needs no mask, since no gradient arrives there.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.curvature import OutputSide, output_side, require_fisher, require_risk
+from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
+from bilevel_lite.params import unflatten
+from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
+from bilevel_lite.tape import (
+    Layer,
+    Tape,
+    output_columns,
+    places_of,
+    squared_gradients,
+)
+
+__all__ = ["Estimate", "arrange", "estimate", "kfac_factors", "require_bias"]
+
+
+@dataclass
+class Pass:
+    """One term's forward pass, its output probes, and what came back for the first of them."""
+
+    term: Term
+    tape: Tape
+    side: OutputSide
+    params: dict[str, Tensor]
+    probes: list[Tensor]
+    first: dict[str, list[Tensor]]
+    own: dict[str, list[Tensor]] | None = None  # gradients of the examples' own losses
+    b: dict[str, Factor] | None = None
+    diagonal: dict[str, Tensor] | None = None
+    gradients: list[dict[str, Tensor]] | None = None  # of each probe, if they are to be kept
+
+    def grads(self, i: int) -> dict[str, list[Tensor]]:
+        """Gradients of probe i at the layers' outputs; the graph is freed after the last one."""
+        if self.own is not None and self.shares:  # the probe is sqrt(sigma_i) s_i
+            weight = self.side.empirical_weight()
+            return {name: [_weighted(g, weight) for g in gs] for name, gs in self.own.items()}
+        if i == 0 and self.own is None:
+            return self.first
+        return self.tape.backward(self.probes[i], keep=i + 1 < len(self.probes))
+
+    shares = False  # the probes' gradients are those of the losses, weighted
+
+    def a(self, layer: Layer, dual: bool) -> Factor:
+        """Factor A of one layer in this term, from its inputs, padding left out."""
+        x = self.tape.input_columns(layer)
+        mask = self.term.risk.unpadded(self.term.batch)
+        (call,) = self.tape.calls[layer.name]
+        if mask is not None and call.input.shape[: mask.dim()] == mask.shape:
+            x = x[:, mask.flatten()]
+        return accumulate(None, x, 1 / x.shape[1], dual and x.shape[1] < NARROW * len(x))
+
+
+@dataclass
+class Estimate:
+    """What the passes estimate; layers and rest by their places in theta."""
+
+    passes: list[Pass]
+    layers: list[Layer]
+    uses: dict[str, list[tuple[Pass, Layer]]]  # layer -> where it is used, as the term knows it
+    rest: dict[str, slice]
+    diagonal: dict[str, Tensor]
+    dual: bool
+
+    @property
+    def probes(self) -> int:
+        """Backward passes that the estimate took, at most, of one term."""
+        return max(len(one.probes) for one in self.passes)
+
+    def a(self, layer: Layer) -> Factor | None:
+        """Factor A of one layer; formed when asked for, one layer at a time."""
+        if layer.weight is None:
+            return None
+        parts = [(p.term.coefficient, p.a(own, self.dual)) for p, own in self.uses[layer.name]]
+        return _combined(parts, mean=True)
+
+    def b(self, layer: Layer) -> Factor:
+        """Factor B of one layer."""
+        return _combined([(p.term.coefficient, p.b[o.name]) for p, o in self.uses[layer.name]])
+
+    def only(self, layer: Layer) -> tuple[Pass, Layer] | None:
+        """The one pass that has this layer, and the layer as it knows it; None if several do."""
+        uses = self.uses[layer.name]
+        return uses[0] if len(uses) == 1 and uses[0][0].term.coefficient == 1 else None
+
+
+def _combined(parts: list[tuple[float, Factor]], mean: bool = False) -> Factor:
+    """sum_k c_k F_k, or that over sum_k c_k."""
+    total = sum(c for c, _ in parts) if mean else 1.0
+    if len(parts) == 1:
+        c = 1.0 if mean else parts[0][0]
+        return parts[0][1] if c == 1 else _scaled(parts[0][1], c)
+    if not total:  # every term is switched off: any mean will do, for B is zero
+        parts, total = [(1.0, f) for _, f in parts], float(len(parts))
+    return Matrix(sum(c / total * f.dense() for c, f in parts))
+
+
+def _scaled(f: Factor, c: float) -> Factor:
+    if isinstance(f, Matrix):
+        return Matrix(c * f.matrix)
+    return (
+        replace(f, scale=c * f.scale) if isinstance(f, Columns) else replace(f, values=c * f.values)
+    )
+
+
+def estimate(
+    risk: WeightedRisk | SumOfRisks,
+    lam: Tensor,
+    theta: Tensor,
+    batch: Any,
+    fisher: str = "mc",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    bias: str = "joint",
+    rest: str = "diagonal",
+    dual: bool = True,
+    keep: bool = False,
+    true: bool = False,
+) -> Estimate:
+    """One forward pass a term, one backward pass a probe; see `kfac_factors` for the arguments.
+
+    Args:
+        risk: The risk.
+        lam: Outer variable.
+        theta: Inner variable.
+        batch: (x, y, ...).
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        samples: Draws per example for ``"mc"``.
+        generator: A CPU generator.
+        bias: ``"joint"`` or ``"separate"``.
+        rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
+        dual: Keep factors of low rank as columns.
+        keep: Keep the layers' output gradients of every probe (EKFAC needs them).
+        true: Also keep those of the examples' unweighted losses (the shared J v needs them).
+    """
+    require_risk(risk, "KFAC")
+    require_fisher(fisher, samples)
+    with torch.no_grad():
+        terms = risk.terms(lam.detach(), batch)
+    passes = []
+    for term in terms:
+        tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
+        side = output_side(term, lam, tape.outputs)
+        probes = side.probes(fisher, samples, generator)
+        own = None
+        if true:
+            own = tape.backward(term.risk.output_gradient(side.outputs, side.y), keep=True)
+        first = tape.backward(probes[0], keep=True) if own is None else own
+        params = unflatten(term.risk.model, tape.theta)
+        passes.append(Pass(term, tape, side, params, probes, first, own))
+    by_example = keep or true or rest == "diagonal"
+    for one in passes:
+        _verify(one, by_example)
+    layers, uses, places = _arrange_all(risk, passes, by_example)
+    diagonal: dict[str, Tensor] = {}
+    for one in passes:
+        one.shares = true and fisher == "empirical" and not one.tape.unlike
+        _accumulate(one, dual, rest, keep)
+        for name, d in (one.diagonal or {}).items():
+            whole = _name_in(risk, one, name)
+            diagonal[whole] = diagonal.get(whole, 0.0) + one.term.coefficient * d
+    return Estimate(passes, layers, uses, places, diagonal, dual)
+
+
+def _verify(one: Pass, by_example: bool) -> None:
+    probe = one.probes[0]
+    if one.own is not None:
+        probe = one.term.risk.output_gradient(one.side.outputs, one.side.y)
+    one.tape.verify(probe, one.first, one.params, by_example)
+
+
+def _accumulate(one: Pass, dual: bool, rest: str, keep: bool) -> None:
+    """B of every layer of one term, and the diagonals of its rest, probe by probe."""
+    tape, count = one.tape, len(one.probes)
+    one.b, one.diagonal, one.gradients = {}, {}, []
+    if one.shares or count == 1 and one.own is None:
+        tape.release()
+    for i in range(count):
+        grads = one.grads(i)
+        for layer in tape.layers:
+            (g,) = grads[layer.name]
+            if g is None:  # the outputs do not depend on this layer
+                g = grads[layer.name][0] = tape.outputs.new_zeros(tape.calls[layer.name][0].shape)
+            x = output_columns(layer.module, g)
+            narrow = dual and count * x.shape[1] < NARROW * len(x)
+            one.b[layer.name] = accumulate(one.b.get(layer.name), x, 1 / tape.n, narrow)
+        for name in tape.rest if rest == "diagonal" else ():
+            squares = squared_gradients(tape, name, grads, one.params) / tape.n
+            one.diagonal[name] = one.diagonal.get(name, 0.0) + squares
+        if keep:
+            one.gradients.append({layer.name: grads[layer.name][0] for layer in tape.layers})
+    tape.release()
+    one.first = None
+
+
+def _weighted(g: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    if g is None or weight is None:
+        return g
+    return (g.reshape(len(weight), -1) * weight.sqrt()[:, None]).view(g.shape)
+
+
+# ------------------------------------------------------------------ places in theta
+
+
+def _names(risk: WeightedRisk | SumOfRisks) -> dict[int, str]:
+    """Where each parameter starts in theta -> its name."""
+    return {place.start: name for name, (place, _) in places_of(risk.model).items()}
+
+
+def _global(term: Term, place: slice) -> slice:
+    """A place in the term's own vector, in theta."""
+    if term.part is None:
+        return place
+    start = 0
+    for whole in term.part.places:
+        if start == place.start:
+            return whole
+        start += whole.stop - whole.start
+    raise AssertionError(place)
+
+
+def _name_in(risk, one: Pass, name: str) -> str:
+    return _names(risk)[_global(one.term, one.tape.places[name][0]).start]
+
+
+def arrange(
+    risk: WeightedRisk | SumOfRisks, terms: list[Term], splits: list[tuple[list[Layer], dict]]
+) -> tuple[list[Layer], dict[str, list[tuple[int, Layer]]], dict[str, slice], list]:
+    """The layers and the rest of all terms, by their places in theta.
+
+    Args:
+        risk: The whole risk.
+        terms: Its terms.
+        splits: For each term its layers, and its rest (name -> (place, ...)).
+
+    Returns:
+        The layers; layer -> [(term, the layer as it knows it)]; the rest, name -> place; and the
+        (term, layer) whose parameters are elsewhere no layer, or another one.
+    """
+    names = _names(risk)
+    made: dict[tuple, list[tuple[int, Layer]]] = {}
+    elsewhere: set[int] = set()
+    rest: dict[str, slice] = {}
+    for k, (term, (layers, others)) in enumerate(zip(terms, splits, strict=True)):
+        for layer in layers:
+            parts = (layer.weight, layer.bias)
+            key = tuple(None if p is None else _global(term, p).start for p in parts)
+            made.setdefault(key, []).append((k, layer))
+        for place, _ in others.values():
+            whole = _global(term, place)
+            elsewhere.add(whole.start)
+            rest[names[whole.start]] = whole
+    starts = [s for key in made for s in key if s is not None]
+    twice = {s for s in starts if starts.count(s) > 1} | elsewhere
+    conflicts = [use for key, uses in made.items() if set(key) & twice for use in uses]
+    layers, uses = [], {}
+    for key, where in made.items():
+        k, own = where[0]
+        weight, bias = (None if p is None else _global(terms[k], p) for p in (own.weight, own.bias))
+        name = names[next(s for s in key if s is not None)].rpartition(".")[0]
+        layers.append(Layer(name, own.module, weight, bias, own.joint))
+        uses[name] = where
+    return layers, uses, rest, conflicts
+
+
+def _arrange_all(risk, passes: list[Pass], by_example: bool):
+    """`arrange`, until no layer of one term is something else in another."""
+    while True:
+        splits = [(one.tape.layers, one.tape.rest) for one in passes]
+        terms = [one.term for one in passes]
+        layers, uses, rest, conflicts = arrange(risk, terms, splits)
+        if not conflicts:
+            return (
+                layers,
+                {name: [(passes[k], own) for k, own in where] for name, where in uses.items()},
+                rest,
+            )
+        for k, layer in conflicts:
+            passes[k].tape.exclude(layer.name)
+        for k in {k for k, _ in conflicts}:
+            _verify(passes[k], by_example)
+
+
+def kfac_factors(
+    risk: WeightedRisk,
+    lam: Tensor,
+    theta: Tensor,
+    batch: Any,
+    fisher: str = "mc",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    bias: str = "joint",
+) -> dict[str, tuple[Tensor | None, Tensor]]:
+    r"""The Kronecker factors (A, B) of every linear map of the model, as matrices.
+
+        A = mean over examples and positions of a a^T,    B = (1/n) sum over both of g g^T
+
+    Args:
+        risk: The weighted risk; its l2 term is not in the factors.
+        lam: Outer variable; gives the weights sigma.
+        theta: Inner variable, shape (d,).
+        batch: (x, y, ...).
+        fisher: ``"mc"``: B from draws of the model's own labels; ``"exact"``: one probe a class;
+            ``"empirical"``: the data's labels.
+        samples: Draws per example for ``"mc"``.
+        generator: A CPU generator for the draws.
+        bias: ``"joint"`` (a has a 1 appended, the block is that of [W, bias]) or ``"separate"``
+            (weight A (x) B, bias B).
+
+    Returns:
+        Layer name -> (A, B), shapes (d2, d2) and (d1, d1); A is None where the weight is frozen.
+        Parameters of other layers have no entry.
+
+    Raises:
+        TypeError: if ``risk`` is not a `WeightedRisk`.
+        ValueError: for a negative weight, an empty batch, a model in training mode with dropout or
+            BatchNorm, half precision, or an unknown option.
+
+    Cost: half a gradient (forward) and half a gradient a probe, plus the products that form A, B.
+    Source: Martens and Grosse (2015); Grosse and Martens (2016); the weights: arXiv 2603.29108,
+    app. A.2.
+    """
+    require_bias(bias)
+    done = estimate(
+        risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False
+    )
+    factors = {layer.name: (done.a(layer), done.b(layer)) for layer in done.layers}
+    return {name: (a and a.dense(), b.dense()) for name, (a, b) in factors.items()}
+
+
+def require_bias(bias: str) -> None:
+    """Refuse an unknown way to treat biases."""
+    if bias not in ("joint", "separate"):
+        raise ValueError(f"bias: got {bias!r}, expected 'joint' or 'separate'")
