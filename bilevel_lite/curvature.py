@@ -487,7 +487,7 @@ class GGN(Operator):
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
-        with second_order(), same_twice("inner_loss", theta):
+        with second_order(), same_twice("inner_loss", theta, lambda: risk(lam, theta, batch)):
             terms = [
                 (term, term.risk.outputs(term.read(theta), term.batch))
                 for term in _terms(risk, lam, batch)

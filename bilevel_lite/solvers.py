@@ -9,6 +9,7 @@ and says what it did. A solver may remember things between calls (its last v, fo
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bilevel_lite.products import (
     has_slopes,
     hvp_operator,
 )
+from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
 
@@ -56,12 +58,31 @@ class SolveInfo:
     cross: str = ""
 
 
+def _entry(method):
+    """Let a solver's method compute where gradients are off, with tensors made there, too."""
+
+    @wraps(method)
+    @differentiating
+    def called(self, *args, **options):
+        options = {name: ordinary(value) for name, value in options.items()}
+        return method(self, *map(ordinary, args), **options)
+
+    return called
+
+
 class Solver:
     """Base of the solvers: the operator, the residual, the remembered v."""
 
     damping = 0.0
     warm_start = False
     curvature = "hessian"
+
+    def __init_subclass__(cls, **options):
+        """Let a subclass's own solves compute where gradients are off, too."""
+        super().__init_subclass__(**options)
+        for name in ("solve", "solve_and_cross", "inverse", "observe"):
+            if name in vars(cls):
+                setattr(cls, name, _entry(vars(cls)[name]))
 
     def __init__(self):
         self._v: Tensor | None = None
@@ -70,6 +91,7 @@ class Solver:
         options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({options})"
 
+    @_entry
     def solve(
         self,
         problem: Any,
@@ -145,6 +167,7 @@ class Solver:
     def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
         raise NotImplementedError
 
+    @_entry
     def solve_and_cross(
         self,
         problem: Any,
