@@ -236,6 +236,7 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor) -> OutputSide:
     risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
     losses = risk.output_losses(outputs, y) if risk.reads_losses else None
     sigma = sample_weights(risk, lam, term.batch, losses)
+    sigma = None if sigma is None else sigma.to(outputs)
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
 
 

@@ -662,6 +662,8 @@ class KFACRichardson(Solver):
             raise ValueError(f"step: got {step}, expected a positive number")
         if not damping >= 0:
             raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
+        if kfac is not None and not isinstance(kfac, KFAC):
+            raise TypeError(f"kfac: got {kfac!r}, expected a bilevel_lite.KFAC")
         self.iters, self.kfac, self.step = iters, kfac or KFAC(), step
         self.damping, self.warm_start = damping, warm_start
 
