@@ -31,6 +31,7 @@ from torch import Tensor
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.problem import BilevelProblem, require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
+from bilevel_lite.surroundings import differentiating
 
 __all__ = ["AuditReport", "AuditRow", "PARTS", "audit"]
 
@@ -104,6 +105,7 @@ def _short(value: float) -> str:
     return "0" if value < 1e-9 else f"{value:.3g}"
 
 
+@differentiating
 def audit(
     problem: BilevelProblem,
     lam: Tensor,
@@ -138,7 +140,8 @@ def audit(
         `AuditReport`.
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is no floating-point tensor, or a solver is none.
+        TypeError: if ``lam`` or ``theta`` is no floating-point tensor, or a solver or a sampler is
+            none.
         ValueError: if ``solvers`` is empty, ``draws`` is below 1, the truth is zero, or CG cannot
             solve the system of a problem that is too large for `Direct`.
 
@@ -152,6 +155,12 @@ def audit(
         raise ValueError("solvers: is empty, expected at least one solver")
     for solver in named.values():
         _require_solver(solver)
+    for name, sampler in (("inner_sampler", inner_sampler), ("outer_sampler", outer_sampler)):
+        if sampler is not None and not callable(getattr(sampler, "draw", None)):
+            raise TypeError(
+                f"{name}: got {type(sampler).__name__}, expected a sampler with draw(), such as "
+                "bilevel_lite.data.Batches"
+            )
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws: got {draws!r}, expected an integer of at least 1")
 

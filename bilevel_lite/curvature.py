@@ -236,6 +236,7 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor) -> OutputSide:
     risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
     losses = risk.output_losses(outputs, y) if risk.reads_losses else None
     sigma = sample_weights(risk, lam, term.batch, losses)
+    sigma = None if sigma is None else sigma.to(outputs)
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
 
 
@@ -487,7 +488,7 @@ class GGN(Operator):
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
-        with second_order(), same_twice("inner_loss", theta):
+        with second_order(), same_twice("inner_loss", theta, lambda: risk(lam, theta, batch)):
             terms = [
                 (term, term.risk.outputs(term.read(theta), term.batch))
                 for term in _terms(risk, lam, batch)

@@ -215,7 +215,7 @@ def _accumulate(one: Pass, dual: bool, rest: str, keep: bool) -> None:
 def _weighted(g: Tensor | None, weight: Tensor | None) -> Tensor | None:
     if g is None or weight is None:
         return g
-    return (g.reshape(len(weight), -1) * weight.sqrt()[:, None]).view(g.shape)
+    return (g.reshape(len(weight), -1) * weight.sqrt()[:, None].to(g)).view(g.shape)
 
 
 # ------------------------------------------------------------------ places in theta

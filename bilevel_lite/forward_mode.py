@@ -90,7 +90,8 @@ def push_forward(
     Cost: two forward passes' worth of arithmetic.
     """
     try:
-        with second_order(), forward_level(), _AsTrained(), same_twice("inner_loss", theta):
+        once = same_twice("inner_loss", theta, lambda: outputs(theta.detach()))
+        with second_order(), once, forward_level(), _AsTrained():
             dual = outputs(fwad.make_dual(theta.detach(), v.detach().to(theta)))
             value, along = fwad.unpack_dual(dual)
             if along is None:

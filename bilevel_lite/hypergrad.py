@@ -18,7 +18,12 @@ from bilevel_lite.problem import (
     NotFinite,
     evaluate,
     relative_size,
+    require_as_drawn,
+    require_batch,
+    require_problem,
+    require_unwritten,
     require_variable,
+    versions,
 )
 from bilevel_lite.products import (
     COST,
@@ -26,10 +31,11 @@ from bilevel_lite.products import (
     dot,
     gradient,
     theta_gradient,
-    update_jvp,
+    update_operator,
     update_vjp,
 )
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
+from bilevel_lite.surroundings import SameDraws, differentiating, ordinary
 
 __all__ = [
     "HypergradientInfo",
@@ -64,6 +70,7 @@ class HypergradientInfo:
     gradients: float
 
 
+@differentiating
 def hypergradient(
     problem: BilevelProblem,
     lam: Tensor,
@@ -105,20 +112,37 @@ def hypergradient(
         A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor.
-        ValueError: if a loss is not one finite number or misses a variable, or the result is not
-            finite.
+        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, or an argument is of
+            another kind (a sampler or a DataLoader is no batch).
+        ValueError: if a loss is not one finite number or misses a variable, if g draws random
+            numbers or cannot be differentiated twice, or the result is not finite.
 
     Cost: 1 gradient (b and the direct term), the solver's products, 1 cross product.
     Source: Bengio (2000); Pedregosa (2016); Lorraine et al. (2020).
     """
+    require_problem(problem)
     require_variable("lam", lam)
     require_variable("theta", theta)
+    solver = Direct() if solver is None else solver
+    if not hasattr(solver, "solve"):
+        raise TypeError(f"solver: got {solver!r}, expected a solver such as bilevel_lite.CG(3)")
+    inner_batch, outer_batch = ordinary(inner_batch), ordinary(outer_batch)
+    curvature_batch = _own_or_inner("curvature_batch", curvature_batch, inner_batch, problem)
+    cross_batch = _own_or_inner("cross_batch", cross_batch, inner_batch, problem)
+    require_batch("outer_batch", outer_batch, problem.outer_loss)
     total, info = implicit(
-        problem, lam, theta, inner_batch, outer_batch, Direct() if solver is None else solver,
-        cross_batch, curvature_batch, return_info and diagnose, cross_mode, want_v=return_info,
+        problem, lam, theta, inner_batch, outer_batch, solver, cross_batch, curvature_batch,
+        return_info and diagnose, cross_mode, want_v=return_info,
     )  # fmt: skip
     return (total, info) if return_info else total
+
+
+def _own_or_inner(name: str, batch: Any, inner_batch: Any, problem: BilevelProblem) -> Any:
+    """A batch of g for H or J; by default the inner one."""
+    if batch is None:
+        name, batch = "inner_batch", inner_batch
+    require_batch(name, batch, problem.inner_loss)
+    return ordinary(batch)
 
 
 def implicit(
@@ -141,6 +165,8 @@ def implicit(
     """
     curvature_batch = inner_batch if curvature_batch is None else curvature_batch
     cross_batch = inner_batch if cross_batch is None else cross_batch
+    lam, theta = lam.detach().clone(), theta.detach().clone()  # models may write into them
+    before = versions((lam, theta))
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     at = problem, lam, theta, curvature_batch, b, diagnose
     if cross_mode == "auto" and cross_batch is curvature_batch:
@@ -150,6 +176,7 @@ def implicit(
         jv, solve.cross = cross_and_route(
             problem.inner_loss, lam, theta, cross_batch, v, cross_mode
         )
+    require_unwritten("inner_loss", before, versions((lam, theta)))
     implicit = -jv
     total = direct + implicit
     _require_finite(total, lambda: f"||b|| = {float(b.norm()):.3g}")
@@ -187,6 +214,7 @@ class UnrollInfo:
     gradients: float
 
 
+@differentiating
 def unrolled_hypergradient(
     problem: BilevelProblem,
     lam: Tensor,
@@ -209,6 +237,11 @@ def unrolled_hypergradient(
     Reverse mode stores the iterates (K of them) and recomputes everything else, so it holds one
     graph at a time. Forward mode stores one column of Z per entry of lam, whatever T is.
 
+    What is differentiated is the descent that was done: each step's batch is drawn once, in order,
+    and kept for the way back; and where g drew random numbers from torch's generators (dropout in
+    training mode), the way back evaluates it with the same numbers. Afterwards the generators are
+    where the descent and f left them.
+
     Args:
         problem: The two losses.
         lam: Outer variable, any shape.
@@ -217,7 +250,8 @@ def unrolled_hypergradient(
         lr: Inner step size.
         mode: ``"reverse"`` or ``"forward"``.
         truncate: K: differentiate the last K steps only (reverse mode); None means all.
-        inner_batch: Batch of g, or a function t -> batch for a different one at each step.
+        inner_batch: Batch of g; or a function t -> batch, or a sampler with ``draw()``, for a
+            different one at each step, called once a step.
         outer_batch: Batch of f.
         return_info: Also return an `UnrollInfo`.
 
@@ -225,15 +259,15 @@ def unrolled_hypergradient(
         A detached tensor like ``lam``; with ``return_info=True`` a pair (tensor, info).
 
     Raises:
-        TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor.
+        TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor, or a batch is none.
         ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive, ``mode`` is
-            unknown, ``truncate`` is used in forward mode, or the descent or its derivative grows
-            beyond the largest number.
+            unknown, ``truncate`` is used in forward mode, a batch was changed in place before the
+            way back, or the descent or its derivative grows beyond the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
-    lam; 1 for f. Forward mode also looks at the first step once, uncounted, to refuse a g without
-    lam. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
+    lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
     """
+    require_problem(problem)
     require_variable("lam", lam)
     require_variable("theta0", theta0)
     for name, value in (("steps", steps), ("truncate", truncate)):
@@ -245,47 +279,62 @@ def unrolled_hypergradient(
         raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
     if mode == "forward" and truncate is not None:
         raise ValueError(f"truncate: got {truncate} with mode='forward'; only reverse truncates")
-    batch_at = inner_batch if callable(inner_batch) else (lambda t: inner_batch)
+    require_batch("outer_batch", outer_batch, problem.outer_loss)
+    lam, theta0, outer_batch = map(ordinary, (lam.detach(), theta0.detach(), outer_batch))
+    batch_at = _batch_at(inner_batch, problem)
     unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
-    h, info = unroll(
-        problem, lam.detach(), theta0.detach(), steps, lr, truncate, batch_at, outer_batch
-    )
+    h, info = unroll(problem, lam, theta0, steps, lr, truncate, batch_at, outer_batch)
     _require_finite(h, lambda: f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
     return (h, info) if return_info else h
+
+
+def _batch_at(inner_batch: Any, problem: BilevelProblem) -> Callable[[int], Any]:
+    """The function t -> batch of a batch, a sampler, or such a function."""
+
+    def batch_at(t):
+        batch = inner_batch
+        if callable(getattr(inner_batch, "draw", None)):
+            batch = inner_batch.draw()
+        elif callable(inner_batch):
+            batch = inner_batch(t)
+        require_batch("inner_batch", batch, problem.inner_loss)
+        return ordinary(batch)
+
+    return batch_at
 
 
 def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
     kept = deque(maxlen=steps if truncate is None else min(truncate, steps))
     for t in range(steps):
-        kept.append((t, theta))
-        _, step = theta_gradient(problem.inner_loss, lam, theta, batch_at(t), "inner_loss")
+        g, batch = SameDraws(problem.inner_loss), batch_at(t)
+        kept.append((g, theta, batch, versions(batch)))
+        _, step = theta_gradient(g, lam, theta, batch, "inner_loss")
         theta = theta - lr * step
     outer_loss, h, p = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(kept)
     info = UnrollInfo(theta, outer_loss, len(kept) * theta.numel(), cost)
     while kept:
-        t, theta_t = kept.pop()
-        jp, hp = update_vjp(problem.inner_loss, lam, theta_t, batch_at(t), p)
+        g, theta_t, batch, as_drawn = kept.pop()
+        require_as_drawn("inner_batch", batch, as_drawn)
+        jp, hp = update_vjp(g, lam, theta_t, batch, p)
         h, p = h - lr * jp, p - lr * hp
     return h, info
 
 
 def _unroll_forward(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
-    basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device)
+    basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
     z = [torch.zeros_like(theta) for _ in basis]
-    update_vjp(problem.inner_loss, lam, theta, batch_at(0), theta)  # refuses a g without lam
     for t in range(steps):
-        batch = batch_at(t)
-        for j, e in enumerate(basis):
-            q, along = update_jvp(problem.inner_loss, lam, theta, batch, e.view_as(lam), z[j])
-            z[j] = z[j] - lr * along
+        q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t))
+        z = [column - lr * along(e, column) for e, column in zip(basis, z, strict=True)]
         theta = theta - lr * q
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    h = direct + torch.stack([dot(column, b) for column in z]).view_as(lam)
+    h = direct + torch.stack([dot(column, b) for column in z]).view_as(lam).to(lam)
     cost = COST["hvp"] * steps * lam.numel() + COST["gradient"]
     return h, UnrollInfo(theta, outer_loss, lam.numel() * theta.numel(), cost)
 
 
+@differentiating
 def finite_difference_hypergradient(
     problem: BilevelProblem,
     lam: Tensor,
@@ -317,15 +366,19 @@ def finite_difference_hypergradient(
         A tensor like ``lam``, or shape (k,) with ``directions``.
 
     Raises:
-        ValueError: if ``eps`` is not positive or f is not one finite number.
+        TypeError: if ``lam`` or what ``solve_inner`` returns is no floating-point tensor.
+        ValueError: if ``eps`` is not positive or too small for lam's float type, or f is not one
+            finite number.
 
     Cost: two inner solves per direction.
     """
+    require_problem(problem)
     require_variable("lam", lam)
+    require_batch("outer_batch", outer_batch, problem.outer_loss)
     eps = torch.finfo(lam.dtype).eps ** (1 / 3) if eps is None else eps
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
-    lam = lam.detach()
+    lam, outer_batch = ordinary(lam.detach()), ordinary(outer_batch)
     axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
     if directions is not None and directions.shape[1:] != lam.shape:
         raise ValueError(
@@ -334,8 +387,19 @@ def finite_difference_hypergradient(
     rows = axes if directions is None else directions
 
     def phi(point):
-        theta = solve_inner(point).detach()
+        theta = solve_inner(point)
+        require_variable("solve_inner(lam)", theta)
+        theta = theta.detach().clone()
         return evaluate(problem.outer_loss, point, theta, outer_batch, "outer_loss").detach()
 
-    slopes = torch.stack([(phi(lam + eps * e) - phi(lam - eps * e)) / (2 * eps) for e in rows])
+    def slope(e):
+        up, down = lam + eps * e, lam - eps * e
+        if torch.equal(up, down):
+            raise ValueError(
+                f"eps: got {eps}, which is lost in the rounding of a lam in {lam.dtype}; expected "
+                "a larger one"
+            )
+        return (phi(up) - phi(down)) / (2 * eps)
+
+    slopes = torch.stack([slope(e) for e in rows]).to(lam)
     return slopes.view_as(lam) if directions is None else slopes

@@ -662,14 +662,15 @@ class KFACRichardson(Solver):
             raise ValueError(f"step: got {step}, expected a positive number")
         if not damping >= 0:
             raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
+        if kfac is not None and not isinstance(kfac, KFAC):
+            raise TypeError(f"kfac: got {kfac!r}, expected a bilevel_lite.KFAC")
         self.iters, self.kfac, self.step = iters, kfac or KFAC(), step
         self.damping, self.warm_start = damping, warm_start
 
-    def solve(self, problem, lam, theta, batch, b, diagnose: bool = True):
-        """Return v and a `SolveInfo`; see `Solver.solve`."""
-        v, info = super().solve(problem, lam, theta, batch, b, diagnose)
+    def _info(self, done, matvec, b, diagnose):
+        info = super()._info(done, matvec, b, diagnose)
         info.gradients += self.kfac.last_cost
-        return v, info
+        return info
 
     def _solve(self, problem, lam, theta, batch, b, matvec):
         precondition = self.kfac.inverse(problem.inner_loss, lam, theta, batch)

@@ -5,15 +5,18 @@ tasks it is a tuple (x, y, index), where ``index`` holds the examples' positions
 set: that is how a weight finds its entry of lam.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from inspect import isclass, isroutine
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["BilevelProblem", "Loss", "NotFinite", "evaluate"]
+__all__ = ["BilevelProblem", "Loss", "NotFinite", "evaluate", "examples"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -75,11 +78,21 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
         Scalar tensor, shape ().
 
     Raises:
-        ValueError: if the value is not a scalar tensor, or (on a CPU) not finite. On a GPU the
-            finiteness check would stall the device; there `hypergradient` checks its result, and
-            a method's step its losses and variables.
+        ValueError: if the value is not a scalar tensor, if the loss writes into lam or theta, or
+            (on a CPU) if the value is not finite. On a GPU the finiteness check would stall the
+            device; there `hypergradient` checks its result, and a method's step its losses and
+            variables.
+        TypeError: if the loss needs a batch and there is none.
     """
-    value = loss(lam, theta, batch)
+    before = versions((lam, theta))
+    try:
+        value = loss(lam, theta, batch)
+    except (TypeError, RuntimeError) as error:
+        require_unwritten(name, before, versions((lam, theta)))
+        if batch is None and "NoneType" in str(error):
+            raise TypeError(f"batch: got None, but {name} needs a batch ({error})") from error
+        raise
+    require_unwritten(name, before, versions((lam, theta)))
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
     if value.dim() != 0:
@@ -103,18 +116,114 @@ def require_variable(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
 
 
+def versions(value: Any) -> Any:
+    """How often each tensor was written into, in a tuple, list or dict too; torch's own count.
+
+    It does not count for tensors of ``inference_mode``, nor what NumPy writes.
+    """
+    if isinstance(value, Tensor):
+        return 0 if value.is_inference() else value._version
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [versions(part) for part in value] if isinstance(value, tuple | list) else None
+
+
+def require_as_drawn(name: str, batch: Any, before: Any) -> None:
+    """Refuse a batch that was written into since ``before = versions(batch)``.
+
+    Raises:
+        ValueError: naming the argument and the way out.
+    """
+    if versions(batch) != before:
+        raise ValueError(
+            f"{name}: a batch was changed in place after it was drawn, but it is needed again; "
+            "draw new tensors each time"
+        )
+
+
+def require_unwritten(name: str, before: list[int], after: list[int]) -> None:
+    """Refuse a loss that wrote into lam or theta: their `versions` before and after.
+
+    Raises:
+        ValueError: naming the loss, the variable and the way out.
+    """
+    for variable, was, now in zip(("lam", "theta"), before, after, strict=True):
+        if was != now:
+            raise ValueError(
+                f"{name}: changes {variable} in place, so it is no function of it (an embedding "
+                "with max_norm does: give max_norm=None, or project after each step)"
+            )
+
+
+def require_problem(problem: Any) -> None:
+    """Refuse what is no bilevel problem.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not (hasattr(problem, "inner_loss") and hasattr(problem, "outer_loss")):
+        raise TypeError(
+            f"problem: got {type(problem).__name__}, expected a bilevel_lite.BilevelProblem"
+        )
+
+
+_NOT_A_BATCH = (
+    (DataLoader, "its batches are next(iter(loader)) and so on"),
+    (Dataset, "put its tensors into a tuple"),
+    (Iterator, "it can be read only once: take a batch from it, next(iterator)"),
+    (str | bytes, "load the data first, bilevel_lite.data.load"),
+)
+
+
+def require_batch(name: str, batch: Any, loss: Any = None, sampler: bool = False) -> None:
+    """Refuse what is no batch, before a loss stumbles over it.
+
+    A batch is whatever the losses take, but it is evaluated more than once, so it cannot be
+    something that is used up; a `WeightedRisk` needs a tuple (x, y, ...).
+
+    Args:
+        name: What the message calls it.
+        batch: The batch, or with ``sampler`` something that draws batches.
+        loss: The loss that will take it.
+        sampler: Whether a sampler may be given.
+
+    Raises:
+        TypeError: naming the argument, what came, what was expected and the way out.
+    """
+    draws = callable(getattr(batch, "draw", None)) and not isclass(batch)
+    if sampler and draws:
+        return
+    reasons = [hint for kind, hint in _NOT_A_BATCH if isinstance(batch, kind)]
+    if draws:
+        reasons = ["it is a sampler: give a batch of it, sampler.draw()"]
+    if isroutine(batch) or isclass(batch) or isinstance(batch, partial):
+        reasons = ["call it first"]
+    if reasons:
+        or_sampler = " or a sampler with draw(), such as bilevel_lite.data.Batches" * sampler
+        got = type(batch).__name__
+        raise TypeError(
+            f"{name}: got {got}, expected a batch such as (x, y, index){or_sampler}; {reasons[0]}"
+        )
+    if hasattr(loss, "require_batch"):
+        loss.require_batch(batch, name)
+
+
+def examples(batch: Any) -> int | None:
+    """Number of examples: rows of the first tensor of a tuple, list or dict; None for others."""
+    parts = list(batch.values()) if isinstance(batch, dict) else batch
+    if not isinstance(parts, tuple | list) or not parts:
+        return None
+    first = parts[0]
+    return len(first) if isinstance(first, Tensor) and first.dim() else None
+
+
 def relative_size(batch: Any, unit: Any) -> float:
-    """Number of examples in ``batch`` over that in ``unit``; 1 where batches are not (x, y, ...).
+    """Number of examples in ``batch`` over that in ``unit``; 1 where one of them has no rows.
 
     Costs are counted in gradients on the inner batch, so work on a batch twice as large counts
     twice.
     """
-    sizes = [
-        len(b[0])
-        if isinstance(b, tuple | list) and b and isinstance(b[0], Tensor) and b[0].dim()
-        else None
-        for b in (batch, unit)
-    ]
+    sizes = [examples(batch), examples(unit)]
     if sizes[1] == 0:
         raise ValueError("inner_batch: holds no examples")
     return 1.0 if None in sizes else sizes[0] / sizes[1]
@@ -122,8 +231,11 @@ def relative_size(batch: Any, unit: Any) -> float:
 
 def _culprit(lam, theta, batch) -> str:
     """Say which input of a loss holds NaN or infinity; looked at only once a value is bad."""
-    parts = batch if isinstance(batch, tuple | list) else (batch,)
-    named = [("lam", lam), ("theta", theta)] + [(f"batch[{i}]", p) for i, p in enumerate(parts)]
+    parts = batch if isinstance(batch, tuple | list | dict) else (batch,)
+    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+    named = [("lam", lam), ("theta", theta)] + [(f"batch[{i!r}]", p) for i, p in items]
+    if examples(batch) == 0:
+        return "the batch holds no examples"
     for name, tensor in named:
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             bad = int((~torch.isfinite(tensor)).sum())

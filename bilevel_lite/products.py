@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwad
 from torch import Tensor
 
 from bilevel_lite.params import dot
@@ -17,7 +16,7 @@ from bilevel_lite.problem import Loss, evaluate, looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured
 from bilevel_lite.surroundings import (
     differentiating,
-    forward_level,
+    ordinary,
     same_twice,
     second_order,
     way_out,
@@ -25,6 +24,7 @@ from bilevel_lite.surroundings import (
 
 __all__ = [
     "COST",
+    "SecondDerivatives",
     "cross_and_route",
     "cross_differences",
     "cross_from_slopes",
@@ -38,6 +38,7 @@ __all__ = [
     "hvp_operator",
     "theta_gradient",
     "update_jvp",
+    "update_operator",
     "update_vjp",
 ]
 
@@ -45,9 +46,19 @@ __all__ = [
 COST = {"gradient": 1, "hvp": 2, "cross": 2}
 
 
+def _leaf(value: Tensor) -> Tensor:
+    """A copy to differentiate at: what a loss writes into it does not reach the caller's."""
+    return value.detach().clone().requires_grad_()
+
+
 @differentiating
 def gradient(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
+    loss: Loss,
+    lam: Tensor,
+    theta: Tensor,
+    batch: Any = None,
+    name: str = "loss",
+    need_lam: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the value and both gradients of a loss: (loss, grad_lam, grad_theta).
 
@@ -57,6 +68,7 @@ def gradient(
         theta: Inner variable, shape (d,).
         batch: Passed on to ``loss``.
         name: What error messages call the loss.
+        need_lam: Refuse a loss that does not depend on ``lam``.
 
     Returns:
         The value, shape (); its gradient with respect to ``lam`` (zeros where the loss does not
@@ -67,12 +79,14 @@ def gradient(
 
     Cost: 1 gradient.
     """
-    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
-    value = evaluate(loss, lam, theta, batch, name)
+    lam, theta = _leaf(lam), _leaf(theta)
+    with way_out(name):
+        value = evaluate(loss, lam, theta, batch, name)
     grad_lam, grad_theta = _grad(value, (lam, theta), name)
     if grad_theta is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     if grad_lam is None:
+        _require_dependence(lam=not need_lam)
         grad_lam = torch.zeros_like(lam)
     return value.detach(), grad_lam, grad_theta
 
@@ -85,8 +99,9 @@ def theta_gradient(
 
     Arguments, errors and cost are those of `gradient`; lam's part of the backward pass is saved.
     """
-    theta = theta.detach().requires_grad_()
-    value = evaluate(loss, lam.detach(), theta, batch, name)
+    lam, theta = lam.detach().clone(), _leaf(theta)
+    with way_out(name):
+        value = evaluate(loss, lam, theta, batch, name)
     grad = _grad(value, (theta,), name)[0] if value.requires_grad else None
     if grad is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
@@ -107,10 +122,20 @@ def _require_dependence(**depends: bool) -> None:
             raise ValueError(f"inner_loss: does not depend on {name}")
 
 
+def _value(loss, lam, theta, batch):
+    """The value of the inner loss, refused where another evaluation would draw other numbers."""
+
+    def again():
+        return loss(lam.detach(), theta.detach(), batch)
+
+    with same_twice("inner_loss", theta, again):
+        return evaluate(loss, lam, theta, batch, "inner_loss")
+
+
 def _gradient_graph(loss, lam, theta, batch):
     """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
-    with second_order(), way_out(), same_twice("inner_loss", theta):
-        value = evaluate(loss, lam, theta, batch, "inner_loss")
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
         (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
     _require_dependence(theta=grad is not None)
     return grad
@@ -137,22 +162,73 @@ def hvp_operator(
         A function that takes and gives a detached tensor like ``theta``.
 
     Raises:
-        ValueError: if the loss is not one finite number or does not depend on ``theta``.
+        ValueError: if the loss is not one finite number, does not depend on ``theta``, draws random
+            numbers (dropout in training mode: H would not be that of b and J), or holds an
+            operation without a second derivative.
 
     Cost: counted as 2 gradients per product.
     """
-    theta = theta.detach().requires_grad_()
-    grad = _gradient_graph(loss, lam.detach(), theta, batch)
+    lam, theta = lam.detach().clone(), _leaf(theta)
+    grad = _gradient_graph(loss, lam, theta, batch)
     if not grad.requires_grad:  # linear in theta: the Hessian is zero
         return lambda v: torch.zeros_like(v)
 
     @differentiating
     def matvec(v: Tensor) -> Tensor:
+        v = ordinary(v)
         with way_out():
             (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if out is None else out
 
     return matvec
+
+
+class SecondDerivatives:
+    r"""H v and J v of a loss at one point, from one graph of its first gradient.
+
+        H v = grad_theta < grad_theta g, v >,     J v = grad_lam < grad_theta g, v >
+
+    Called, it gives H v, as `hvp_operator` does; `cross` gives J v without another forward pass.
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+
+    Raises:
+        ValueError: as `hvp_operator`; in `cross`, if the loss does not depend on ``lam``.
+
+    Cost: counted as 2 gradients per product.
+    """
+
+    @differentiating
+    def __init__(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None):
+        self.lam, self.theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+        self.at = loss, batch
+        self.grad = _gradient_graph(loss, self.lam, self.theta, batch)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v."""
+        return self._product(self.theta, v, keep=True)
+
+    def cross(self, v: Tensor) -> Tensor:
+        """Return J v, like ``lam``; the graph is freed: no product can follow."""
+        out = self._product(self.lam, v, keep=False)
+        if not bool(out.any()):
+            loss, batch = self.at
+            gradient(loss, self.lam, self.theta, batch, "inner_loss", need_lam=True)
+        return out
+
+    @differentiating
+    def _product(self, variable: Tensor, v: Tensor, keep: bool) -> Tensor:
+        if not self.grad.requires_grad:  # linear in theta
+            return torch.zeros_like(variable)
+        with way_out():
+            (out,) = torch.autograd.grad(
+                self.grad, variable, v, retain_graph=keep, allow_unused=True
+            )
+        return torch.zeros_like(variable) if out is None else out
 
 
 def hvp(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
@@ -246,9 +322,9 @@ def has_slopes(loss: Loss) -> bool:
 
 
 def _cross_twice(loss, lam, theta, batch, v):
-    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
-    with second_order(), way_out(), same_twice("inner_loss", theta):
-        value = evaluate(loss, lam, theta, batch, "inner_loss")
+    lam, theta, v = _leaf(lam), _leaf(theta), ordinary(v)
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         along = dot(grad, v)
@@ -349,14 +425,14 @@ def first_and_second(
     """Return g, grad_theta g, J p (like ``lam``) and H p (like ``theta``), all at one point.
 
     Raises:
-        ValueError: if the loss does not depend on ``lam`` or on ``theta``.
+        ValueError: if the loss does not depend on ``lam`` or on ``theta``, or as `hvp_operator`.
 
     Cost: counted as 3 gradients: 1 for the gradient, 2 for both products together (one double
     backward pass).
     """
-    lam, theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
+    lam, theta, p = _leaf(lam), _leaf(theta), ordinary(p)
     with second_order(), way_out():
-        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        value = _value(loss, lam, theta, batch)
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         jp = hp = None
@@ -379,7 +455,7 @@ def update_vjp(
         J p like ``lam`` and H p like ``theta``, from one double backward pass.
 
     Raises:
-        ValueError: if the loss does not depend on ``lam`` or on ``theta``.
+        ValueError: as `first_and_second`.
 
     Cost: counted as 2 gradients together.
     """
@@ -387,26 +463,61 @@ def update_vjp(
 
 
 @differentiating
+@way_out()
+def update_operator(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    r"""What a forward step of unrolling needs: grad_theta g, and the function (e, z) -> its slope.
+
+        H z + J^T e = grad_theta ( < grad_lam g, e > + < grad_theta g, z > )
+
+    Second derivatives do not depend on the order, so this is the directional derivative of
+    grad_theta g along (e, z) without torch's forward mode. The loss is evaluated once for all
+    directions: what it draws at random is the same for all.
+
+    Returns:
+        q = grad_theta g, detached, and a function from e, like ``lam``, and z, like ``theta``, to
+        H z + J^T e, like ``theta``, detached; it keeps the graph.
+
+    Raises:
+        ValueError: if the loss is not one finite number, does not depend on ``lam`` or on
+            ``theta``, or holds an operation without a second derivative.
+
+    Cost: counted as 2 gradients per direction (the gradient is a by-product).
+    """
+    lam, theta = _leaf(lam), _leaf(theta)
+    with second_order():
+        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+    _require_dependence(lam=grads[0] is not None, theta=grads[1] is not None)
+
+    @differentiating
+    @way_out()
+    def along(e: Tensor, z: Tensor) -> Tensor:
+        pairs = [(g, ordinary(v)) for g, v in zip(grads, (e, z), strict=True) if g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(theta)
+        seen, directions = zip(*pairs, strict=True)
+        (out,) = torch.autograd.grad(seen, theta, directions, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(theta) if out is None else out
+
+    return grads[1].detach(), along
+
+
 def update_jvp(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, e: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What one forward step of unrolling needs: the gradient and its directional derivative.
-
-    Forward mode over reverse mode: with lam + eps e and theta + eps z the gradient in theta
-    becomes q + eps (H z + J^T e).
+    """What one forward step of unrolling needs along one direction; see `update_operator`.
 
     Returns:
         q = grad_theta g and H z + J^T e, both like ``theta``, detached.
 
     Raises:
-        ValueError: if the loss does not depend on ``theta``.
+        ValueError: as `update_operator`, or if the loss draws random numbers: another direction
+            would be of another function.
 
     Cost: counted as 2 gradients (the gradient is a by-product).
     """
-    with forward_level():
-        theta_dual = fwad.make_dual(theta.detach().requires_grad_(), z.detach())
-        lam_dual = fwad.make_dual(lam.detach(), e.detach())
-        grad = _gradient_graph(loss, lam_dual, theta_dual, batch)
-        grad, tangent = fwad.unpack_dual(grad)
-        tangent = torch.zeros_like(grad) if tangent is None else tangent
-        return grad.detach(), tangent.detach()
+    with same_twice("inner_loss", theta, lambda: loss(lam, theta, batch)):
+        q, along = update_operator(loss, lam, theta, batch)
+    return q, along(e, z)

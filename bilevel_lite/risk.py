@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -294,19 +295,25 @@ class WeightedRisk:
                 "risk.seen(lam, batch)"
             )
 
+    def require_batch(self, batch: Any, name: str = "batch") -> None:
+        """Refuse, before anything runs, a batch that this risk cannot take; see `outputs`.
+
+        With ``inputs`` that function says what it takes; a subclass may take what it likes.
+        """
+        if self.inputs is None and overridden(self) is None:
+            _require_pair(batch, f"{name}: got")
+            _require_rows(batch, name)
+
     # -- the losses
 
     def outputs(self, theta: Tensor, batch: Any) -> Tensor:
         """Evaluate the model on ``batch[0]``; shape (n, C) or (n, T, C)."""
         self._require_seen(batch)
         _require_pair(batch, "batch: got")
-        x, y = batch[0], batch[1]
-        if x.shape[:1] != y.shape[:1]:
-            raise ValueError(
-                f"batch: x has {len(x)} rows and y has {len(y)}; expected the same number"
-            )
+        _require_rows(batch, "batch")
+        x = batch[0]
         try:
-            return predict(self.model, theta, x)
+            outputs = predict(self.model, theta, x)
         except torch.cuda.OutOfMemoryError:
             raise  # its message speaks of sizes, too
         except RuntimeError as error:
@@ -316,6 +323,12 @@ class WeightedRisk:
                     f"{tuple(x.shape)} ({error})"
                 ) from error
             raise
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"model: {type(self.model).__name__} gives {type(outputs).__name__}, expected a "
+                "tensor of shape (n, C); wrap it in a module that returns its logits"
+            )
+        return outputs
 
     def losses(self, theta: Tensor, batch: Any) -> Tensor:
         """Return the unweighted loss of each example, shape (n,).
@@ -399,7 +412,8 @@ class WeightedRisk:
 
     def _slopes_twice(self, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
         """The same as d/dc_i of < grad_theta sum_i c_i l_i, v >, by double backward."""
-        with second_order(), way_out(), same_twice("inner_loss", theta):
+        once = same_twice("inner_loss", theta, lambda: self.losses(theta.detach(), batch))
+        with second_order(), way_out(), once:
             theta = theta.detach().requires_grad_()
             losses = self.losses(theta, batch)
             c = torch.ones_like(losses).requires_grad_()
@@ -472,6 +486,10 @@ class WeightedRisk:
         if outputs.dim() < 2:
             raise ValueError(
                 f"model: gives shape {tuple(outputs.shape)}, expected (n, C) or (n, T, C)"
+            )
+        if outputs.shape[0] != y.shape[0]:
+            raise ValueError(
+                f"model: gives {outputs.shape[0]} rows for {y.shape[0]} examples, expected one each"
             )
         if self.loss == "mse":
             if outputs.shape != y.shape:
@@ -685,18 +703,28 @@ class SumOfRisks:
         terms = zip(self.coefficients, self.risks, strict=True)
         return self.own_l2 + sum(c * risk.l2 for c, risk in terms)
 
+    def require_batch(self, batch: Any, name: str = "batch") -> None:
+        """Refuse, before anything runs, what is not one batch a term that the term can take."""
+        if overridden(self) is None:
+            self._require_parts(batch, name)
+            for k, (risk, own) in enumerate(zip(self.risks, batch, strict=True)):
+                risk.require_batch(own, f"{name}[{k}]")
+
+    def _require_parts(self, batch: Any, name: str) -> None:
+        if not isinstance(batch, tuple | list) or len(batch) != len(self.risks):
+            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise ValueError(
+                f"{name}: got {got}, expected a tuple of {len(self.risks)} batches, one for each "
+                "term of the sum"
+            )
+
     def terms(self, lam: Tensor, batch: Any) -> list[Term]:
         """Return the terms, each with its batch as its model sees it.
 
         Raises:
             ValueError: if ``batch`` is not one batch a term.
         """
-        if not isinstance(batch, tuple | list) or len(batch) != len(self.risks):
-            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise ValueError(
-                f"batch: got {got}, expected a tuple of {len(self.risks)} batches, one for each "
-                "term of the sum"
-            )
+        self._require_parts(batch, "batch")
         return [
             Term(risk, risk.seen(lam, own), c, part)
             for risk, own, c, part in zip(
@@ -738,17 +766,28 @@ def _part(model: nn.Module, whole: nn.Module, term: int) -> Part:
 def overridden(risk: Any) -> str | None:
     """The first part of the structure that a subclass or the instance itself has replaced."""
     base = WeightedRisk if isinstance(risk, WeightedRisk) else SumOfRisks
+    replaced = _replaced(type(risk), base) | (_structure(base) & vars(risk).keys())
+    return min(replaced, default=None)
+
+
+@cache
+def _structure(base: type) -> frozenset[str]:
     methods = {
         name
         for name, part in vars(base).items()
         if inspect.isroutine(part) or isinstance(part, property)
     }
-    methods -= {"__init__", "__init_subclass__"}
-    for name in sorted(methods):
-        owner = next(c for c in type(risk).__mro__ if name in vars(c))
-        if owner is not base or name in vars(risk):
-            return name
-    return None
+    return frozenset(methods - {"__init__", "__init_subclass__"})
+
+
+def _replaced(kind: type, base: type) -> frozenset[str]:
+    if kind is base:
+        return frozenset()
+    return frozenset(
+        name
+        for name in _structure(base)
+        if next(c for c in kind.__mro__ if name in vars(c)) is not base
+    )
 
 
 def is_structured(loss: Any) -> bool:
@@ -795,6 +834,17 @@ def _require_pair(batch: Any, said: str) -> None:
         if not isinstance(part, Tensor) or not part.dim():
             got = "a tensor without rows" if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(f"{said} {got} as {name}, expected a tensor with an example a row")
+
+
+def _require_rows(batch: Any, name: str) -> None:
+    """Refuse x and y of different lengths, and a batch without examples."""
+    x, y = batch[0], batch[1]
+    if len(x) != len(y):
+        raise ValueError(
+            f"{name}: x has {len(x)} rows and y has {len(y)}; expected the same number"
+        )
+    if not len(x):
+        raise ValueError(f"{name}: holds no example, so its mean is undefined")
 
 
 def _like(per_example: Tensor, other: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
 
 __all__ = [
+    "SameDraws",
     "differentiating",
     "forward_level",
     "lock_of",
+    "ordinary",
     "random_state",
     "restore_random_state",
     "same_twice",
@@ -39,6 +41,25 @@ def differentiating(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def ordinary(value: Any) -> Any:
+    """Copy tensors made under ``inference_mode``, in a tuple, list or dict too; all else as it is.
+
+    Call it where that mode is off: a copy made within it would be of the same kind.
+    """
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        parts = {key: ordinary(part) for key, part in value.items()}
+        same = all(parts[key] is part for key, part in value.items())
+        return value if same else parts
+    if isinstance(value, tuple | list):
+        parts = [ordinary(part) for part in value]
+        if all(part is before for part, before in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 # ------------------------------------------------------------------ threads
@@ -138,16 +159,58 @@ def restore_random_state(states: list[Tensor], like: Tensor) -> None:
         torch.cuda.set_rng_state(states[1], like.device)
 
 
+class SameDraws:
+    """A loss that draws the same random numbers (dropout's, say) at every call as at its first.
+
+    The first call draws as the loss itself would. Each further one starts from the state in which
+    the first found torch's generators, and leaves them as it found them. Numbers from a generator
+    of the loss's own are not seen.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]):
+        self.loss, self.state = loss, None  # a state is kept only if the first call drew
+
+    def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate the loss."""
+        now = random_state(theta)
+        if self.state is None:
+            value = self.loss(lam, theta, batch)
+            if not _equal(now, random_state(theta)):
+                self.state = now
+            return value
+        restore_random_state(self.state, theta)
+        try:
+            return self.loss(lam, theta, batch)
+        finally:
+            restore_random_state(now, theta)
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
 @contextmanager
-def same_twice(what: str, like: Tensor) -> Iterator[None]:
+def same_twice(
+    what: str, like: Tensor, again: Callable[[], Tensor] | None = None
+) -> Iterator[None]:
     """Refuse what draws random numbers inside: another evaluation would be another function.
+
+    Args:
+        what: What the message names.
+        like: A tensor on the device of the model.
+        again: Evaluates anew. Where numbers were drawn, a few equal values acquit the model: the
+            generators are the whole process's, and another thread may have drawn.
 
     Raises:
         ValueError: naming ``what`` and the way out.
     """
     before = random_state(like)
     yield
-    if not all(map(torch.equal, before, random_state(like))):
+    if _equal(before, random_state(like)):
+        return
+    with torch.no_grad():
+        values = [] if again is None else [again() for _ in range(4)]
+    if not values or not all(torch.equal(values[0], value) for value in values):
         raise ValueError(
             f"{what}: draws random numbers (dropout in training mode?), so b, H and J would each "
             "belong to another function; call model.eval() before differentiating, or draw once "
@@ -165,7 +228,7 @@ _HOPELESS = (  # what torch says where a derivative is missing
     "does not support",
     "is not differentiable",
     "modified by an inplace operation",
-    "a view of a leaf Variable",
+    "a leaf Variable",
     "isDifferentiableType",
     "double backward",
     "once_differentiable",

@@ -146,17 +146,14 @@ class Tape:
     def _run(self, risk, batch):
         compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
-        with lock_of(risk.model):
+        once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch))
+        with once, lock_of(risk.model):
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
                 for o in self.owners
             ]
             try:
-                with (
-                    torch.enable_grad(),
-                    same_twice("model", self.theta),
-                    second_order() if compiled else nullcontext(),
-                ):
+                with torch.enable_grad(), second_order() if compiled else nullcontext():
                     # a model of unknown code may write into what it is given (max_norm does)
                     own = self.theta if self.known else self.theta.clone()
                     self._leaves = leaves(risk.model, own)

@@ -354,3 +354,181 @@ def test_a_matrix_or_directions_that_do_not_fit():
         bl.finite_difference_hypergradient(
             problem, torch.ones(2), lambda lam: lam, directions=torch.ones(1, 3)
         )
+
+
+# ------------------------------------------------------------------ batches and samplers
+
+
+def loader():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batch()), 3)
+
+
+def sampler():
+    return data.Batches(*batch()[:2], 2, torch.Generator())
+
+
+NO_BATCHES = {
+    "a loader": (loader, r"got DataLoader, expected .*; its batches are next\(iter\(loader\)\)"),
+    "an iterator": (lambda: iter(loader()), "got _SingleProcess.*; it can be read only once"),
+    "a generator": (lambda: (b for b in [batch()]), "got generator, .* read only once"),
+    "a dataset": (lambda: loader().dataset, "got TensorDataset, .*; put its tensors into a tuple"),
+    "a name": (lambda: "mnist", "got str, .*; load the data first"),
+    "a function": (lambda: lambda t: batch(), "got function, .*; call it first"),
+    "a class": (lambda: data.Batches, "got type, .*; call it first"),
+}
+NO_BATCHES_OF_A_RISK = {
+    **NO_BATCHES,
+    "nothing": (lambda: None, r"got NoneType, expected a tuple \(x, y, ...\)"),
+    "a dict": (
+        lambda: dict(zip("xyi", batch(), strict=True)),
+        r"got dict, expected a tuple \(x, y",
+    ),
+    "x alone": (lambda: (batch()[0],), "got 1 part, expected a tuple"),
+    "a tensor": (lambda: batch()[0], "got Tensor, expected a tuple"),
+    "x as a dict": (lambda: ({"x": batch()[0]}, *batch()[1:]), "got dict as x, expected a tensor"),
+    "y as a list": (lambda: (batch()[0], [0] * 5), "got list as y, expected a tensor"),
+    "y as a number": (
+        lambda: (batch()[0], torch.tensor(1)),
+        "got a tensor without rows as y, expected a tensor",
+    ),
+    "no examples": (lambda: tuple(part[:0] for part in batch()), "holds no example"),
+    "other lengths": (lambda: batch(n=4), "x has 5 rows and y has 4"),
+}
+
+
+def weighted_problem():
+    r = risk(weight=lambda lam, b: lam[b[2]].exp(), l2=0.1)
+    return bl.BilevelProblem(r, risk(l2=0.1)), torch.ones(5), bl.flatten(r.model)
+
+
+@pytest.mark.parametrize("of_risk", [True, False])
+@pytest.mark.parametrize("kind", NO_BATCHES_OF_A_RISK)
+def test_what_is_no_batch(kind, of_risk):
+    make, message = NO_BATCHES_OF_A_RISK[kind]
+    if not of_risk and kind not in NO_BATCHES:
+        return  # a plain function may take it
+    at = weighted_problem() if of_risk else (bl.BilevelProblem(inner, outer), LAM, THETA)
+    good, both = batch(), (ValueError, TypeError)
+    rates = {"inner_lr": 0.1, "outer_lr": 0.1}
+    with pytest.raises(both, match=f"inner_batch: {message}"):
+        bl.hypergradient(*at, make(), good)
+    with pytest.raises(both, match=f"outer_batch: {message}"):
+        bl.hypergradient(*at, good, make())
+    if make() is not None:
+        with pytest.raises(both, match=f"curvature_batch: {message}"):
+            bl.hypergradient(*at, good, good, curvature_batch=make())
+        with pytest.raises(both, match=f"cross_batch: {message}"):
+            bl.hypergradient(*at, good, good, cross_batch=make())
+    if kind not in ("a function", "a class"):
+        with pytest.raises(both, match=f"inner_batch: {message}"):
+            bl.unrolled_hypergradient(*at, 2, 0.1, inner_batch=make(), outer_batch=good)
+    with pytest.raises(both, match=f"inner_batch: {message}"):
+        bl.unrolled_hypergradient(*at, 2, 0.1, inner_batch=lambda t: make(), outer_batch=good)
+    with pytest.raises(both, match=f"outer_batch: {message}"):
+        bl.unrolled_hypergradient(*at, 2, 0.1, inner_batch=good, outer_batch=make())
+    with pytest.raises(both, match=f"outer_batch: {message}"):
+        bl.finite_difference_hypergradient(*at[:2], lambda lam: at[2], outer_batch=make())
+    for cls in (bl.SAMA, bl.ITD, bl.BVFSM):  # all methods share the check
+        with pytest.raises(both, match=f"inner_batch: {message}"):
+            cls(*at, inner_batch=make(), outer_batch=good, **rates)
+        with pytest.raises(both, match=f"outer_batch: {message}"):
+            cls(*at, inner_batch=good, outer_batch=make(), **rates)
+    with pytest.raises(both, match=rf"inner_batches\[1\]: {message}"):
+        bl.SABA(*at, 0.1, [good, make()], [good], torch.Generator(), **rates)
+
+
+def test_samplers():
+    at = weighted_problem()
+    with pytest.raises(TypeError, match=r"inner_batch: got Batches, .* a sampler: .*draw\(\)"):
+        bl.hypergradient(*at, sampler(), batch())
+    for name in ("inner_sampler", "outer_sampler"):
+        with pytest.raises(TypeError, match=f"{name}: got DataLoader, expected a sampler"):
+            bl.audit(*at, batch(), batch(), [bl.CG(1)], **{name: loader()})
+    with pytest.raises(TypeError, match="such as bilevel_lite.data.Batches"):
+        bl.SAMA(*at, inner_batch=loader(), outer_batch=batch(), inner_lr=0.1, outer_lr=0.1)
+
+
+def test_a_plain_function_takes_what_it_likes():
+    x = torch.arange(6.0).view(3, 2)
+
+    def loss(lam, theta, b):
+        rows = b["x"] if isinstance(b, dict) else b.rows
+        return 0.5 * (rows @ theta - lam.sum()).square().mean() + theta.square().sum()
+
+    class Own:
+        rows = x
+
+    for own in ({"x": x}, Own()):
+        problem = bl.BilevelProblem(loss, loss)
+        bl.hypergradient(problem, LAM, THETA, own, own)
+        bl.unrolled_hypergradient(problem, LAM, THETA, 2, 0.1, inner_batch=own, outer_batch=own)
+        for cls, options in ((bl.NHGD, {}), (bl.SOBA, {"linear_lr": 0.1}), (bl.BOME, {})):
+            method = cls(
+                problem, LAM, THETA, inner_lr=0.01, outer_lr=0.01, inner_batch=own,
+                outer_batch=own, **options,
+            )  # fmt: skip
+            method.step()
+    assert bl.problem.relative_size({"x": x}, {"x": x[:1]}) == 3
+    assert bl.problem.relative_size((), {}) == 1
+    with pytest.raises(ValueError, match=r"value is nan; batch\['x'\] has 1 entries"):
+        bl.hypergradient(problem, LAM, THETA, {"x": x}, {"x": x / x})
+
+
+def test_a_plain_function_without_its_batch():
+    def needs(lam, theta, b):
+        return (b[0] @ theta - lam.sum()).square().mean()
+
+    problem = bl.BilevelProblem(needs, needs)
+    with pytest.raises(TypeError, match="batch: got None, but outer_loss needs a batch"):
+        bl.hypergradient(problem, LAM, THETA)
+    with pytest.raises(TypeError, match="batch: got None, but inner_loss needs a batch"):
+        bl.unrolled_hypergradient(problem, LAM, THETA, 2, 0.1)
+
+
+class Wraps(torch.nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.map, self.wrap = torch.nn.Linear(3, 4), wrap
+
+    def forward(self, x):
+        return self.wrap(self.map(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda o: {"logits": o}, "model: Wraps gives dict, expected a tensor"),
+        (lambda o: (o, None), "model: Wraps gives tuple, expected a tensor"),
+        (lambda o: o[:2], "model: gives 2 rows for 5 examples"),
+        (
+            lambda o: o[:, None].expand(5, 3, 4),
+            r"y has shape \(5,\) .* outputs of shape \(5, 3, 4\)",
+        ),
+    ],
+)
+def test_model_outputs(wrap, message):
+    r = bl.WeightedRisk(Wraps(wrap))
+    problem, theta = bl.BilevelProblem(inner, r), bl.flatten(r.model)
+    with pytest.raises(ValueError, match=message):
+        r(LAM, theta, batch())
+    with pytest.raises(ValueError, match=message):
+        bl.hypergradient(problem, LAM, theta, None, batch())
+
+
+def test_other_kinds_of_arguments():
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(TypeError, match="problem: got function, expected a bilevel_lite.Bilevel"):
+        bl.hypergradient(inner, LAM, THETA)
+    with pytest.raises(TypeError, match="problem: got function"):
+        bl.SAMA(inner, LAM, THETA, inner_lr=0.1, outer_lr=0.1)
+    with pytest.raises(TypeError, match="solver: got 'cg', expected a solver"):
+        bl.hypergradient(problem, LAM, THETA, solver="cg")
+    with pytest.raises(TypeError, match=r"solve_inner\(lam\): got list, expected a floating-point"):
+        bl.finite_difference_hypergradient(problem, LAM, lambda lam: [1.0])
+    with pytest.raises(TypeError, match="number: got 1.2, expected a string such as '1.2'"):
+        bl.exercises.check(1.2, 3.0)
+    with pytest.raises(
+        ValueError, match="weight: returned float, expected a floating-point tensor"
+    ):
+        r = risk(weight=lambda lam, b: 1.0)
+        r(LAM, bl.flatten(r.model), batch())

@@ -652,18 +652,6 @@ def test_a_subclass_may_not_take_the_name_of_an_argument(name):
         type("Mine", (bl.WeightedRisk,), {name: lambda self, lam, batch: lam})
 
 
-def test_what_kfac_does_not_follow_it_refuses():
-    for name in ("inputs", "frozen", "rising", "sum"):
-        c = case(name)
-        for solver in (bl.KFAC(0.1), bl.EKFAC(0.1)):
-            with pytest.raises(TypeError, match="does not follow; use CG, Neumann or Direct"):
-                solver.solve(problem_of(c), c.lam, c.theta, c.batch, c.theta)
-    c = case("positions")
-    c.risk.mask = lambda b: b[1] != -100
-    with pytest.raises(TypeError, match="mask=, which KFAC does not follow"):
-        bl.KFAC(0.1).solve(problem_of(c), c.lam, c.theta, c.batch, c.theta)
-
-
 # ---------------------------------------------------------------- bad input
 
 

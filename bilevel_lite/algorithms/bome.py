@@ -9,6 +9,7 @@ from bilevel_lite.algorithms.method import Method, require_positive
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import dot, gradient, theta_gradient
+from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["BOME"]
 
@@ -72,7 +73,7 @@ class BOME(Method):
         self.multiplier = torch.zeros(())  # the last c, for those who want to look at it
 
     def _direction(self):
-        batch, g = self._draw("inner"), self.problem.inner_loss
+        batch, g = self._draw("inner"), SameDraws(self.problem.inner_loss)
         copy = self.theta.clone()
         for _ in range(self.copy_steps):
             copy -= self.copy_lr * theta_gradient(g, self.lam, copy, batch, "inner_loss")[1]

@@ -14,6 +14,7 @@ from bilevel_lite.algorithms.method import (
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem, NotFinite
 from bilevel_lite.products import dot, gradient, theta_gradient
+from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["BVFSM"]
 
@@ -85,9 +86,12 @@ class BVFSM(Method):
         super().__init__(problem, lam, theta, **common)
         self.inner_steps, self.mu, self.nu, self.slack = inner_steps, mu, nu, slack
         self.decay, self.z = decay, self.theta.clone()
+        self._same = (problem.inner_loss, problem.outer_loss)
 
     def _direction(self):
-        g, lam = self.problem.inner_loss, self.lam
+        # every value below is compared with another, so all are of one g and one f
+        g, f = SameDraws(self.problem.inner_loss), SameDraws(self.problem.outer_loss)
+        self._same, lam = (g, f), self.lam
         lr = self.inner_optimizer.param_groups[0]["lr"]
         shrink = (1 + self.iteration) ** -self.decay
         mu, nu, slack = self.mu * shrink, self.nu * shrink, self.slack * shrink
@@ -105,17 +109,18 @@ class BVFSM(Method):
             lr = self._descend(level, nu, lr, inner, outer)
         self._set_theta(self.theta)
         here, here_lam, _ = gradient(g, lam, self.theta, inner, "inner_loss")
+        outer_loss, direct, _ = gradient(f, lam, self.theta, outer, "outer_loss")
         self._spend("gradient", inner)
-        outer_loss, direct, _ = self._outer_gradient(outer)
+        self._spend("gradient", outer)
         return here, outer_loss, direct + nu / (level - here) * (here_lam - value_lam), None
 
     def _descend(self, level: Tensor, nu: float, lr: float, inner: Any, outer: Any) -> float:
         """One step on f - nu log(level - g) by backtracking from ``lr``; the next one's ``lr``."""
-        here, g_theta = self._inner_gradient(inner)
+        (g, f), lam = self._same, self.lam
+        here, g_theta = theta_gradient(g, lam, self.theta, inner, "inner_loss")
+        loss, f_theta = theta_gradient(f, lam, self.theta, outer, "outer_loss")
+        self._spend("gradient", inner)
         self._spend("gradient", outer)
-        loss, f_theta = theta_gradient(
-            self.problem.outer_loss, self.lam, self.theta, outer, "outer_loss"
-        )
         gap = float(level - here)
         if not gap > 0:
             raise NotFinite(
@@ -145,10 +150,10 @@ class BVFSM(Method):
             return math.inf
         self._spend(0.5, outer)
         with torch.no_grad():
-            return float(self.problem.outer_loss(self.lam, theta, outer)) - nu * math.log(gap)
+            return float(self._same[1](self.lam, theta, outer)) - nu * math.log(gap)
 
     def _gap(self, level: Tensor, theta: Tensor, batch: Any) -> float:
         """V + slack - g(lam, theta): half a gradient, and the barrier's argument."""
         self._spend(0.5, batch)
         with torch.no_grad():
-            return float(level - self.problem.inner_loss(self.lam, theta, batch))
+            return float(level - self._same[0](self.lam, theta, batch))

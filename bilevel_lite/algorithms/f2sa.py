@@ -12,6 +12,7 @@ from bilevel_lite.algorithms.method import (
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient, theta_gradient
+from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["F2SA"]
 
@@ -77,7 +78,7 @@ class F2SA(Method):
             _, _, f_theta = self._outer_gradient(self._draw("outer"))
             self._move_theta(f_theta / self.penalty + g_theta)
         outer_loss, direct, _ = self._outer_gradient(self._draw("outer"))
-        batch = self._draw("inner")
+        batch, g = self._draw("inner"), SameDraws(g)
         self._spend("gradient", batch, times=2)
         here = gradient(g, self.lam, self.theta, batch, "inner_loss")[1]
         there = gradient(g, self.lam, self.z, batch, "inner_loss")[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel_lite.algorithms.method import Method, require_plain_inner
 from bilevel_lite.hypergrad import unrolled_hypergradient
 from bilevel_lite.linsolve import at_least
-from bilevel_lite.problem import BilevelProblem, evaluate
+from bilevel_lite.problem import BilevelProblem, evaluate, require_as_drawn, versions
 
 __all__ = ["ITD"]
 
@@ -67,7 +67,11 @@ class ITD(Method):
         self.inner_steps, self.truncate, self.mode = inner_steps, truncate, mode
 
     def _direction(self):
-        batches = [self._draw("inner") for _ in range(self.inner_steps)]
+        batches, as_drawn = [], []
+        for _ in range(self.inner_steps):
+            batches.append(self._draw("inner"))
+            as_drawn.append(versions(batches[-1]))
+        require_as_drawn("inner_batch", batches, as_drawn)
         outer = self._draw("outer")
         h, info = unrolled_hypergradient(
             self.problem,

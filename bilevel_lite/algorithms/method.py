@@ -13,12 +13,16 @@ from bilevel_lite.problem import (
     BilevelProblem,
     NotFinite,
     every_look,
+    examples,
     looked_at,
     relative_size,
+    require_batch,
+    require_problem,
     require_variable,
 )
 from bilevel_lite.products import COST, gradient, theta_gradient
 from bilevel_lite.solvers import SolveInfo
+from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["Method", "StepInfo"]
 
@@ -49,7 +53,7 @@ class StepInfo:
 
 def draw(batch: Any) -> Any:
     """Return a batch as it is, or the next one of a sampler (anything with a ``draw`` method)."""
-    return batch.draw() if hasattr(batch, "draw") else batch
+    return ordinary(batch.draw() if hasattr(batch, "draw") else batch)
 
 
 class Method:
@@ -91,11 +95,16 @@ class Method:
             differentiated, for example ``lambda lam: lam.clamp(0, 1)``.
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, an optimiser's factory
-            returns something else, or an argument is not the method's (a ``solver``, say).
+        TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, a batch is none (a
+            DataLoader, an iterator), an optimiser's factory returns something else, or an argument
+            is not the method's (a ``solver``, say).
         ValueError: if a step size is missing or not positive, an optimiser does not hold the
             variable that it was given or needs a closure, or batches are given for which the
             method has no use.
+
+    A method may be made and stepped where gradients are off (``no_grad``, ``inference_mode``).
+    Inner steps may draw random numbers (dropout in training mode); where a method compares values
+    of a loss on one batch, they are of the same draws, and second derivatives are refused.
     """
 
     # What stands for H, how v is found, how lam and theta move: the method's row in the table.
@@ -103,11 +112,19 @@ class Method:
     remembers: tuple[str, ...] = ()
     # Roles that may have batches of their own; further step sizes, as the user knows them.
     roles: tuple[str, ...] = ("inner", "outer")
+    needs: tuple[str, ...] = ("inner", "outer")  # roles that have no default
     step_sizes: dict[str, str] = {}
     # Around the inner steps of AID, AmIGO, StocBiO and BSG1: a place for what shall hold there
     # only, such as BatchNorm in training mode.
     descending: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
 
+    def __init_subclass__(cls, **options):
+        """Let a subclass's tensors be ordinary ones where it is made under ``inference_mode``."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = differentiating(cls.__init__)
+
+    @differentiating
     def __init__(
         self,
         problem: BilevelProblem,
@@ -127,6 +144,7 @@ class Method:
         **unknown: Any,
     ):
         self._refuse(unknown)
+        require_problem(problem)
         require_variable("lam", lam)
         require_variable("theta", theta)
         self.problem, self.projection = problem, projection
@@ -152,6 +170,9 @@ class Method:
                 raise ValueError(
                     f"{role}_batch: {type(self).__name__} has no use for it; leave it out"
                 )
+            if batch is not None or role in self.needs:
+                loss = problem.outer_loss if role == "outer" else problem.inner_loss
+                require_batch(f"{role}_batch", batch, loss, sampler=True)
         self.iteration, self.gradients = 0, 0.0
         self._unit = None  # an inner batch: what costs are counted in
         self._last_loss: float | Tensor | None = None
@@ -216,7 +237,7 @@ class Method:
     def _move_theta(self, direction: Tensor) -> None:
         """One step of the inner optimiser along a direction."""
         _look("direction for theta", direction)
-        self.theta.grad = direction
+        self.theta.grad = direction.to(self.theta)
         self.inner_optimizer.step()
 
     def _set_theta(self, value: Tensor) -> None:
@@ -235,6 +256,7 @@ class Method:
 
     # -- what users call
 
+    @differentiating
     def step(self) -> StepInfo:
         """Do one outer iteration.
 
@@ -266,6 +288,7 @@ class Method:
         before = self._state(copies=False)
         try:
             inner_loss, outer_loss, direction, solve = self._direction()
+            direction = direction.to(self.lam)  # scalars of other float types may have entered
             _look("direction for lam", direction)
             self._move_lam(direction)
             losses = {"inner_loss": inner_loss, "outer_loss": outer_loss}
@@ -317,6 +340,7 @@ class Method:
             since = f" (the outer loss was {float(self._last_loss):.3g} one step before)"
         return f"{type(self).__name__}, step {self.iteration + 1}{since}, try a smaller {smaller}"
 
+    @differentiating
     def state_dict(self) -> dict:
         """Return everything that the next step depends on, as copies."""
         return self._state(copies=True)
@@ -328,7 +352,7 @@ class Method:
             "method": type(self).__name__,
             "iteration": self.iteration,
             "gradients": self.gradients,
-            "unit": _rows(self._unit),
+            "unit": examples(self._unit),
             "last_loss": keep(self._last_loss),
             "lam": self.lam.clone(),
             "theta": self.theta.clone(),
@@ -359,6 +383,7 @@ class Method:
         }
         return {key: type(part).__name__ for key, part in parts.items() if part is not None}
 
+    @differentiating
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` returned, as if never interrupted.
 
@@ -415,12 +440,6 @@ def _copy(value: Any, device: torch.device | None = None) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item, device) for key, item in value.items()}
     return value
-
-
-def _rows(batch: Any) -> int | None:
-    """Number of examples, None where a batch is not (x, y, ...)."""
-    parts = batch if isinstance(batch, tuple | list) else ()
-    return len(parts[0]) if parts and isinstance(parts[0], Tensor) and parts[0].dim() else None
 
 
 def _require_finite(named: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import theta_gradient
 from bilevel_lite.solvers import Solver
+from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["MRBO"]
 
@@ -85,11 +86,12 @@ class MRBO(Method):
             inner if cross is None else self._draw("cross"),
         )
         drawn = self.solver.state_dict()  # both evaluations make the same draws
+        g, f = SameDraws(self.problem.inner_loss), SameDraws(self.problem.outer_loss)
         if self.before is not None:
-            _, d_before, _, e_before, _ = self._evaluate(*self.before, inner, outer, system)
+            _, d_before, _, e_before, _ = self._evaluate(g, f, *self.before, inner, outer, system)
             self.solver.load_state_dict(drawn)
         inner_loss, d, outer_loss, e, solve = self._evaluate(
-            self.lam, self.theta, inner, outer, system
+            g, f, self.lam, self.theta, inner, outer, system
         )
         if self.before is not None:
             d = d + self._memory(self.inner_memory) * (self.d - d_before)
@@ -99,12 +101,12 @@ class MRBO(Method):
         self._move_theta(eta * d)
         return inner_loss, outer_loss, eta * e, solve
 
-    def _evaluate(self, lam, theta, inner, outer, system):
+    def _evaluate(self, g, f, lam, theta, inner, outer, system):
         """g, its gradient, f, the hypergradient and the diagnosis at one point."""
         self._spend("gradient", inner)
-        inner_loss, d = theta_gradient(self.problem.inner_loss, lam, theta, inner, "inner_loss")
+        inner_loss, d = theta_gradient(g, lam, theta, inner, "inner_loss")
         h, info = hypergradient(
-            self.problem, lam, theta, self._unit, outer, self.solver,
+            BilevelProblem(self.problem.inner_loss, f), lam, theta, self._unit, outer, self.solver,
             cross_batch=system[1], curvature_batch=system[0], return_info=True, diagnose=False,
         )  # fmt: skip
         self._spend(info.gradients, self._unit)

@@ -1,5 +1,6 @@
 """NHGD: the inner steps' own gradients, kept as an inverse Fisher matrix, stand for H^-1."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from bilevel_lite.algorithms.method import Method, require_fraction, require_positive
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import at_least
-from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.problem import BilevelProblem, examples
 from bilevel_lite.products import cross_vp, dot
 
 __all__ = ["NHGD"]
@@ -48,7 +49,7 @@ class NHGD(Method):
         beta: Memory of the average, or None for the plain one.
         initial: F at the start, times the identity.
         scale: ``"fisher"`` (B) or ``"plain"`` (1). B is the length of the batch's first tensor, 1
-            for a batch that is no tuple or list.
+            for a batch that is no tuple, list or dict of such.
         kfac: The Kronecker variant; ``beta``, ``initial`` and ``scale`` are then without effect.
         **common: See `bilevel_lite.algorithms.method.Method`.
 
@@ -107,29 +108,29 @@ class NHGD(Method):
         for step in range(self.inner_steps):
             batch = self._draw("inner")
             inner_loss, q = self._inner_gradient(batch)
-            self._update(q, batch, last=step == self.inner_steps - 1)
+            inverse = self._update(q, batch, last=step == self.inner_steps - 1)
             self._move_theta(q)
         outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
-        v = self.m @ b if self.solver is None else self.inverse(b)
+        v = inverse(b)
         cross = self._draw("cross" if self.batches["cross"] is not None else "inner")
         self._spend("cross", cross)
         return inner_loss, outer_loss, direct - cross_vp(loss, self.lam, self.theta, cross, v), None
 
-    def _update(self, q: Tensor, batch: Any, last: bool) -> None:
+    def _update(self, q: Tensor, batch: Any, last: bool) -> Callable[[Tensor], Tensor] | None:
+        """Take q into the average; after the last step, return b -> F^-1 b."""
         at = self.problem.inner_loss, self.lam, self.theta, batch
+        if self.solver is not None and not last:
+            self._spend(self.solver.observe(*at), batch)
+            return None
         if self.solver is not None:
-            if last:  # the only inverse that is used
-                self.inverse = self.solver.inverse(*at)
-                self._spend(self.solver.last_cost, batch)
-            else:
-                self._spend(self.solver.observe(*at), batch)
-            return
+            inverse = self.solver.inverse(*at)
+            self._spend(self.solver.last_cost, batch)
+            return inverse
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
-        scale = 1.0
-        if self.scale == "fisher" and isinstance(batch, tuple | list):
-            scale = float(len(batch[0]))
-        self.m = rank_one_inverse(self.m, q, beta, (1 - beta) * scale)
+        count = examples(batch) if self.scale == "fisher" else None
+        self.m = rank_one_inverse(self.m, q, beta, (1 - beta) * (1 if count is None else count))
+        return self.m.mv
 
 
 def rank_one_inverse(m: Tensor, q: Tensor, beta: float, weight: float) -> Tensor:

@@ -9,6 +9,7 @@ from bilevel_lite.algorithms.method import Method, require_positive
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient
+from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["SAMA", "adaptation"]
 
@@ -72,11 +73,9 @@ class SAMA(Method):
             return inner_loss, outer_loss, direct, None
         eps = self.alpha / size
         self._spend("gradient", batch, times=2)
+        g = SameDraws(self.problem.inner_loss)
         up, down = (
-            gradient(
-                self.problem.inner_loss, self.lam, self.theta + s * eps * v, batch, "inner_loss"
-            )[1]
-            for s in (1, -1)
+            gradient(g, self.lam, self.theta + s * eps * v, batch, "inner_loss")[1] for s in (1, -1)
         )
         return inner_loss, outer_loss, direct - (up - down) / (2 * eps), None
 

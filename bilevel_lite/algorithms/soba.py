@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.algorithms.method import Method, require_positive
-from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.problem import BilevelProblem, examples, require_batch
 from bilevel_lite.products import COST, first_and_second
+from bilevel_lite.surroundings import ordinary
 
 __all__ = ["SABA", "SOBA"]
 
@@ -87,6 +88,7 @@ class SABA(SOBA):
 
     choices = ("Hessian", "one variance-reduced step, warm start", "single loop, SAGA")
     remembers = ("v", "inner_table", "outer_table")
+    needs = ()
 
     def __init__(
         self,
@@ -99,14 +101,14 @@ class SABA(SOBA):
         generator: torch.Generator,
         **common: Any,
     ):
-        for name, batches in (("inner_batches", inner_batches), ("outer_batches", outer_batches)):
-            _require_equal(name, batches)
+        _require_equal("inner_batches", inner_batches, problem.inner_loss)
+        _require_equal("outer_batches", outer_batches, problem.outer_loss)
         if {"inner_batch", "outer_batch"} & set(common):
             raise ValueError("inner_batch, outer_batch: SABA takes inner_batches, outer_batches")
         super().__init__(problem, lam, theta, linear_lr, **common)
-        self.fixed = {"inner": inner_batches, "outer": outer_batches}
+        self.fixed = {"inner": ordinary(inner_batches), "outer": ordinary(outer_batches)}
         self.generator = generator
-        self._unit = inner_batches[0]
+        self._unit = self.fixed["inner"][0]
         self.inner_table = self.outer_table = None
         self._rows: list[tuple] = []  # what the tables get once the step is good
 
@@ -161,11 +163,13 @@ def _saga(table: list[Tensor], row: int, current: list[Tensor]) -> list[Tensor]:
     return [term - column[row] + column.mean(0) for column, term in pairs]
 
 
-def _require_equal(name: str, batches: list) -> None:
+def _require_equal(name: str, batches: list, loss: Any) -> None:
     if not isinstance(batches, list) or not batches:
         got = "an empty list" if batches == [] else type(batches).__name__
         raise ValueError(f"{name}: got {got}, expected a list of batches")
-    sizes = {len(b[0]) for b in batches if isinstance(b, tuple | list) and isinstance(b[0], Tensor)}
+    for i, batch in enumerate(batches):
+        require_batch(f"{name}[{i}]", batch, loss)
+    sizes = {examples(batch) for batch in batches} - {None}
     if len(sizes) > 1:
         raise ValueError(
             f"{name}: sizes are {sorted(sizes)}, expected one size (the tables' means are means "

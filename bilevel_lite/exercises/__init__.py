@@ -48,8 +48,11 @@ def check(number: str, answer) -> bool:
         True if the answer is right; False if it is wrong or not attempted yet.
 
     Raises:
+        TypeError: if ``number`` is no string (1.10 and 1.1 are one number, but two exercises).
         ValueError: for an unknown exercise number.
     """
+    if not isinstance(number, str):
+        raise TypeError(f"number: got {number!r}, expected a string such as '1.2'")
     chapter = number.split(".")[0]
     if chapter.isdigit():
         try:

@@ -1,0 +1,337 @@
+"""A loss that is evaluated again is the same loss: the batch that was drawn, the same dropout."""
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel_lite as bl
+from bilevel_lite import data, products
+from bilevel_lite.surroundings import SameDraws, same_twice
+
+STEPS, LR = 5, 0.3
+
+
+def numbers(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y, INDEX = numbers(0, 20, 3), torch.arange(20) % 4, torch.arange(20)
+WHOLE = (X, Y, INDEX)
+
+
+def weighted(model):
+    def sigma(lam, batch):
+        return torch.sigmoid(lam[batch[2] % len(lam)])
+
+    inner = bl.WeightedRisk(model, weight=sigma, l2=0.1)
+    return bl.BilevelProblem(inner, bl.WeightedRisk(model))
+
+
+def by_graph(problem, lam, theta, batch_at, outer, keep=STEPS):
+    """Autograd through the descent itself, cut where a truncation starts: h and the last theta."""
+    lam = lam.clone().requires_grad_()
+    theta = theta.clone().requires_grad_()
+    for t in range(STEPS):
+        source = lam.detach() if t < STEPS - keep else lam
+        loss = problem.inner_loss(source, theta, batch_at(t))
+        theta = theta - LR * torch.autograd.grad(loss, theta, create_graph=True)[0]
+        if source is not lam:
+            theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(problem.outer_loss(lam, theta, outer), lam)[0], theta.detach()
+
+
+def close(got, expected, rtol=1e-12):
+    assert float((got - expected).norm()) <= rtol * float(expected.norm())
+
+
+# ------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("mode", "keep"), [("reverse", 5), ("reverse", 2), ("forward", 5)])
+def test_unrolling_takes_each_steps_batch_once_and_keeps_it(mode, keep):
+    model = nn.Linear(3, 4)
+    problem, lam, theta = weighted(model), numbers(1, 6), bl.flatten(model)
+    g, drawn, asked = torch.Generator().manual_seed(0), [], []
+
+    def inner_batch(t):
+        asked.append(t)
+        i = torch.randint(20, (4,), generator=g)
+        drawn.append((X[i], Y[i], i))
+        return drawn[-1]
+
+    truncate = None if keep == STEPS else keep
+    h = bl.unrolled_hypergradient(
+        problem, lam, theta, STEPS, LR, mode, truncate, inner_batch, WHOLE
+    )
+    assert asked == list(range(STEPS))
+    close(h, by_graph(problem, lam, theta, drawn.__getitem__, WHOLE, keep)[0])
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_unrolling_draws_from_a_sampler(mode):
+    model = nn.Linear(3, 4)
+    problem, lam, theta = weighted(model), numbers(1, 6), bl.flatten(model)
+    sampler, twin = (data.Batches(X, Y, 4, torch.Generator().manual_seed(3)) for _ in range(2))
+    h = bl.unrolled_hypergradient(
+        problem, lam, theta, STEPS, LR, mode, inner_batch=sampler, outer_batch=WHOLE
+    )
+    close(h, by_graph(problem, lam, theta, lambda t: twin.draw(), WHOLE)[0])
+    assert all(map(torch.equal, sampler.draw(), twin.draw()))
+
+
+def test_itd_differentiates_the_batches_that_it_drew():
+    model = nn.Linear(3, 4)
+    problem, lam, theta = weighted(model), numbers(1, 6), bl.flatten(model)
+    for mode, truncate in (("reverse", None), ("reverse", 2), ("forward", None)):
+        sampler, twin = (data.Batches(X, Y, 4, torch.Generator().manual_seed(3)) for _ in range(2))
+        method = bl.ITD(
+            problem, lam, theta, STEPS, truncate, mode, inner_lr=LR, outer_lr=0.1,
+            inner_batch=sampler, outer_batch=WHOLE,
+        )  # fmt: skip
+        info = method.step()
+        keep = truncate or STEPS
+        truth, last = by_graph(problem, lam, theta, lambda t, s=twin: s.draw(), WHOLE, keep)
+        close(info.hypergradient, truth)
+        close(method.theta, last)
+
+
+def test_a_batch_that_is_overwritten_is_refused():
+    model = nn.Linear(3, 4)
+    problem, lam, theta = weighted(model), numbers(1, 6), bl.flatten(model)
+    buffer = tuple(part[:4].clone() for part in WHOLE)
+
+    class Reuses:
+        def draw(self):
+            buffer[0].normal_()
+            return buffer
+
+    for inner in (Reuses(), lambda t: Reuses().draw()):
+        with pytest.raises(ValueError, match="inner_batch: a batch was changed in place after it"):
+            bl.unrolled_hypergradient(
+                problem, lam, theta, 3, LR, inner_batch=inner, outer_batch=WHOLE
+            )
+    for mode in ("reverse", "forward"):
+        method = bl.ITD(
+            problem, lam, theta, 3, None, mode, inner_lr=LR, outer_lr=0.1,
+            inner_batch=Reuses(), outer_batch=WHOLE,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="inner_batch: a batch was changed in place after it"):
+            method.step()
+
+
+# ------------------------------------------------------------------ random numbers in the loss
+
+
+def dropped():
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(("mode", "keep"), [("reverse", 5), ("reverse", 2), ("forward", 5)])
+@pytest.mark.parametrize("drawing", [False, True])
+def test_unrolling_differentiates_the_masks_of_the_descent(mode, keep, drawing):
+    model = dropped()
+    problem, lam, theta = weighted(model), numbers(1, 6), bl.flatten(model)
+
+    def inner_batch(t):  # draws from the generator that dropout draws from
+        i = torch.randint(20, (4,)) if drawing else INDEX
+        return X[i], Y[i], i
+
+    torch.manual_seed(7)
+    truncate = None if keep == STEPS else keep
+    h, info = bl.unrolled_hypergradient(
+        problem, lam, theta, STEPS, LR, mode, truncate, inner_batch, WHOLE, return_info=True
+    )
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    truth, last = by_graph(problem, lam, theta, inner_batch, WHOLE, keep)
+    close(h, truth)
+    close(info.theta, last)
+    assert torch.equal(after, torch.get_rng_state())  # as if nothing had been evaluated again
+
+
+def test_a_state_is_kept_only_where_numbers_were_drawn():
+    def quiet(lam, theta, batch):
+        return theta.sum()
+
+    def drawing(lam, theta, batch):
+        return (torch.rand(len(theta)) * theta).sum()
+
+    at = torch.ones(2), torch.ones(3), None
+    loss = SameDraws(quiet)
+    loss(*at)
+    assert loss.state is None
+    torch.manual_seed(0)
+    loss = SameDraws(drawing)
+    first = loss(*at)
+    after = torch.get_rng_state()
+    assert torch.equal(loss(*at), first)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(drawing(*at), first)
+
+    def broken(lam, theta, batch):
+        torch.rand(1)
+        if theta.sum() < 0:
+            raise KeyError("broken")
+        return theta.sum()
+
+    loss = SameDraws(broken)
+    loss(*at)
+    after = torch.get_rng_state()
+    with pytest.raises(KeyError):
+        loss(at[0], -at[1], None)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+# ------------------------------------------------------------------ methods that compare values
+
+LAM, THETA = torch.tensor([0.3, -0.4, 0.2]), torch.tensor([0.5, -0.2, 0.7])
+
+
+def masked(lam, theta, mask):
+    """g with a mask on theta; grad_lam g and H depend on it."""
+    return (
+        0.5 * (lam.exp() * (mask * theta).square()).sum()
+        + 0.1 * theta.square().sum()
+        - ((1 + lam) * mask * theta).sum()
+    )
+
+
+def drawn_mask():
+    return (torch.rand(3) > 0.3) / 0.7
+
+
+def drawing(lam, theta, batch):
+    return masked(lam, theta, drawn_mask())
+
+
+def outer(lam, theta, batch):
+    return 0.5 * (theta - 1).square().sum() + 0.1 * lam.square().sum()
+
+
+RATES = {"inner_lr": 0.1, "outer_lr": 0.05}
+
+
+@pytest.mark.parametrize("cls", [bl.BOME, bl.BVFSM])
+def test_a_gap_is_the_difference_of_one_function(cls):
+    torch.manual_seed(11)
+    masks = [drawn_mask() for _ in range(3)]
+    torch.manual_seed(11)
+    method = cls(bl.BilevelProblem(drawing, outer), LAM, THETA, **RATES)
+    for mask in masks:  # the first evaluation of a step draws, the others follow
+        fixed = bl.BilevelProblem(lambda lam, t, b, mask=mask: masked(lam, t, mask), outer)
+        twin = cls(fixed, LAM, THETA, **RATES)
+        twin.load_state_dict(method.state_dict())
+        info, truth = method.step(), twin.step()
+        close(info.hypergradient, truth.hypergradient)
+        close(method.theta, twin.theta)
+
+
+def grads(loss, lam, theta):
+    at = [t.clone().requires_grad_() for t in (lam, theta)]
+    return torch.autograd.grad(loss(*at), at, allow_unused=True)
+
+
+def test_f2sa_subtracts_two_values_of_one_function():
+    torch.manual_seed(11)
+    masks = [drawn_mask() for _ in range(3)]  # z's step, theta's step, the difference
+    torch.manual_seed(11)
+    info = bl.F2SA(bl.BilevelProblem(drawing, outer), LAM, THETA, 1, 2.0, **RATES).step()
+    slope = [grads(lambda lam, t, m=m: masked(lam, t, m), LAM, THETA)[1] for m in masks[:2]]
+    z = THETA - 0.1 * slope[0]
+    theta = THETA - 0.1 * (grads(lambda lam, t: outer(lam, t, None), LAM, THETA)[1] / 2 + slope[1])
+    here, there = (grads(lambda lam, t: masked(lam, t, masks[2]), LAM, at)[0] for at in (theta, z))
+    close(info.hypergradient, 0.2 * LAM + 2.0 * (here - there))
+
+
+def test_sama_differences_one_function():
+    torch.manual_seed(11)
+    masks = [drawn_mask() for _ in range(2)]  # theta's step, the difference
+    torch.manual_seed(11)
+    info = bl.SAMA(bl.BilevelProblem(drawing, outer), LAM, THETA, 1, **RATES).step()
+    theta = THETA - 0.1 * grads(lambda lam, t: masked(lam, t, masks[0]), LAM, THETA)[1]
+    v = 0.1 * (theta - 1)  # D is the step size
+    eps = 0.1 / v.norm()
+    up, down = (
+        grads(lambda lam, t: masked(lam, t, masks[1]), LAM, theta + s * eps * v)[0] for s in (1, -1)
+    )
+    close(info.hypergradient, 0.2 * LAM - (up - down) / (2 * eps), 1e-10)
+
+
+def test_mrbo_compares_two_points_of_one_outer_loss():
+    def ridge(lam, theta, batch):
+        return 0.5 * (lam.exp() * theta.square()).sum() - theta.sum()
+
+    def noisy(lam, theta, batch):
+        return outer(lam, drawn_mask() * theta, batch)
+
+    torch.manual_seed(11)
+    masks = [drawn_mask() for _ in range(2)]
+    torch.manual_seed(11)
+    method = bl.MRBO(
+        bl.BilevelProblem(ridge, noisy), LAM, THETA, bl.Identity(0.1), 0.4, 0.4, **RATES
+    )
+
+    def e(lam, theta, mask):  # grad_lam f - J (0.1 grad_theta f)
+        return 0.2 * lam - lam.exp() * theta * 0.1 * mask * (mask * theta - 1)
+
+    first = method.step().hypergradient
+    close(first, e(LAM, THETA, masks[0]))
+    lam, theta = method.lam.clone(), method.theta.clone()
+    truth = e(lam, theta, masks[1]) + 0.4 * (first - e(LAM, THETA, masks[1]))
+    close(method.step().hypergradient, truth)
+
+
+# ------------------------------------------------------------------ second derivatives
+
+
+def second_order(problem, lam, theta, batch):
+    common = {"inner_batch": batch, "outer_batch": batch, **RATES}
+    return {
+        "CG": lambda: bl.hypergradient(problem, lam, theta, batch, batch, bl.CG(2)),
+        "CG on GGN": lambda: bl.hypergradient(
+            problem, lam, theta, batch, batch, bl.CG(2, curvature="ggn")
+        ),
+        "Direct": lambda: bl.hypergradient(problem, lam, theta, batch, batch),
+        "Neumann": lambda: bl.hypergradient(problem, lam, theta, batch, batch, bl.Neumann(2, 0.1)),
+        "KFAC": lambda: bl.hypergradient(problem, lam, theta, batch, batch, bl.KFAC(0.1)),
+        "check": lambda: bl.check(problem, lam, theta, batch, batch, bl.CG(2)),
+        "audit": lambda: bl.audit(problem, lam, theta, batch, batch, [bl.CG(2)]),
+        "first_and_second": lambda: products.first_and_second(
+            problem.inner_loss, lam, theta, batch, theta
+        ),
+        "update_vjp": lambda: products.update_vjp(problem.inner_loss, lam, theta, batch, theta),
+        "update_jvp": lambda: products.update_jvp(
+            problem.inner_loss, lam, theta, batch, lam, theta
+        ),
+        "AID": lambda: bl.AID(problem, lam, theta, bl.CG(2), **common).step(),
+        "AmIGO": lambda: bl.AmIGO(problem, lam, theta, linear_lr=0.1, **common).step(),
+        "StocBiO": lambda: bl.StocBiO(problem, lam, theta, **common).step(),
+        "MRBO": lambda: bl.MRBO(problem, lam, theta, bl.CG(2), **common).step(),
+        "SOBA": lambda: bl.SOBA(problem, lam, theta, 0.1, **common).step(),
+        "SABA": lambda: bl.SABA(
+            problem, lam, theta, 0.1, [batch], [batch], torch.Generator(), **RATES
+        ).step(),
+        "NBO": lambda: bl.NBO(problem, lam, theta, linear_lr=0.1, **common).step(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", second_order(None, None, None, None))
+def test_second_derivatives_of_a_loss_that_draws_are_refused(name):
+    model = dropped()
+    at = weighted(model), numbers(1, 20), bl.flatten(model), WHOLE
+    with pytest.raises(ValueError, match=r"draws random numbers .* model.eval\(\)|training mode"):
+        second_order(*at)[name]()
+    model.eval()
+    second_order(*at)[name]()
+
+
+def test_numbers_that_another_thread_draws_are_no_ones_fault():
+    def beside(lam, theta, batch):
+        torch.rand(1)  # moves the generator and is not used
+        return (lam * theta.square()).sum()
+
+    at = torch.ones(2), torch.tensor([1.0, 3.0])
+    assert torch.equal(products.hvp(beside, *at, None, at[1]), 2 * at[1])
+    with pytest.raises(ValueError, match="inner_loss: draws random numbers"):
+        with same_twice("inner_loss", at[0]):
+            torch.rand(1)
