@@ -9,6 +9,7 @@ square root of the output curvature, the gradients G_i of the examples, and so
 
 import copy
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -570,3 +571,218 @@ def test_a_kept_factor_is_not_that_of_another_mask():
                 for solver in (kept, fresh)
             )
             assert error(got, truth) < 1e-12
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+STEPS = [(7, 11), (3, 11), (7, 4), (5, 6)]  # rows of the two terms, call by call
+
+
+def call(c, solver, k, b):
+    """One call of a solver on the sum, at another point and with other rows each time."""
+    at = with_rows(c, STEPS[k])
+    theta = (1 + 0.1 * k) * c.theta
+    return at, theta, solver.solve_and_cross(problem_of(at), c.lam, theta, at.batch, b)
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+def test_averages_over_the_calls_of_a_sum(make):
+    c, old = heads(), None
+    solver, b = make(DAMPING, "exact", ema=0.7), direction(c)
+    for k in range(len(STEPS)):
+        at, theta, (v, jv, _) = call(c, solver, k, b)
+        truth = by_hand(at, b, solver, "exact", theta, old=old, beta=0.7)
+        assert error(v, truth.v) < 1e-10
+        assert error(jv, cross_by_hand(at, v, theta)) < 1e-10
+        old = truth
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+def test_kept_blocks_of_a_sum(make):
+    c = heads()
+    solver, b = make(DAMPING, "exact", every=2), direction(c)
+    for k in range(len(STEPS)):
+        at, theta, (v, jv, info) = call(c, solver, k, b)
+        assert info.staleness == k % 2
+        if k % 2 == 0:
+            truth = by_hand(at, b, solver, "exact", theta).v
+        assert error(v, truth) < 1e-10
+        assert error(jv, cross_by_hand(at, v, theta)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["heads", "words, narrow", "pooled, wide", "rising", "inputs"])
+def test_a_stopped_solver_goes_on_to_the_last_bit(name, tmp_path):
+    """From its state, as a copy, or pickled: the same operations in the same order."""
+    c = OWN[name]() if name in OWN else case(name)
+    b = direction(c)
+
+    def calls(solver):
+        out = []
+        for k in range(3):
+            theta = (1 + 0.1 * k) * c.theta
+            at = problem_of(c), c.lam, theta, c.batch, b
+            out += solver.solve_and_cross(*at)[:2]
+        return out
+
+    for make in (
+        lambda: bl.KFAC(DAMPING, every=2),
+        lambda: bl.KFAC(DAMPING, ema=0.5, every=4, damping_rule="exact", bias="separate"),
+        lambda: bl.KFAC(DAMPING, fixed_batch=True),
+        lambda: bl.EKFAC(DAMPING, every=4),
+        lambda: bl.EKFAC(DAMPING, ema=0.5, every=2, bias="separate"),
+    ):
+        straight = make()
+        calls(straight)
+        path, ways = tmp_path / "state.pt", [make(), pickle.loads(pickle.dumps(straight))]
+        torch.save(straight.state_dict(), path)
+        ways[0].load_state_dict(torch.load(path, weights_only=True))
+        ways.append(copy.deepcopy(straight))
+        truth = calls(straight)
+        for other in ways:
+            for got, wanted in zip(calls(other), truth, strict=True):
+                assert torch.equal(got, wanted)
+
+
+def test_a_kept_first_factor_of_a_sum():
+    """Each term's first layer has inputs of its own; where several share one it is not kept."""
+    c, b = heads(), None
+    alone = bl.SumOfRisks([c.risk.risks[0]], [1.7], l2=L2, model=c.risk.risks[0].model)
+    for risk, batch in ((c.risk, c.batch), (alone, c.batch[:1])):
+        d = bl.flatten(risk.model).numel()
+        b, theta = torch.linspace(-1, 1, d), torch.linspace(-0.5, 0.5, d).sin()
+        problem = bl.BilevelProblem(risk, risk)
+        kept = bl.KFAC(DAMPING, "exact", fixed_batch=True)
+        for k in range(3):
+            point = (1 + 0.1 * k) * theta
+            got = kept.solve(problem, c.lam, point, batch, b)[0]
+            fresh = bl.KFAC(DAMPING, "exact").solve(problem, c.lam, point, batch, b)[0]
+            assert error(got, fresh) < 1e-11
+    assert len(kept._inputs) == 1
+
+
+# ---------------------------------------------------------------- what is replaced
+
+
+@pytest.mark.parametrize("part", ["outputs", "losses", "weights", "output_gradient", "__call__"])
+def test_a_subclass_that_computes_something_else_is_refused_and_a_function_to_cg(part):
+    c = case("weights")
+
+    def replaced(self, *args, **options):
+        return getattr(bl.WeightedRisk, part)(self, *args, **options) * 1.5
+
+    mine = type("Mine", (bl.WeightedRisk,), {part: replaced})
+    risk = mine(c.risk.model, weight=c.risk.weight, l2=L2)
+    problem = bl.BilevelProblem(risk, lambda lam, theta, _: (theta * c.target).sum().sin())
+    for solver in (
+        bl.KFAC(DAMPING),
+        bl.EKFAC(DAMPING),
+        bl.CG(3, curvature="ggn"),
+        bl.KFACRichardson(2),
+        bl.CG(3, precondition=bl.KFAC(DAMPING)),
+    ):
+        with pytest.raises(TypeError, match=f"Mine overrides '{part}' of WeightedRisk"):
+            bl.hypergradient(problem, c.lam, c.theta, c.batch, None, solver)
+    # the function's own second derivatives, here by hand
+    theta, lam = c.theta.clone().requires_grad_(), c.lam.clone().requires_grad_()
+    (g,) = torch.autograd.grad(risk(lam, theta, c.batch), theta, create_graph=True)
+    rows = [torch.autograd.grad(one, (theta, lam), retain_graph=True) for one in g]
+    h, j = torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
+    b = c.target * (c.theta @ c.target).cos()
+    truth = -j.T @ torch.linalg.solve(h + DAMPING * torch.eye(len(h)), b)
+    got = bl.hypergradient(problem, c.lam, c.theta, c.batch, None, bl.Direct(DAMPING))
+    assert error(got, truth) < 1e-10
+
+
+# ---------------------------------------------------------------- v is not formed
+
+
+def shapes(name):
+    """A model of known code and a batch of it; wide and narrow by n."""
+    return {
+        "linear": (lambda: nn.Linear(30, 4), (30,)),
+        "mlp": (lambda: nn.Sequential(nn.Linear(20, 25), nn.Tanh(), nn.Linear(25, 4)), (20,)),
+        "words": (
+            lambda: nn.Sequential(nn.Linear(15, 20), nn.Tanh(), nn.Flatten(), nn.Linear(60, 4)),
+            (3, 15),
+        ),
+        "convolutions": (
+            lambda: nn.Sequential(
+                nn.Conv2d(2, 6, 3, padding=1, stride=(2, 1), bias=False),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Conv2d(6, 9, 2, dilation=2),
+                nn.Flatten(),
+                nn.Linear(45, 4),
+            ).eval(),
+            (2, 6, 7),
+        ),
+    }[name]
+
+
+WAYS = {
+    **SOLVERS,
+    "kfac, exact, separate": lambda fisher, **how: bl.KFAC(
+        DAMPING, fisher, damping_rule="exact", bias="separate", **how
+    ),
+}
+
+
+@pytest.mark.parametrize("n", [3, 40])  # columns fewer than rows, and more
+@pytest.mark.parametrize("name", ["linear", "mlp", "words", "convolutions"])
+def test_the_hypergradient_does_not_depend_on_whether_v_is_asked_for(name, n):
+    make, shape = shapes(name)
+    model, g = built(make), torch.Generator().manual_seed(n)
+    x, y = torch.randn(2 * n, *shape, generator=g), torch.randint(4, (2 * n,), generator=g)
+    risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]].sigmoid(), l2=0.01)
+    problem, lam = bl.BilevelProblem(risk, risk), torch.randn(2 * n, generator=g)
+    theta, index = bl.flatten(model), torch.arange(2 * n)
+    first, second = (tuple(t[part] for t in (x, y, index)) for part in (slice(n), slice(n, 2 * n)))
+    for kind, solver in WAYS.items():
+        for fisher in ("mc", "empirical"):
+            for fixed in (False, True):
+                bare, asked = (solver(fisher, fixed_batch=fixed) for _ in range(2))
+                for batch in (first, first, second, first):  # kept inputs; another batch
+                    at = problem, lam, theta, batch, second
+                    h = bl.hypergradient(*at, bare)
+                    same, info = bl.hypergradient(*at, asked, return_info=True)
+                    assert info.solve.cross == f"{type(asked).__name__}'s own pass"
+                    assert error(h, same) < 1e-12, (kind, fisher, fixed)
+                # and that is J of v, by double backward
+                at_lam, at_theta = lam.clone().requires_grad_(), theta.clone().requires_grad_()
+                loss = nn.functional.cross_entropy(
+                    functional_call(model, bl.unflatten(model, at_theta), (batch[0],)),
+                    batch[1],
+                    reduction="none",
+                )
+                value = (at_lam[batch[2]].sigmoid() * loss).mean()
+                (grad,) = torch.autograd.grad(value, at_theta, create_graph=True)
+                truth = -torch.autograd.grad(grad @ info.v, at_lam)[0]
+                assert error(info.implicit, truth) < 1e-10, (kind, fisher, fixed)
+
+
+def test_float32_holds_on_inputs_up_to_255():
+    """V (s X X^T + delta I)^-1 X loses what 1 / delta amplifies; pushed through it does not."""
+    make = lambda: nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))  # noqa: E731
+    model, g, n = built(make), torch.Generator().manual_seed(0), 128
+    x = 255 * torch.rand(n, 784, generator=g) * (torch.rand(n, 784, generator=g) < 0.2)
+    y, lam = torch.randint(10, (n,), generator=g), torch.rand(n, generator=g)
+    theta = bl.flatten(model.double())
+    with torch.no_grad():
+        theta[: 784 * 256] /= 100
+    hs = {}
+    for dtype in (torch.float64, torch.float32):
+        risk = bl.WeightedRisk(model.to(dtype), weight=lambda lam, b: lam[b[2]])
+        clean, at = bl.WeightedRisk(model), (lam.to(dtype), theta.to(dtype))
+        batch = x.to(dtype), y, torch.arange(n)
+        for name, solver in {
+            "kfac": bl.KFAC(1e-3, "empirical"),
+            "factored": bl.KFAC(1e-3, "empirical", damping_rule="factored"),
+        }.items():
+            h, info = bl.hypergradient(
+                bl.BilevelProblem(risk, clean), *at, batch, batch, solver, return_info=True
+            )
+            hs[name, dtype] = info.implicit.double()
+            assert info.solve.cross == "KFAC's own pass"
+    for name in ("kfac", "factored"):
+        assert error(hs[name, torch.float32], hs[name, torch.float64]) < 2e-5
