@@ -100,7 +100,7 @@ class Estimate:
     def only(self, layer: Layer) -> tuple[Pass, Layer] | None:
         """The one pass that has this layer, and the layer as it knows it; None if several do."""
         uses = self.uses[layer.name]
-        return uses[0] if len(uses) == 1 and uses[0][0].term.coefficient == 1 else None
+        return uses[0] if len(uses) == 1 else None
 
 
 def _combined(parts: list[tuple[float, Factor]], mean: bool = False) -> Factor:

@@ -168,11 +168,13 @@ class Block:
         """
         one, layer = done.only(self.layer)
         (call,), (g,) = one.tape.calls[layer.name], one.own[layer.name]
-        if self.columns is not None and g is not None:
+        columns = None if g is None or self.columns is None else output_columns(call.module, g)
+        if (
+            columns is not None and columns.shape[1] == self.columns.shape[1]
+        ):  # no mask left one out
             weight, bias = self.layer.read(b)
             z = self.weight.along(weight, self.columns)
             z = z if bias is None else z + self.bias(bias)
-            columns = output_columns(call.module, g)
             return (columns * z).sum(0).view(one.tape.n, -1).sum(1)
         weight, bias = layer.split(*(self.solved(b) if v is None else self.layer.read(v)))
         params = {} if weight is None else {"weight": weight}
@@ -354,14 +356,14 @@ class KFAC(Solver):
         if layer.weight is None or not self.fixed_batch or self.ema or found is None:
             return done.a(layer)
         one, own = found
+        if one.term.risk.mask is not None:  # A is of the mask too, and that may change
+            return done.a(layer)
         a, kept = one.tape.calls[own.name][0].input, self._inputs.get(layer.name)
         if kept is not None and _same(kept[0], a) and kept[1] == a._version:
             return kept[2]
         factor = done.a(layer)
         if a.untyped_storage().data_ptr() == one.tape.x.untyped_storage().data_ptr():
-            factor = factor.spectrum()
-            if one.term.risk.mask is None:
-                factor.keep(one.tape.input_columns(own))
+            factor = factor.spectrum().keep(one.tape.input_columns(own))
             self._inputs[layer.name] = (a, a._version, factor)
         return factor
 

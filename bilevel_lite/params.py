@@ -75,7 +75,22 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     with lock_of(model):
-        return functional_call(model, named, inputs)
+        return functional_call(model, places_for(model, named), inputs, tie_weights=False)
+
+
+def places_for(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``named`` with every place where a module holds one of these parameters, each place once.
+
+    Tied weights have several places. A module that stands in two places of a model has one; torch
+    would name it twice (``tie_weights=True``) and, restoring it twice, leave what it was given.
+    """
+    values = {id(p): named[name] for name, p in model.named_parameters() if name in named}
+    return {
+        f"{prefix}.{local}" if prefix else local: values[id(p)]
+        for prefix, module in model.named_modules()
+        for local, p in module._parameters.items()
+        if id(p) in values
+    }
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

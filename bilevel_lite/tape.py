@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
-from bilevel_lite.params import leaves, trainable
+from bilevel_lite.params import leaves, predict, trainable
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.surroundings import lock_of, same_twice, second_order
 from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
@@ -628,7 +628,7 @@ def _per_example(
 
     def one(a_i, g_i):
         def run(p):
-            return functional_call(module, {**own, local: p}, (a_i[None],))
+            return predict(module, {**own, local: p}, a_i[None])
 
         return vjp(run, own[local])[1](g_i[None])[0]
 
