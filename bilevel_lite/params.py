@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel_lite.surroundings import lock_of
+from bilevel_lite.surroundings import lock_of_modules
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,7 +25,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: if no parameter requires a gradient.
     """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with lock_of_modules():  # another thread may have swapped the parameters for a call
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
             f"model: {type(model).__name__} has no parameter with requires_grad=True, "
@@ -52,8 +53,7 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: if ``theta`` does not have exactly as many entries as the module.
     """
-    with lock_of(model):  # another thread may have swapped the parameters for a call
-        params = trainable(model)
+    params = trainable(model)
     sizes = [p.numel() for p in params.values()]
     if theta.shape != (sum(sizes),):
         raise ValueError(
@@ -74,7 +74,7 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
-    with lock_of(model):
+    with lock_of_modules():
         return functional_call(model, places_for(model, named), inputs, tie_weights=False)
 
 
