@@ -48,6 +48,7 @@ class Pass:
     b: dict[str, Factor] | None = None
     diagonal: dict[str, Tensor] | None = None
     gradients: list[dict[str, Tensor]] | None = None  # of each probe, if they are to be kept
+    shares: bool = False  # the probe's gradients are those of the losses, weighted
 
     def grads(self, i: int) -> dict[str, list[Tensor]]:
         """Gradients of probe i at the layers' outputs; the graph is freed after the last one."""
@@ -57,8 +58,6 @@ class Pass:
         if i == 0 and self.own is None:
             return self.first
         return self.tape.backward(self.probes[i], keep=i + 1 < len(self.probes))
-
-    shares = False  # the probes' gradients are those of the losses, weighted
 
     def a(self, layer: Layer, dual: bool) -> Factor:
         """Factor A of one layer in this term, from its inputs, padding left out."""
@@ -151,6 +150,12 @@ def estimate(
         dual: Keep factors of low rank as columns.
         keep: Keep the layers' output gradients of every probe (EKFAC needs them).
         true: Also keep those of the examples' unweighted losses (the shared J v needs them).
+
+    Raises:
+        TypeError, ValueError: as `kfac_factors`.
+
+    Cost: half a gradient a term, and half a gradient a probe; one more backward pass with ``true``
+    (none under ``"empirical"``, whose probe is the losses' gradient, weighted); `Tape.verify`.
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
@@ -171,12 +176,12 @@ def estimate(
     for one in passes:
         _verify(one, by_example)
     layers, uses, places = _arrange_all(risk, passes, by_example)
-    diagonal: dict[str, Tensor] = {}
+    names, diagonal = _names(risk), {}
     for one in passes:
         one.shares = true and fisher == "empirical" and not one.tape.unlike
         _accumulate(one, dual, rest, keep)
         for name, d in (one.diagonal or {}).items():
-            whole = _name_in(risk, one, name)
+            whole = names[_global(one.term, one.tape.places[name][0]).start]
             diagonal[whole] = diagonal.get(whole, 0.0) + one.term.coefficient * d
     return Estimate(passes, layers, uses, places, diagonal, dual)
 
@@ -238,10 +243,6 @@ def _global(term: Term, place: slice) -> slice:
     raise AssertionError(place)
 
 
-def _name_in(risk, one: Pass, name: str) -> str:
-    return _names(risk)[_global(one.term, one.tape.places[name][0]).start]
-
-
 def arrange(
     risk: WeightedRisk | SumOfRisks, terms: list[Term], splits: list[tuple[list[Layer], dict]]
 ) -> tuple[list[Layer], dict[str, list[tuple[int, Layer]]], dict[str, slice], list]:
@@ -276,7 +277,11 @@ def arrange(
     for key, where in made.items():
         k, own = where[0]
         weight, bias = (None if p is None else _global(terms[k], p) for p in (own.weight, own.bias))
-        name = names[next(s for s in key if s is not None)].rpartition(".")[0]
+        first = names[next(s for s in key if s is not None)]
+        name = first.rpartition(".")[0]
+        name = (
+            first if name in uses else name
+        )  # the whole may hold two layers' weights in one module
         layers.append(Layer(name, own.module, weight, bias, own.joint))
         uses[name] = where
     return layers, uses, rest, conflicts
@@ -301,7 +306,7 @@ def _arrange_all(risk, passes: list[Pass], by_example: bool):
 
 
 def kfac_factors(
-    risk: WeightedRisk,
+    risk: WeightedRisk | SumOfRisks,
     lam: Tensor,
     theta: Tensor,
     batch: Any,
@@ -315,10 +320,10 @@ def kfac_factors(
         A = mean over examples and positions of a a^T,    B = (1/n) sum over both of g g^T
 
     Args:
-        risk: The weighted risk; its l2 term is not in the factors.
+        risk: The risk; its l2 term is not in the factors.
         lam: Outer variable; gives the weights sigma.
         theta: Inner variable, shape (d,).
-        batch: (x, y, ...).
+        batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
         fisher: ``"mc"``: B from draws of the model's own labels; ``"exact"``: one probe a class;
             ``"empirical"``: the data's labels.
         samples: Draws per example for ``"mc"``.
@@ -331,7 +336,7 @@ def kfac_factors(
         Parameters of other layers have no entry.
 
     Raises:
-        TypeError: if ``risk`` is not a `WeightedRisk`.
+        TypeError: if ``risk`` is neither, or a subclass that overrides its structure.
         ValueError: for a negative weight, an empty batch, a model in training mode with dropout or
             BatchNorm, half precision, or an unknown option.
 

@@ -10,6 +10,7 @@ square root of the output curvature, the gradients G_i of the examples, and so
 import copy
 import math
 import pickle
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 import bilevel_lite as bl
+from bilevel_lite import tape
 from bilevel_lite.ekfac import ekfac_operator
 from bilevel_lite.kfac import kfac_factors, kfac_operator
 
@@ -786,3 +788,163 @@ def test_float32_holds_on_inputs_up_to_255():
             assert info.solve.cross == "KFAC's own pass"
     for name in ("kfac", "factored"):
         assert error(hs[name, torch.float32], hs[name, torch.float64]) < 2e-5
+
+
+# ---------------------------------------------------------------- places, and what changes in them
+
+
+class Held(nn.Module):
+    """A module whose own parameters are the weights of two linear maps of the terms' models."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for k, layer in enumerate(layers):
+            for name, p in layer.named_parameters():
+                self.register_parameter(f"{name}{k}", p)
+
+
+def test_two_layers_held_by_one_module_have_a_block_each():
+    first, last = built(lambda: (nn.Linear(5, 4), nn.Linear(4, 3)))
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(9, 5, generator=g), torch.randint(3, (9,), generator=g)
+    term_risk = bl.WeightedRisk(nn.Sequential(first, nn.Tanh(), last))
+    alone, held = (
+        bl.SumOfRisks([term_risk], l2=L2, model=whole)
+        for whole in (term_risk.model, Held(first, last))
+    )
+    theta, lam = bl.flatten(alone.model), torch.zeros(1)
+    b = torch.randn(theta.shape, generator=g)
+    for make in (lambda: bl.KFAC(DAMPING, "exact", every=2), lambda: bl.EKFAC(DAMPING, "exact")):
+        one, two = (
+            make().solve(bl.BilevelProblem(r, r), lam, theta, (batch,), b)[0] for r in (alone, held)
+        )
+        assert error(two, one) < 1e-12
+    assert set(kfac_factors(held, lam, theta, (batch,))) == {"", "weight1"}
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+@pytest.mark.parametrize("how", [{"every": 3}, {"ema": 0.5}])
+def test_factors_of_other_parameters_are_not_used(make, how):
+    """As many numbers, but others: first one bias is frozen, then another of the same size."""
+    model = built(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4)))
+    risk = bl.WeightedRisk(model, l2=L2)
+    problem, g = bl.BilevelProblem(risk, risk), torch.Generator().manual_seed(0)
+    batch, lam = (torch.randn(9, 5, generator=g), torch.arange(9) % 4), torch.zeros(1)
+    model[0].bias.requires_grad_(False)
+    theta, solver = bl.flatten(model), make(DAMPING, **how)
+    solver.solve(problem, lam, theta, batch, theta)
+    other = make(DAMPING, **how)
+    other.load_state_dict(solver.state_dict())
+    model[0].bias.requires_grad_(True)
+    model[2].bias.requires_grad_(False)
+    theta = bl.flatten(model)
+    for remembers in (solver, other):
+        with pytest.raises(ValueError, match="parameters of other names .* use a new solver"):
+            remembers.solve(problem, lam, theta, batch, theta)
+    make(DAMPING).solve(problem, lam, theta, batch, theta)
+
+
+def test_a_kept_first_factor_is_not_that_of_another_layer():
+    """The same tensor goes into two models, whose first layers see other patches of it."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 1, 6, 6, generator=g), torch.arange(6) % 3
+    solver = bl.KFAC(DAMPING, "exact", fixed_batch=True)
+    for stride in (1, 2, 1):
+        model = built(
+            lambda s=stride: nn.Sequential(
+                nn.Conv2d(1, 2, 3, stride=s), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)
+            )
+        )
+        risk = bl.WeightedRisk(model, l2=L2)
+        at = bl.BilevelProblem(risk, risk), torch.zeros(1), bl.flatten(model), (x, y)
+        v, _ = solver.solve(*at, bl.flatten(model))
+        assert error(v, bl.KFAC(DAMPING, "exact").solve(*at, bl.flatten(model))[0]) < 1e-12
+
+
+def test_kept_eigenbases_do_not_hold_the_inputs_they_were_made_of():
+    c = sentences("words, narrow", 7)
+    solver = bl.EKFAC(DAMPING, every=3, fixed_batch=True)
+    bl.hypergradient(problem_of(c), c.lam, c.theta, c.batch, None, solver)
+    for a, b, *_ in solver._factors.values():
+        assert a.thin and a.inputs is None and b.inputs is None
+    assert all(getattr(block, "columns", None) is None for block in solver._blocks)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+@pytest.mark.parametrize("name", ["weights", "rising"])
+def test_what_is_counted_is_what_is_done(monkeypatch, name, make):
+    """Half a gradient for the forward pass and for each probe; J v, 2 by whatever way it comes."""
+    c, done = case(name), {"forward": 0, "backward": 0}
+
+    def counted(kind, whole):
+        def run(self, *args, **options):
+            done[kind] += 1
+            return whole(self, *args, **options)
+
+        return run
+
+    more = c.slope and 1  # one probe more where the weights' slope counts
+    columns = {"exact": 3 + more, "mc": 1 + more, "empirical": 1}
+    bl.hypergradient(problem_of(c), c.lam, c.theta, c.batch, None, make(DAMPING))  # a known model
+    monkeypatch.setattr(tape.Tape, "_run", counted("forward", tape.Tape._run))
+    monkeypatch.setattr(tape.Tape, "backward", counted("backward", tape.Tape.backward))
+    for fisher, probes in columns.items():
+        solver = make(DAMPING, fisher, every=2)
+        at = problem_of(c), c.lam, c.theta, c.batch
+        done.update(forward=0, backward=0)
+        _, info = bl.hypergradient(*at, None, solver, return_info=True, diagnose=False)
+        assert info.solve.cross == f"{make.__name__}'s own pass"
+        # for J v one pass back more, but where the probe is the losses' own gradient
+        assert done == {"forward": 1, "backward": probes + (fisher != "empirical")}
+        assert solver.last_cost == info.solve.gradients == (1 + probes) / 2
+        assert info.gradients == 1 + (1 + probes) / 2 + 2
+        _, info = bl.hypergradient(*at, None, solver, return_info=True, diagnose=False)
+        assert done["forward"] == 1 and solver.last_cost == info.solve.gradients == 0
+        assert info.gradients == 1 + 2
+        solver = make(DAMPING, fisher)
+        done.update(forward=0, backward=0)
+        _, info = solver.solve(*at, c.theta, diagnose=False)
+        assert done == {"forward": 1, "backward": probes} and info.gradients == (1 + probes) / 2
+
+
+def test_three_draws_are_three_probes():
+    c, solver = case("weights"), bl.KFAC(DAMPING, samples=3)
+    solver.solve(problem_of(c), c.lam, c.theta, c.batch, c.theta)
+    assert solver.last_cost == 2
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_threads_on_models_that_share_an_encoder():
+    """Each has a model and a solver of its own; torch's call with other parameters is no one's."""
+    encoder, norm = built(lambda: (nn.Linear(20, 30), nn.LayerNorm(30)))
+    g = torch.Generator().manual_seed(0)
+    x, y, lam = torch.randn(100, 20, generator=g), torch.arange(100) % 4, torch.rand(100)
+    batch = x, y, torch.arange(100)
+    cases = []
+    for k in range(3):
+        model = nn.Sequential(encoder, norm, nn.Tanh(), built(lambda: nn.Linear(30, 4)))
+        risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]], l2=L2)
+        cases.append((bl.BilevelProblem(risk, risk), (1 + 0.1 * k) * bl.flatten(model)))
+
+    def compute(problem, theta):
+        return bl.hypergradient(problem, lam, theta, batch, batch, bl.KFAC(DAMPING, "exact"))
+
+    truths, wrong = [compute(*one) for one in cases], []
+
+    def work(one, truth):
+        try:
+            wrong.extend(e for e in (error(compute(*one), truth) for _ in range(15)) if e > 1e-12)
+        except Exception as e:
+            wrong.append(e)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, truths, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
