@@ -279,9 +279,8 @@ def arrange(
         weight, bias = (None if p is None else _global(terms[k], p) for p in (own.weight, own.bias))
         first = names[next(s for s in key if s is not None)]
         name = first.rpartition(".")[0]
-        name = (
-            first if name in uses else name
-        )  # the whole may hold two layers' weights in one module
+        if name in uses:  # one module of the whole holds the weights of two layers
+            name = first
         layers.append(Layer(name, own.module, weight, bias, own.joint))
         uses[name] = where
     return layers, uses, rest, conflicts
