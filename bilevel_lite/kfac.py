@@ -112,6 +112,7 @@ def block_operator(
 
 
 def require_rest(rest: str) -> None:
+    """Refuse an unknown way to treat parameters without a Kronecker block."""
     if rest not in ("diagonal", "damping", "drop"):
         raise ValueError(f"rest: got {rest!r}, expected 'diagonal', 'damping' or 'drop'")
 

@@ -595,7 +595,25 @@ def output_columns(module: nn.Module, g: Tensor) -> Tensor:
 
 
 def squared_gradients(tape: Tape, name: str, grads: dict, params: dict) -> Tensor:
-    """Sum over examples of the squared per-example gradient, for a parameter without a block."""
+    """Sum over examples of the squared per-example gradient, for a parameter without a block.
+
+        sum_i G_i^2,    G_i summed over the calls in which the parameter is used
+
+    Args:
+        tape: The pass; it knows where the parameter is used.
+        name: The parameter's, one of ``tape.rest``.
+        grads: What `Tape.backward` returned for one probe.
+        params: theta by name.
+
+    Returns:
+        Flat, as theta has it.
+
+    Raises:
+        ValueError: if the parameter's gradient does not go example by example with the batch.
+
+    Cost: norms and embeddings as much as their own gradient; other modules one such gradient an
+    example, held at once.
+    """
     place, where = tape.rest[name]
     if name in tape.unlike:
         raise ValueError(
