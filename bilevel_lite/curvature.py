@@ -25,12 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, is_structured, refusal
-from bilevel_lite.surroundings import differentiating, same_twice, second_order, way_out
+from bilevel_lite.surroundings import (
+    differentiating,
+    require_twice,
+    same_twice,
+    second_order,
+    way_out,
+)
 from bilevel_lite.trust import known_code, tolerance, verdicts_of
 
 __all__ = [
@@ -488,10 +495,11 @@ class GGN(Operator):
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
-        with second_order(), same_twice("inner_loss", theta, lambda: risk(lam, theta, batch)):
+        once = same_twice("inner_loss", theta, lambda: risk(lam, theta, batch))
+        with second_order(), way_out(), once:
             terms = [
-                (term, term.risk.outputs(term.read(theta), term.batch))
-                for term in _terms(risk, lam, batch)
+                (term, exactly(term.risk.outputs, term.read(theta), term.batch))
+                for term in risk.terms(lam.detach(), batch)
             ]
         self.parts = [
             OutputMap(term, theta, outputs, output_side(term, lam, outputs))
@@ -510,11 +518,6 @@ class GGN(Operator):
         for part in self.parts:
             out = out + part.term.coefficient * part.vjp(self.middle(part, part.jvp(v)))
         return out
-
-
-def _terms(risk: WeightedRisk | SumOfRisks, lam: Tensor, batch: Any) -> list[Term]:
-    with torch.no_grad():
-        return risk.terms(lam.detach(), batch)
 
 
 @dataclass
@@ -553,6 +556,7 @@ class OutputMap:
             (back,) = torch.autograd.grad(
                 self.outputs, self.theta, u, create_graph=True, retain_graph=True
             )
+            require_twice("inner_loss", back)
             (along,) = torch.autograd.grad(back, u, v, allow_unused=True)
         return torch.zeros_like(self.outputs) if along is None else along
 

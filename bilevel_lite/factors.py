@@ -23,6 +23,7 @@ from bilevel_lite.curvature import OutputSide, output_side, require_fisher, requ
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
+from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import (
     Layer,
     Tape,
@@ -67,7 +68,8 @@ class Pass:
         (call,) = self.tape.calls[layer.name]
         if mask is not None and call.input.shape[: mask.dim()] == mask.shape:
             x = x[:, mask.flatten()]
-        return accumulate(None, x, 1 / x.shape[1], dual and x.shape[1] < NARROW * len(x))
+        rows = x.shape[1]  # none, where a layer was called without examples: then A is zero
+        return accumulate(None, x, 1 / max(1, rows), dual and 0 < rows < NARROW * len(x))
 
 
 @dataclass
@@ -122,6 +124,7 @@ def _scaled(f: Factor, c: float) -> Factor:
     )
 
 
+@way_out()
 def estimate(
     risk: WeightedRisk | SumOfRisks,
     lam: Tensor,
@@ -154,8 +157,7 @@ def estimate(
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
-    with torch.no_grad():
-        terms = risk.terms(lam.detach(), batch)
+    terms = risk.terms(lam.detach(), batch)
     passes = []
     for term in terms:
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
@@ -201,7 +203,7 @@ def _accumulate(one: Pass, dual: bool, rest: str, keep: bool) -> None:
             if g is None:  # the outputs do not depend on this layer
                 g = grads[layer.name][0] = tape.outputs.new_zeros(tape.calls[layer.name][0].shape)
             x = output_columns(layer.module, g)
-            narrow = dual and count * x.shape[1] < NARROW * len(x)
+            narrow = dual and 0 < count * x.shape[1] < NARROW * len(x)
             one.b[layer.name] = accumulate(one.b.get(layer.name), x, 1 / tape.n, narrow)
         for name in tape.rest if rest == "diagonal" else ():
             squares = squared_gradients(tape, name, grads, one.params) / tape.n

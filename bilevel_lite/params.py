@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel_lite.surroundings import lock_of
+from bilevel_lite.surroundings import lock_of, nothing_again
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -74,8 +74,26 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
-    with lock_of(model):
-        return functional_call(model, named, inputs)
+    with lock_of(model), nothing_again("model"):
+        return functional_call(model, _everywhere(model, named), inputs, tie_weights=False)
+
+
+def _everywhere(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values under one name for each module and attribute that holds the parameter.
+
+    Torch ties names itself, but a module that is registered twice then gets its own parameters back
+    first, and what was called with second.
+    """
+    first: dict[int, str] = {}
+    out = dict(named)
+    for prefix, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if p is not None:
+                name = f"{prefix}.{local}" if prefix else local
+                known = first.setdefault(id(p), name)
+                if known in named:
+                    out[name] = named[known]
+    return out
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bilevel_lite.surroundings import nothing_again
+
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "evaluate", "examples"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
@@ -86,7 +88,8 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
     """
     before = versions((lam, theta))
     try:
-        value = loss(lam, theta, batch)
+        with nothing_again(name):
+            value = loss(lam, theta, batch)
     except (TypeError, RuntimeError) as error:
         require_unwritten(name, before, versions((lam, theta)))
         if batch is None and "NoneType" in str(error):

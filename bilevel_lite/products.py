@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_lite.exact import exactly
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured
 from bilevel_lite.surroundings import (
     differentiating,
     ordinary,
+    require_twice,
     same_twice,
     second_order,
     way_out,
@@ -113,7 +115,10 @@ def _grad(value, inputs, name, **kwargs):
         wanted = "theta" if len(inputs) == 1 else "lam or on theta"
         raise ValueError(f"{name}: does not depend on {wanted}")
     with way_out(name):
-        return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+        grads = torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+    if kwargs.get("create_graph"):
+        require_twice(name, *grads)
+    return grads
 
 
 def _require_dependence(**depends: bool) -> None:
@@ -129,7 +134,7 @@ def _value(loss, lam, theta, batch):
         return loss(lam.detach(), theta.detach(), batch)
 
     with same_twice("inner_loss", theta, again):
-        return evaluate(loss, lam, theta, batch, "inner_loss")
+        return exactly(evaluate, loss, lam, theta, batch, "inner_loss")
 
 
 def _gradient_graph(loss, lam, theta, batch):
@@ -410,9 +415,8 @@ def cross_from_slopes(
         if risk.weight is None:
             continue
         if risk.reads_losses:
-            with torch.no_grad():
-                made = risk.outputs(term.read(theta), term.batch) if outputs is None else outputs[k]
-                losses = risk.output_losses(made.detach(), term.batch[1])
+            made = risk.outputs(term.read(theta), term.batch) if outputs is None else outputs[k]
+            losses = risk.output_losses(made.detach(), term.batch[1])
         total = total + term.coefficient * (risk.weights(lam, term.batch, losses) * slope).mean()
     _require_dependence(lam=total.requires_grad)
     return torch.autograd.grad(total, lam)[0]
@@ -487,7 +491,7 @@ def update_operator(
     """
     lam, theta = _leaf(lam), _leaf(theta)
     with second_order():
-        value = evaluate(loss, lam, theta, batch, "inner_loss")
+        value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
         grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
     _require_dependence(lam=grads[0] is not None, theta=grads[1] is not None)
 

@@ -20,10 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
 from bilevel_lite.problem import NotFinite, check_labels, looked_at
-from bilevel_lite.surroundings import differentiating, same_twice, second_order, way_out
+from bilevel_lite.surroundings import (
+    differentiating,
+    require_twice,
+    same_twice,
+    second_order,
+    way_out,
+)
 from bilevel_lite.trust import (
     known_code,
     mixes_examples,
@@ -415,9 +422,10 @@ class WeightedRisk:
         once = same_twice("inner_loss", theta, lambda: self.losses(theta.detach(), batch))
         with second_order(), way_out(), once:
             theta = theta.detach().requires_grad_()
-            losses = self.losses(theta, batch)
+            losses = exactly(self.losses, theta, batch)
             c = torch.ones_like(losses).requires_grad_()
             (g,) = torch.autograd.grad(dot(c, losses), theta, create_graph=True)
+            require_twice("inner_loss", g)
             return torch.autograd.grad(dot(g, v.to(g)), c)[0]
 
     def confirms(self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor) -> bool:
@@ -463,7 +471,7 @@ class WeightedRisk:
         here, along = leaves(self.model, theta), unflatten(self.model, v)
         with still(self.model):
             total = dot(c, self.losses(here, batch))
-        grads = torch.autograd.grad(total, list(here.values()), allow_unused=True)
+            grads = torch.autograd.grad(total, list(here.values()), allow_unused=True)
         parts = [dot(g, d) for g, d in zip(grads, along.values(), strict=True) if g is not None]
         return float(sum(parts))
 

@@ -10,7 +10,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +23,10 @@ __all__ = [
     "differentiating",
     "forward_level",
     "lock_of",
+    "nothing_again",
     "ordinary",
     "random_state",
+    "require_twice",
     "restore_random_state",
     "same_twice",
     "second_order",
@@ -141,6 +143,37 @@ def second_order() -> Any:
     return _second_order
 
 
+# ------------------------------------------------------------------ saved tensors
+
+_HOOKS = "bilevel_lite: no hooks on saved tensors"
+
+
+@contextmanager
+def nothing_again(what: str) -> Iterator[None]:
+    """Refuse activation checkpointing in a forward pass with other parameters than the module's.
+
+    What the backward pass runs again, it runs with the module's own parameters, not with those of
+    theta: the gradient would be of neither.
+
+    Raises:
+        ValueError: naming ``what`` and the way out.
+    """
+    with ExitStack() as stack:
+        with suppress(RuntimeError):  # the caller has hooks of his own around all of it
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
+        try:
+            yield
+        except RuntimeError as error:
+            if _HOOKS not in str(error):
+                raise
+            raise ValueError(
+                f"{what}: uses activation checkpointing (or other hooks on saved tensors); what "
+                "the backward pass runs again, it would run with the module's own parameters and "
+                "not with theta; switch it off (model.gradient_checkpointing_disable(), or call "
+                "the function instead of checkpoint(function, ...))"
+            ) from error
+
+
 # ------------------------------------------------------------------ random numbers
 
 
@@ -234,6 +267,9 @@ _HOPELESS = (  # what torch says where a derivative is missing
     "once_differentiable",
     "Trying to backward through the graph",
     "does not require grad and does not have a grad_fn",
+    "modified inplace",
+    "use_reentrant",
+    "stateless API",
 )
 
 
@@ -260,6 +296,33 @@ def way_out(what: str = "inner_loss") -> Iterator[None]:
                 f"{what}: torch cannot differentiate it as needed here ({said[:300]}); use an "
                 "operation that has a second derivative (attention: the math kernel, "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); an embedding: max_norm=None, "
-                "sparse=False; a torch.autograd.Function: a backward that is differentiable)"
+                "sparse=False; a torch.autograd.Function: a backward that is differentiable; "
+                "checkpointing: use_reentrant=False; nn.DataParallel: the module inside)"
             ) from error
         raise
+
+
+def require_twice(what: str, *grads: Tensor | None) -> None:
+    """Refuse gradients whose graph was cut by ``once_differentiable``.
+
+    Torch raises only if it is asked for gradients in all leaves; asked for some, it leaves that
+    part out and says nothing.
+
+    Raises:
+        ValueError: naming ``what`` and the way out.
+
+    Cost: a walk over the graph, no arithmetic.
+    """
+    seen, left = set(), [grad.grad_fn for grad in grads if grad is not None]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                f"{what}: holds a torch.autograd.Function whose backward is marked "
+                "once_differentiable, so its second derivative is missing; write a backward that "
+                "is differentiable"
+            )
+        seen.add(node)
+        left += [parent for parent, _ in node.next_functions]

@@ -1,0 +1,143 @@
+"""Operations of which torch has a wrong higher derivative, and says nothing; here in another form.
+
+torch 2.13, found by comparing its derivatives with differences of those one order lower:
+
+second order  weight norm (its norms are taken for constants); cross-entropy of a linear map in
+              chunks; embeddings with ``scale_grad_by_freq`` (the scale is forgotten), which no form
+              can mend, since that gradient is the gradient of nothing
+third order   layer_norm, batch_norm and instance_norm with their own statistics; this is the order
+              of a Hessian where the loss itself holds a gradient (forces, gradient penalties)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["exactly"]
+
+
+def exactly(loss: Callable[..., Any], *args: Any) -> Any:
+    """Call ``loss(*args)`` so that all derivatives of what it returns are right.
+
+    A loss that both normalises and differentiates is evaluated once more, with the normalisation
+    written out: its third derivatives are slower to take, and no other loss needs them.
+
+    Raises:
+        ValueError: for an operation that has no right derivative.
+    """
+    mode = _Exactly()
+    with mode:
+        value = loss(*args)
+    if mode.normalises and mode.differentiates:
+        with _Exactly(written_out=True):
+            value = loss(*args)
+    return value
+
+
+class _Exactly(TorchFunctionMode):
+    def __init__(self, written_out: bool = False):
+        super().__init__()
+        self.written_out = written_out
+        self.normalises = self.differentiates = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _DIFFERENTIATE:
+            self.differentiates = True
+        elif function in _OTHER_FORMS:
+            return _OTHER_FORMS[function](*args, **kwargs)
+        elif function in _NORMALISE:
+            self.normalises = True
+            inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func.grad
+            if self.written_out or inside:
+                return _NORMALISE[function](*args, **kwargs)
+        elif function in _EMBED:
+            _refuse_scaled(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+
+# ------------------------------------------------------------------ other forms
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
+def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *cudnn):
+    out = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _per_channel(out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1] + [1] * (out.dim() - 2)
+    out = out if weight is None else out * weight.view(shape)
+    return out if bias is None else out + bias.view(shape)
+
+
+def _batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):  # fmt: skip
+    plain = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        return plain  # statistics that stand still
+    dims = [d for d in range(input.dim()) if d != 1]
+    return _per_channel(_normalised(input, dims, eps), weight, bias)
+
+
+def _instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
+    momentum=0.1, eps=1e-5,
+):  # fmt: skip
+    plain = F.instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+    if not use_input_stats:
+        return plain
+    return _per_channel(_normalised(input, list(range(2, input.dim())), eps), weight, bias)
+
+
+def _low_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
+    return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _low_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn_enabled):
+    return _instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _refuse_scaled(function, *args, **kwargs):
+    place = 5 if function is F.embedding else 4
+    if kwargs.get("scale_grad_by_freq", len(args) > place and args[place]):
+        raise ValueError(
+            "model: an embedding has scale_grad_by_freq=True, so what training follows is the "
+            "gradient of no function, and torch's second derivative forgets the scale; use "
+            "scale_grad_by_freq=False"
+        )
+
+
+_DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_OTHER_FORMS = {torch._weight_norm: _weight_norm}
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    _OTHER_FORMS[F.linear_cross_entropy] = _linear_cross_entropy
+_NORMALISE = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _low_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _low_instance_norm,
+}
+_EMBED = {F.embedding, F.embedding_bag}
