@@ -49,6 +49,7 @@ class Pass:
     b: dict[str, Factor] | None = None
     diagonal: dict[str, Tensor] | None = None
     gradients: list[dict[str, Tensor]] | None = None  # of each probe, if they are to be kept
+    shares: bool = False  # the probe's gradients are those of the losses, weighted
 
     def grads(self, i: int) -> dict[str, list[Tensor]]:
         """Gradients of probe i at the layers' outputs; the graph is freed after the last one."""
@@ -58,8 +59,6 @@ class Pass:
         if i == 0 and self.own is None:
             return self.first
         return self.tape.backward(self.probes[i], keep=i + 1 < len(self.probes))
-
-    shares = False  # the probes' gradients are those of the losses, weighted
 
     def a(self, layer: Layer, dual: bool) -> Factor:
         """Factor A of one layer in this term, from its inputs, padding left out."""
@@ -102,7 +101,7 @@ class Estimate:
     def only(self, layer: Layer) -> tuple[Pass, Layer] | None:
         """The one pass that has this layer, and the layer as it knows it; None if several do."""
         uses = self.uses[layer.name]
-        return uses[0] if len(uses) == 1 and uses[0][0].term.coefficient == 1 else None
+        return uses[0] if len(uses) == 1 else None
 
 
 def _combined(parts: list[tuple[float, Factor]], mean: bool = False) -> Factor:
@@ -154,6 +153,12 @@ def estimate(
         dual: Keep factors of low rank as columns.
         keep: Keep the layers' output gradients of every probe (EKFAC needs them).
         true: Also keep those of the examples' unweighted losses (the shared J v needs them).
+
+    Raises:
+        TypeError, ValueError: as `kfac_factors`.
+
+    Cost: half a gradient a term, and half a gradient a probe; one more backward pass with ``true``
+    (none under ``"empirical"``, whose probe is the losses' gradient, weighted); `Tape.verify`.
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
@@ -173,12 +178,12 @@ def estimate(
     for one in passes:
         _verify(one, by_example)
     layers, uses, places = _arrange_all(risk, passes, by_example)
-    diagonal: dict[str, Tensor] = {}
+    names, diagonal = _names(risk), {}
     for one in passes:
         one.shares = true and fisher == "empirical" and not one.tape.unlike
         _accumulate(one, dual, rest, keep)
         for name, d in (one.diagonal or {}).items():
-            whole = _name_in(risk, one, name)
+            whole = names[_global(one.term, one.tape.places[name][0]).start]
             diagonal[whole] = diagonal.get(whole, 0.0) + one.term.coefficient * d
     return Estimate(passes, layers, uses, places, diagonal, dual)
 
@@ -240,10 +245,6 @@ def _global(term: Term, place: slice) -> slice:
     raise AssertionError(place)
 
 
-def _name_in(risk, one: Pass, name: str) -> str:
-    return _names(risk)[_global(one.term, one.tape.places[name][0]).start]
-
-
 def arrange(
     risk: WeightedRisk | SumOfRisks, terms: list[Term], splits: list[tuple[list[Layer], dict]]
 ) -> tuple[list[Layer], dict[str, list[tuple[int, Layer]]], dict[str, slice], list]:
@@ -278,7 +279,10 @@ def arrange(
     for key, where in made.items():
         k, own = where[0]
         weight, bias = (None if p is None else _global(terms[k], p) for p in (own.weight, own.bias))
-        name = names[next(s for s in key if s is not None)].rpartition(".")[0]
+        first = names[next(s for s in key if s is not None)]
+        name = first.rpartition(".")[0]
+        if name in uses:  # one module of the whole holds the weights of two layers
+            name = first
         layers.append(Layer(name, own.module, weight, bias, own.joint))
         uses[name] = where
     return layers, uses, rest, conflicts
@@ -303,7 +307,7 @@ def _arrange_all(risk, passes: list[Pass], by_example: bool):
 
 
 def kfac_factors(
-    risk: WeightedRisk,
+    risk: WeightedRisk | SumOfRisks,
     lam: Tensor,
     theta: Tensor,
     batch: Any,
@@ -317,10 +321,10 @@ def kfac_factors(
         A = mean over examples and positions of a a^T,    B = (1/n) sum over both of g g^T
 
     Args:
-        risk: The weighted risk; its l2 term is not in the factors.
+        risk: The risk; its l2 term is not in the factors.
         lam: Outer variable; gives the weights sigma.
         theta: Inner variable, shape (d,).
-        batch: (x, y, ...).
+        batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
         fisher: ``"mc"``: B from draws of the model's own labels; ``"exact"``: one probe a class;
             ``"empirical"``: the data's labels.
         samples: Draws per example for ``"mc"``.
@@ -333,7 +337,7 @@ def kfac_factors(
         Parameters of other layers have no entry.
 
     Raises:
-        TypeError: if ``risk`` is not a `WeightedRisk`.
+        TypeError: if ``risk`` is neither, or a subclass that overrides its structure.
         ValueError: for a negative weight, an empty batch, a model in training mode with dropout or
             BatchNorm, half precision, or an unknown option.
 

@@ -34,6 +34,7 @@ from bilevel_lite.products import (
     update_operator,
     update_vjp,
 )
+from bilevel_lite.risk import only_reads
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
 from bilevel_lite.surroundings import SameDraws, differentiating, ordinary
 
@@ -165,7 +166,9 @@ def implicit(
     """
     curvature_batch = inner_batch if curvature_batch is None else curvature_batch
     cross_batch = inner_batch if cross_batch is None else cross_batch
-    lam, theta = lam.detach().clone(), theta.detach().clone()  # models may write into them
+    lam, theta = lam.detach().clone(), theta.detach()  # models may write into them
+    if not (only_reads(problem.inner_loss) and only_reads(problem.outer_loss)):
+        theta = theta.clone()
     before = versions((lam, theta))
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     at = problem, lam, theta, curvature_batch, b, diagnose

@@ -36,10 +36,12 @@ from bilevel_lite.kronecker import (
     Factor,
     Matrix,
     Solve,
+    Spectrum,
     heuristic_damping,
     kronecker_inverse,
 )
 from bilevel_lite.linsolve import LinearSolve, at_least
+from bilevel_lite.params import trainable
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import COST, cross_and_route, cross_from_slopes, has_slopes
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
@@ -110,6 +112,7 @@ def block_operator(
 
 
 def require_rest(rest: str) -> None:
+    """Refuse an unknown way to treat parameters without a Kronecker block."""
     if rest not in ("diagonal", "damping", "drop"):
         raise ValueError(f"rest: got {rest!r}, expected 'diagonal', 'damping' or 'drop'")
 
@@ -168,11 +171,13 @@ class Block:
         """
         one, layer = done.only(self.layer)
         (call,), (g,) = one.tape.calls[layer.name], one.own[layer.name]
-        if self.columns is not None and g is not None:
+        columns = None if g is None or self.columns is None else output_columns(call.module, g)
+        if (
+            columns is not None and columns.shape[1] == self.columns.shape[1]
+        ):  # no mask left one out
             weight, bias = self.layer.read(b)
             z = self.weight.along(weight, self.columns)
             z = z if bias is None else z + self.bias(bias)
-            columns = output_columns(call.module, g)
             return (columns * z).sum(0).view(one.tape.n, -1).sum(1)
         weight, bias = layer.split(*(self.solved(b) if v is None else self.layer.read(v)))
         params = {} if weight is None else {"weight": weight}
@@ -234,7 +239,8 @@ class KFAC(Solver):
             differentiated than by the other solvers). The diagnosis names them.
         fixed_batch: Keep the eigendecomposition of A where a layer's input is the very tensor of
             the last build: pays where the curvature batch never changes (first layers). With a new
-            batch at each call it costs an eigendecomposition each time instead.
+            batch at each call it costs an eigendecomposition each time instead. Nothing is kept
+            with ``ema``, under a mask, or where several terms of a sum have the layer.
         generator: CPU generator for the draws; by default one with ``seed``, kept between calls.
         seed: Seed of that generator.
 
@@ -288,14 +294,17 @@ class KFAC(Solver):
         self._factors = None  # layer name -> factors, kept for `every` and `ema`
         self._diagonal: dict[str, Tensor] = {}
         self._theta = None  # where the factors were built
+        self._parameters: list | None = None  # names and shapes that the factors are of
         self._blocks = None
-        self._inputs: dict[str, tuple] = {}  # fixed_batch: layer -> (input, version, spectrum)
+        self._inputs: dict[tuple, tuple] = {}  # fixed_batch: layer -> (module, input, version, A)
         self._report: tuple[int, float, tuple[str, ...], float] = (0, 0.0, (), 0.0)
 
     # -- building
 
     def _estimate(self, risk, lam, theta, batch, true: bool = False) -> Estimate:
         """One pass for factors and diagonals (``true``: and for J v)."""
+        if self.ema:
+            self._require_known(risk, theta)
         tau = self.damping + 2 * risk.l2
         done = estimate(
             risk, lam, theta, batch, self.fisher, self.samples, self._generator,
@@ -326,6 +335,7 @@ class KFAC(Solver):
             yield from self._rest_blocks(done.rest, diagonal, tau)
         if self.every > 1 or self.ema:
             self._factors, self._diagonal = new, diagonal
+            self._parameters = _parameters(risk)
 
     def _rebuild(self, risk) -> Iterator[Any]:
         """The blocks of factors that `load_state_dict` brought back."""
@@ -354,15 +364,16 @@ class KFAC(Solver):
         if layer.weight is None or not self.fixed_batch or self.ema or found is None:
             return done.a(layer)
         one, own = found
-        a, kept = one.tape.calls[own.name][0].input, self._inputs.get(layer.name)
-        if kept is not None and _same(kept[0], a) and kept[1] == a._version:
-            return kept[2]
+        if one.term.risk.mask is not None:  # A is of the mask too, and that may change
+            return done.a(layer)
+        a, key = one.tape.calls[own.name][0].input, (layer.name, layer.joint)
+        module, before, version, factor = self._inputs.get(key, (None, None, 0, None))
+        if module is own.module and _same(before, a) and version == a._version:
+            return factor
         factor = done.a(layer)
         if a.untyped_storage().data_ptr() == one.tape.x.untyped_storage().data_ptr():
-            factor = factor.spectrum()
-            if one.term.risk.mask is None:
-                factor.keep(one.tape.input_columns(own))
-            self._inputs[layer.name] = (a, a._version, factor)
+            factor = factor.spectrum().keep(one.tape.input_columns(own))
+            self._inputs[key] = (own.module, a, a._version, factor)
         return factor
 
     def _block(self, layer: Layer, factors: tuple, tau: float) -> "Block":
@@ -430,16 +441,25 @@ class KFAC(Solver):
         """True if this call uses kept factors; counts it."""
         if not self._kept(risk):
             return False
-        if self._theta.shape != theta.shape:
-            raise ValueError(
-                f"{type(self).__name__}: remembers factors for {self._theta.numel()} parameters, "
-                f"but theta has {theta.numel()}; use a new solver for a new problem"
-            )
+        self._require_known(risk, theta)
         size = float(self._theta.norm())
         moved = float((theta.detach() - self._theta).norm())
         self._report = (self._age, moved / size if size else moved, self._report[2], 0.0)
         self._age += 1
         return True
+
+    def _require_known(self, risk: WeightedRisk | SumOfRisks, theta: Tensor) -> None:
+        """Refuse a problem that the remembered factors are not of."""
+        if self._theta is not None and self._theta.shape != theta.shape:
+            raise ValueError(
+                f"{type(self).__name__}: remembers factors for {self._theta.numel()} parameters, "
+                f"but theta has {theta.numel()}; use a new solver for a new problem"
+            )
+        if self._parameters is not None and self._parameters != _parameters(risk):
+            raise ValueError(
+                f"{type(self).__name__}: remembers factors for parameters of other names or "
+                "shapes (frozen or replaced since?); use a new solver for a new problem"
+            )
 
     def _kept(self, risk: WeightedRisk) -> bool:
         """True if there are blocks that are still to be used."""
@@ -482,6 +502,10 @@ class KFAC(Solver):
         anew and all of the model's code is known (`bilevel_lite.risk.known_code`). Else J v is
         `bilevel_lite.products.cross_vp`; ``info.cross`` says so. Without ``want_v`` v is not formed
         where J v does not need it.
+
+        Cost: that of the build and, for J v, one backward pass to the layers' outputs (none under
+        ``"empirical"``, whose probe is the losses' gradient, weighted). It is counted as 2
+        gradients all the same, what J v counts by any way.
         """
         risk = problem.inner_loss
         one = isinstance(risk, WeightedRisk) and has_slopes(risk) and known_code(risk.model)
@@ -536,6 +560,7 @@ class KFAC(Solver):
             "theta": self._theta,
             "factors": factors,
             "diagonal": dict(self._diagonal),
+            "parameters": self._parameters,
             "without_block": list(self._report[2]),
         }
 
@@ -546,6 +571,7 @@ class KFAC(Solver):
         self._generator.set_state(state["generator"].cpu())
         self._age, self._theta = state["age"], state["theta"]
         self._diagonal = dict(state["diagonal"])
+        self._parameters = state.get("parameters")  # an older state has none
         self._report = (0, 0.0, tuple(state["without_block"]), 0.0)
         if state["factors"] is not None:
             self._factors = {
@@ -554,8 +580,13 @@ class KFAC(Solver):
             }
 
 
+def _parameters(risk: WeightedRisk | SumOfRisks) -> list[list]:
+    """Names and shapes of theta's parts."""
+    return [[name, *p.shape] for name, p in trainable(risk.model).items()]
+
+
 def _owned(factors: tuple, done: Estimate) -> tuple:
-    """The factors, without columns that are a view of the caller's batch."""
+    """The factors as they are kept: no view of the caller's batch, no spectrum's inputs."""
     given = {
         one.tape.x.untyped_storage().data_ptr()
         for one in done.passes
@@ -563,6 +594,8 @@ def _owned(factors: tuple, done: Estimate) -> tuple:
     }
 
     def owned(f):
+        if isinstance(f, Spectrum):
+            return Spectrum(f.values, f.vectors)
         if not isinstance(f, Columns):
             return f
         shared = f.columns.untyped_storage().data_ptr() in given

@@ -319,15 +319,23 @@ def _require_finite_factor(matrix: Tensor) -> None:
 
 
 def _potrf(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Cholesky factor, lower, and whether it failed."""
+    """Cholesky factor, in the lower triangle, and whether it failed; then the matrix is as before.
+
+    LAPACK writes over the triangle that it reads, and the other one still has what was there.
+    """
     if not _numpy_pays(matrix):
         chol, failed = torch.linalg.cholesky_ex(matrix)
         return chol, bool(failed)
     from scipy.linalg import lapack
 
     potrf = lapack.spotrf if matrix.dtype == torch.float32 else lapack.dpotrf
-    chol, failed = potrf(matrix.numpy().T, lower=1)  # .T: LAPACK counts by columns
-    return torch.from_numpy(chol), failed > 0 or not math.isfinite(chol[-1, -1])
+    diagonal, chol = matrix.diagonal().clone(), matrix.T  # LAPACK counts by columns
+    _, failed = potrf(chol.numpy(), lower=1, clean=0, overwrite_a=1)
+    if failed or not math.isfinite(float(chol[-1, -1])):
+        chol.copy_(chol.triu(1) + chol.triu(1).T)
+        chol.diagonal().copy_(diagonal)
+        return chol, True
+    return chol, False
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bilevel_lite.surroundings import lock_of, nothing_again
+from bilevel_lite.surroundings import lock_of_modules, nothing_again
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,7 +25,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: if no parameter requires a gradient.
     """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with lock_of_modules():  # another thread may have swapped the parameters for a call
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not params:
         raise ValueError(
             f"model: {type(model).__name__} has no parameter with requires_grad=True, "
@@ -52,8 +53,7 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: if ``theta`` does not have exactly as many entries as the module.
     """
-    with lock_of(model):  # another thread may have swapped the parameters for a call
-        params = trainable(model)
+    params = trainable(model)
     sizes = [p.numel() for p in params.values()]
     if theta.shape != (sum(sizes),):
         raise ValueError(
@@ -74,26 +74,23 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
-    with lock_of(model), nothing_again("model"):
-        return functional_call(model, _everywhere(model, named), inputs, tie_weights=False)
+    with lock_of_modules(), nothing_again("model"):
+        return functional_call(model, places_for(model, named), inputs, tie_weights=False)
 
 
-def _everywhere(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values under one name for each module and attribute that holds the parameter.
+def places_for(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``named`` with every place where a module holds one of these parameters, each place once.
 
-    Torch ties names itself, but a module that is registered twice then gets its own parameters back
-    first, and what was called with second.
+    Tied weights have several places. A module that stands in two places of a model has one; torch
+    would name it twice (``tie_weights=True``) and, restoring it twice, leave what it was given.
     """
-    first: dict[int, str] = {}
-    out = dict(named)
-    for prefix, module in model.named_modules():
-        for local, p in module._parameters.items():
-            if p is not None:
-                name = f"{prefix}.{local}" if prefix else local
-                known = first.setdefault(id(p), name)
-                if known in named:
-                    out[name] = named[known]
-    return out
+    values = {id(p): named[name] for name, p in model.named_parameters() if name in named}
+    return {
+        f"{prefix}.{local}" if prefix else local: values[id(p)]
+        for prefix, module in model.named_modules()
+        for local, p in module._parameters.items()
+        if id(p) in values
+    }
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

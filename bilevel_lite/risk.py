@@ -41,7 +41,15 @@ from bilevel_lite.trust import (
     verdicts_of,
 )
 
-__all__ = ["SumOfRisks", "Term", "WeightedRisk", "is_structured", "overridden", "refusal"]
+__all__ = [
+    "SumOfRisks",
+    "Term",
+    "WeightedRisk",
+    "is_structured",
+    "only_reads",
+    "overridden",
+    "refusal",
+]
 
 LOSSES = ("cross_entropy", "mse")
 IGNORED = -100  # the label of a position without a loss term, where labels have positions
@@ -807,6 +815,12 @@ def is_structured(loss: Any) -> bool:
     if isinstance(loss, SumOfRisks):
         return overridden(loss) is None and all(map(is_structured, loss.risks))
     return isinstance(loss, WeightedRisk) and overridden(loss) is None
+
+
+def only_reads(loss: Any) -> bool:
+    """True if this loss is known not to write into theta: its models are of known code."""
+    risks = loss.risks if isinstance(loss, SumOfRisks) else [loss]
+    return is_structured(loss) and all(known_code(risk.model) for risk in risks)
 
 
 def refusal(risk: Any) -> str:

@@ -12,17 +12,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as fwad
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "SameDraws",
     "differentiating",
     "forward_level",
-    "lock_of",
+    "lock_of_modules",
     "nothing_again",
     "ordinary",
     "random_state",
@@ -68,7 +67,7 @@ def ordinary(value: Any) -> Any:
 
 _forward = threading.RLock()
 _guard = threading.Lock()
-_locks: WeakKeyDictionary = WeakKeyDictionary()
+_modules = threading.RLock()
 
 
 @contextmanager
@@ -78,10 +77,12 @@ def forward_level() -> Iterator[None]:
         yield
 
 
-def lock_of(model: nn.Module) -> Any:
-    """The lock under which a module is called with other parameters: one thread at a time."""
-    with _guard:
-        return _locks.setdefault(model, threading.RLock())
+def lock_of_modules() -> Any:
+    """The lock under which modules hold other parameters or hooks of ours: one thread at a time.
+
+    One for all models, since two may share layers (an encoder with two heads).
+    """
+    return _modules
 
 
 # ------------------------------------------------------------------ kernels

@@ -25,9 +25,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.curvature import require_batch
-from bilevel_lite.params import leaves, trainable
+from bilevel_lite.params import leaves, predict, trainable
 from bilevel_lite.risk import WeightedRisk
-from bilevel_lite.surroundings import lock_of, same_twice, second_order
+from bilevel_lite.surroundings import lock_of_modules, same_twice, second_order
 from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
 
 __all__ = [
@@ -147,7 +147,7 @@ class Tape:
         compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
         once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch))
-        with once, lock_of(risk.model):
+        with once, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
                 for o in self.owners
@@ -232,14 +232,15 @@ class Tape:
         """
         seen = verdicts_of(self.risk.model)
         key = ("tape", self.bias, *self._pattern())
-        if key in seen:
-            self._take(*seen[key])
-        if key not in seen or not (self.known or self._some(probe, grads, params)):
-            verdict = self._whole(probe, grads, params)
-            seen.setdefault(key, verdict)
-            self._take(*verdict)
-        elif by_example and not self.known:
-            self._separate(probe, grads)
+        with lock_of_modules():
+            if key in seen:
+                self._take(*seen[key])
+            if key not in seen or not (self.known or self._some(probe, grads, params)):
+                verdict = self._whole(probe, grads, params)
+                seen.setdefault(key, verdict)
+                self._take(*verdict)
+            elif by_example and not self.known:
+                self._separate(probe, grads)
 
     def _separate(self, probe, grads) -> None:
         """Note the modules in whose calls a row is not an example, on this very batch."""
@@ -421,7 +422,9 @@ class Tape:
             if call.input._version != call.version:
                 raise ValueError(_overwritten(name))
             if g is not None:
-                total = total + (g * along(call)).reshape(self.n, -1).sum(1)
+                with lock_of_modules():  # `along` calls the module with other parameters
+                    change = along(call)
+                total = total + (g * change).reshape(self.n, -1).sum(1)
         return total
 
     def input_columns(self, layer: Layer) -> Tensor:
@@ -505,12 +508,14 @@ def _require_eval(model: nn.Module) -> None:
 def places_of(model: nn.Module) -> dict:
     """Name -> (slice in theta, the (module, attribute) pairs that own it), in theta's order."""
     where: dict[int, list] = {}
-    for prefix, module in model.named_modules():
-        for local, p in module._parameters.items():
-            if p is not None:
-                where.setdefault(id(p), []).append((prefix, local))
+    with lock_of_modules():
+        params = trainable(model)
+        for prefix, module in model.named_modules():
+            for local, p in module._parameters.items():
+                if p is not None:
+                    where.setdefault(id(p), []).append((prefix, local))
     places, start = {}, 0
-    for name, p in trainable(model).items():
+    for name, p in params.items():
         places[name] = (slice(start, start + p.numel()), where[id(p)])
         start += p.numel()
     return places
@@ -590,7 +595,25 @@ def output_columns(module: nn.Module, g: Tensor) -> Tensor:
 
 
 def squared_gradients(tape: Tape, name: str, grads: dict, params: dict) -> Tensor:
-    """Sum over examples of the squared per-example gradient, for a parameter without a block."""
+    """Sum over examples of the squared per-example gradient, for a parameter without a block.
+
+        sum_i G_i^2,    G_i summed over the calls in which the parameter is used
+
+    Args:
+        tape: The pass; it knows where the parameter is used.
+        name: The parameter's, one of ``tape.rest``.
+        grads: What `Tape.backward` returned for one probe.
+        params: theta by name.
+
+    Returns:
+        Flat, as theta has it.
+
+    Raises:
+        ValueError: if the parameter's gradient does not go example by example with the batch.
+
+    Cost: norms and embeddings as much as their own gradient; other modules one such gradient an
+    example, held at once.
+    """
     place, where = tape.rest[name]
     if name in tape.unlike:
         raise ValueError(
@@ -609,7 +632,8 @@ def squared_gradients(tape: Tape, name: str, grads: dict, params: dict) -> Tenso
     call, _, g = used[0]
     if kind_of(call.module) is nn.Embedding and len(used) == 1:
         return _embedding_squares(call.module, call.input, g)
-    summed = sum(_per_example(c.module, c.input, k, g, params, tape.names) for c, k, g in used)
+    with lock_of_modules():
+        summed = sum(_per_example(c.module, c.input, k, g, params, tape.names) for c, k, g in used)
     return summed.square().sum(0).reshape(-1)
 
 
@@ -628,7 +652,7 @@ def _per_example(
 
     def one(a_i, g_i):
         def run(p):
-            return functional_call(module, {**own, local: p}, (a_i[None],))
+            return predict(module, {**own, local: p}, a_i[None])
 
         return vjp(run, own[local])[1](g_i[None])[0]
 

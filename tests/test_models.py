@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import models
+from bilevel_lite import models, params
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,24 @@ def test_bad_input():
         models.build("lenet", (1, 8, 8), 10)
     with pytest.raises(ValueError, match="stem: got 'vit', expected 'cifar' or 'imagenet'"):
         models.resnet18((3, 32, 32), 10, stem="vit")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_model_holds_its_own_parameters_after_a_call(gradients):
+    """Also a module that stands in it twice, and a weight that two modules share."""
+    mix, out, tied = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    tied.weight = out.weight
+    model = torch.nn.Sequential(mix, torch.nn.Tanh(), mix, out, tied)
+    before = dict(model.named_parameters())
+    g = torch.Generator().manual_seed(0)
+    theta, x = torch.randn(27, generator=g), torch.randn(2, 3, generator=g)
+    w, b, w2, b2, b3 = theta.split([9, 3, 9, 3, 3])
+    w, w2 = w.view(3, 3), w2.view(3, 3)
+    truth = ((((x @ w.T + b).tanh() @ w.T + b) @ w2.T + b2) @ w2.T) + b3
+    for _ in range(2):
+        with torch.set_grad_enabled(gradients):
+            outputs = params.predict(model, theta.clone().requires_grad_(gradients), x)
+        assert float((outputs.detach() - truth).norm() / truth.norm()) < 1e-14
+        after = dict(model.named_parameters())
+        assert list(after) == list(before) and all(after[k] is p for k, p in before.items())
+        assert model[2].weight is mix.weight and model[4].weight is out.weight

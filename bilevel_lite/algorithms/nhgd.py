@@ -111,7 +111,7 @@ class NHGD(Method):
             inverse = self._update(q, batch, last=step == self.inner_steps - 1)
             self._move_theta(q)
         outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
-        v = inverse(b)
+        v = self.v = inverse(b)
         cross = self._draw("cross" if self.batches["cross"] is not None else "inner")
         self._spend("cross", cross)
         return inner_loss, outer_loss, direct - cross_vp(loss, self.lam, self.theta, cross, v), None

@@ -1,0 +1,294 @@
+"""`check` is a judge: right solvers agree, and what is broken on purpose does not, by name.
+
+The package is broken inside each test, one function at a time; a judge that took the way of the
+judged number would agree with it.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_kfac import Borrowing, Positions, classify
+from test_kfac_risks import heads
+from test_risk import case, problem_of, solve
+from torch import nn
+
+import bilevel_lite as bl
+from bilevel_lite import checking, kfac, products, risk, solvers, tape
+
+pytestmark = pytest.mark.filterwarnings("ignore::bilevel_lite.linsolve.NegativeCurvatureWarning")
+
+
+def judged(c, solver, theta=None, **options):
+    return bl.check(
+        problem_of(c), c.lam, c.theta if theta is None else theta, c.batch, None, solver,
+        verbose=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["weights", "inputs", "rising", "inputs, rising", "sum"])
+def solved(request):
+    """Where lam may stand, at the solution; the losses' own slope counts where they are read."""
+    c = case(request.param)
+    return c, solve(c, c.lam, c.theta)
+
+
+# ---------------------------------------------------------------- right ones agree
+
+
+RIGHT = {
+    "direct": bl.Direct,
+    "cg": lambda: bl.CG(300, tol=1e-12),
+    "cg behind kfac": lambda: bl.CG(300, tol=1e-12, precondition=bl.KFAC(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", list(RIGHT))
+def test_right_solvers_agree(solved, name):
+    c, theta = solved
+    few = {"num_directions": 3, "generator": torch.Generator().manual_seed(0)}
+    report = judged(c, RIGHT[name](), theta, solve_inner=lambda lam: solve(c, lam, theta), **few)
+    assert report.passed and report.faults == (), str(report)
+    assert report.rtol == 1e-4 and "agrees to 1e-04" in str(report)
+    errors = report.relative_error_exact, report.relative_error_cross
+    assert max(errors) < 1e-7 and report.relative_error_differences < 1e-6
+
+
+def single(c, theta):
+    """The same case in float32; the inner problem is still solved in float64."""
+    short, lam = copy.deepcopy(c), c.lam.float()
+    short.risk.model.float()
+
+    def cast(part):
+        if isinstance(part, tuple):
+            return tuple(map(cast, part))
+        return part.float() if part.is_floating_point() else part
+
+    short.batch, short.lam, short.target = cast(c.batch), lam, c.target.float()
+    return short, theta.float()
+
+
+@pytest.mark.parametrize("name", list(RIGHT))
+def test_right_solvers_agree_in_float32(solved, name):
+    c, theta = solved
+    short, there = single(c, theta)
+    solver = bl.CG(100, tol=1e-6) if name == "cg" else RIGHT[name]()
+    report = judged(
+        short, solver, there, solve_inner=lambda lam: solve(c, lam.double(), theta).float(),
+        num_directions=3, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert report.passed and report.rtol == 1e-2, str(report)
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+@pytest.mark.parametrize("name", ["weights", "inputs", "rising", "positions", "sum"])
+def test_an_approximation_is_told_from_a_fault(name, make):
+    """KFAC's v is another one, and says so; its J v is right, and nothing else is blamed."""
+    report = judged(case(name), make(0.1))
+    assert not report.passed and report.faults == ()
+    assert report.relative_error_exact > 1e-3 and report.relative_error_cross < 1e-6
+    assert report.residual > 1e-3 and "DOES NOT AGREE" in str(report)
+
+
+# ---------------------------------------------------------------- broken ones do not
+
+
+def wrong(function, change=lambda out: 1.01 * out):
+    return lambda *args, **options: change(function(*args, **options))
+
+
+def for_one(slopes):
+    slopes = slopes.clone()
+    slopes[0] *= 1.5
+    return slopes
+
+
+def blamed(report, fault):
+    assert not report.passed and any(f.startswith(fault) for f in report.faults), str(report)
+    assert fault in str(report) and "DOES NOT AGREE" in str(report)
+
+
+@pytest.mark.parametrize("change", [lambda s: 1.01 * s, for_one])
+@pytest.mark.parametrize("name", ["weights", "rising", "sum"])
+def test_slopes_by_forward_mode(monkeypatch, name, change):
+    def pushed(function, theta, v, push=risk.push_forward):
+        outputs, along = push(function, theta, v)
+        return outputs, change(along)
+
+    monkeypatch.setattr(risk, "push_forward", pushed)
+    mended = judged(case(name), bl.Identity(0.1))
+    assert mended.relative_error_cross < 1e-6  # held against an ordinary gradient
+    assert "double backward" in mended.info.solve.cross
+    monkeypatch.setattr(bl.WeightedRisk, "confirms", lambda *args: True)
+    blamed(judged(case(name), bl.Identity(0.1)), "J v by forward mode: is not what another route")
+
+
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+def test_kfacs_own_pass(monkeypatch, make):
+    def slopes(self, *args, whole=kfac.Block.slopes):
+        return (1.01 if self.layer.name == "0" else 1.0) * whole(self, *args)
+
+    monkeypatch.setattr(kfac.Block, "slopes", slopes)
+    for name in ("weights", "rising"):
+        blamed(judged(case(name), make(0.1)), f"J v by {make.__name__}'s own pass: is not")
+
+
+@pytest.mark.parametrize("make", [Borrowing, lambda: Positions(True), lambda: Positions(False)])
+def test_a_layer_that_is_not_what_its_class_says(monkeypatch, make):
+    """Were every model taken for known code, and nothing compared, the judge would see it."""
+    monkeypatch.setattr(tape.Tape, "verify", lambda *args: None)
+    monkeypatch.setattr(kfac, "known_code", lambda model: True)
+    problem, lam, theta, batch = classify(make())
+    report = bl.check(problem, lam, theta, batch, batch, bl.KFAC(0.1), verbose=False)
+    blamed(report, "J v by KFAC's own pass: is not")
+
+
+def l2_once(matvec):
+    """l2 in place of 2 l2; without either H would be singular, which is refused by name."""
+    return lambda v: matvec(v) - 0.05 * v
+
+
+@pytest.mark.parametrize(
+    "change", [lambda matvec: lambda v: 1.01 * matvec(v), l2_once], ids=["scaled", "l2 once"]
+)
+@pytest.mark.parametrize("name", ["weights", "inputs", "rising", "sum"])
+@pytest.mark.parametrize("make", [bl.Direct, lambda: bl.CG(300, tol=1e-12)], ids=["direct", "cg"])
+def test_products_with_the_hessian(monkeypatch, name, make, change):
+    for module in (products, solvers):
+        monkeypatch.setattr(module, "hvp_operator", wrong(module.hvp_operator, change))
+    whole = products.SecondDerivatives.__call__
+    monkeypatch.setattr(
+        products.SecondDerivatives,
+        "__call__",
+        lambda self, v: change(lambda v: whole(self, v))(v),
+    )
+    blamed(judged(case(name), make()), "H: the exact solution has a relative residual of")
+
+
+def test_a_hessian_that_leaves_out_the_weights_slope():
+    """No fault of the package: the weights stand still in it. Differences of g see what is left."""
+    c = case("frozen")
+    theta = solve(c, c.lam, c.theta)
+    report = judged(
+        c, bl.Direct(), theta, solve_inner=lambda lam: solve(c, lam, theta), num_directions=2,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert not report.passed and report.relative_error_differences > 1e-3
+
+
+@pytest.mark.parametrize("name", ["inputs", "inputs, rising", "weights"])
+@pytest.mark.parametrize("make", [bl.Direct, lambda: bl.Identity(0.1)], ids=["direct", "identity"])
+def test_double_backward(monkeypatch, name, make):
+    monkeypatch.setattr(products, "_cross_twice", wrong(products._cross_twice))
+    own = products.SecondDerivatives
+    monkeypatch.setattr(own, "cross", wrong(own.cross))
+    c = case(name)
+    by = "forward mode" if name == "weights" and make is not bl.Direct else "double backward"
+    blamed(judged(c, make()), f"J v by {by}: is not what another route")
+
+
+def test_a_plain_function_differentiated_wrongly(monkeypatch):
+    monkeypatch.setattr(products, "_cross_twice", wrong(products._cross_twice))
+    c = case("inputs")
+    loss = c.risk
+    problem = bl.BilevelProblem(lambda *at: loss(*at), problem_of(c).outer_loss)
+    report = bl.check(problem, c.lam, c.theta, c.batch, None, bl.Identity(0.1), verbose=False)
+    blamed(report, "J v by double backward: is not what another route")
+
+
+class Elsewhere(bl.Direct):
+    """J v of other rows than those of H."""
+
+    def solve_and_cross(self, problem, lam, theta, batch, b, diagnose=True, want_v=True):
+        v, _, info = super().solve_and_cross(problem, lam, theta, batch, b, diagnose, want_v)
+        rows = tuple(t[1:] for t in batch)
+        return v, products.cross_vp(problem.inner_loss, lam, theta, rows, v), info
+
+
+def test_j_v_of_another_batch():
+    report = judged(case("weights"), Elsewhere())
+    blamed(report, "J v by")
+    assert report.relative_error_exact > 1e-2
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+def test_a_loss_that_draws_from_a_generator_of_its_own(size):
+    c, g = case("weights"), torch.Generator().manual_seed(0)
+    loss = c.risk
+
+    def noisy(lam, theta, batch):
+        return loss(lam, theta * (1 + size * torch.randn(theta.shape, generator=g)), batch)
+
+    problem = bl.BilevelProblem(noisy, problem_of(c).outer_loss)
+    report = bl.check(problem, c.lam, c.theta, c.batch, None, bl.CG(5), verbose=False)
+    blamed(report, "inner_loss: gives two values at one point")
+
+
+@pytest.mark.parametrize("make", [bl.Direct, lambda: bl.CG(3), lambda: bl.KFAC(0.1)])
+def test_dropout_is_refused(make):
+    c = case("weights")
+    first, _, second = c.risk.model
+    c.risk.model = nn.Sequential(first, nn.Dropout(0.5), second).train()
+    with pytest.raises(ValueError, match="draws random numbers|in training mode"):
+        judged(c, make())
+
+
+def test_h_of_another_type(monkeypatch):
+    def short(*args, whole=checking.hypergradient, **options):
+        h, info = whole(*args, **options)
+        return h.float(), info
+
+    monkeypatch.setattr(checking, "hypergradient", short)
+    blamed(judged(case("weights"), bl.Direct(), rtol=1e-2), "h: is torch.float32 of shape")
+
+
+def test_a_solver_that_stops_early_is_no_fault_but_does_not_agree():
+    report = judged(case("weights"), bl.CG(2))
+    assert not report.passed and report.faults == () and report.residual > 1e-2
+
+
+# ---------------------------------------------------------------- the caller's solver
+
+
+def same(one, two):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bl.KFAC(0.1),
+        lambda: bl.KFAC(0.1, ema=0.5),
+        lambda: bl.KFAC(0.1, every=3),
+        lambda: bl.EKFAC(0.1, every=3),
+        lambda: bl.CG(2, warm_start=True),
+        lambda: bl.CG(2, precondition=bl.KFAC(0.1, every=2)),
+        lambda: bl.KFACRichardson(1, bl.KFAC(0.1, ema=0.5)),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights", "sum"])
+def test_the_callers_solver_is_as_it_was(name, make):
+    """Its memory, its generator, and so its next answer, to the last bit."""
+    c, here, twin = case(name), make(), make()
+    at = problem_of(c), c.lam, c.theta, c.batch, None
+    for solver in (here, twin):
+        bl.hypergradient(*at, solver)
+    before = copy.deepcopy(here.state_dict())
+    bl.check(*at, here, verbose=False)
+    assert same(here.state_dict(), before)
+    assert torch.equal(bl.hypergradient(*at, here), bl.hypergradient(*at, twin))
+
+
+def test_a_sum_with_shared_layers_agrees():
+    c = heads()
+    report = bl.check(
+        bl.BilevelProblem(c.risk, lambda lam, theta, _: (theta * c.target).sum().sin()),
+        c.lam, c.theta, c.batch, None, bl.CG(400, tol=1e-13), verbose=False,
+    )  # fmt: skip
+    assert report.faults == () and report.relative_error_cross < 1e-6
