@@ -38,7 +38,7 @@ from bilevel_lite.surroundings import (
     second_order,
     way_out,
 )
-from bilevel_lite.trust import known_code, tolerance, verdicts_of
+from bilevel_lite.trust import known_code, numbers, tolerance, verdicts_of
 
 __all__ = [
     "EmpiricalFisher",
@@ -561,14 +561,19 @@ class OutputMap:
         return torch.zeros_like(self.outputs) if along is None else along
 
     def _is_transpose(self, along: Tensor, v: Tensor) -> bool:
-        """Compare < u, J v > with < J^T u, v > once, for a random u; cost: half a gradient."""
+        """Compare < u, J v > with < J^T u, v > once, for random u.
+
+        Cost: half a gradient; three halves in float32 or below (`bilevel_lite.trust.numbers`).
+        """
         seen, known = verdicts_of(self.term.risk.model), known_code(self.term.risk.model)
         if not (known and "pushed forward" in seen):
-            u = torch.randn(along.shape, generator=torch.Generator().manual_seed(0)).to(along)
-            size = float(along.norm() * u.norm())
-            apart = abs(float(dot(u, along) - dot(self.vjp(u), v)))
-            if math.isfinite(size) and apart > tolerance(along) * size:
-                return False
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(numbers(along)):
+                u = torch.randn(along.shape, generator=generator).to(along)
+                size = float(along.norm() * u.norm())
+                apart = abs(float(dot(u, along) - dot(self.vjp(u), v)))
+                if math.isfinite(size) and apart > tolerance(along) * size:
+                    return False
             seen["pushed forward"] = True
         self.pushed = True
         return True

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "known_code",
     "mixes_examples",
+    "numbers",
     "rowwise",
     "some_examples",
     "spots",
@@ -54,6 +55,15 @@ def tolerance(like: Tensor) -> float:
         like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     )
     return 3e-2 if low else 10 * torch.finfo(like.dtype).eps ** 0.5
+
+
+def numbers(like: Tensor) -> int:
+    """How many random numbers to compare in this precision, so that none agrees by chance.
+
+    One that is off by as much as its size is within the tolerance with about the probability of
+    the tolerance itself: 1 in 10 million in float64, 1 in 300 in float32.
+    """
+    return 1 if tolerance(like) < 1e-6 else 3
 
 
 def mixes_examples(model: nn.Module) -> bool:
