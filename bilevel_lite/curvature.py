@@ -31,10 +31,10 @@ from bilevel_lite.params import dot
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, is_structured, refusal
+from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,
     require_twice,
-    same_twice,
     second_order,
     way_out,
 )
@@ -495,15 +495,21 @@ class GGN(Operator):
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
-        once = same_twice("inner_loss", theta, lambda: risk(lam, theta, batch))
-        with second_order(), way_out(), once:
-            terms = [
-                (term, exactly(term.risk.outputs, term.read(theta), term.batch))
-                for term in risk.terms(lam.detach(), batch)
-            ]
+
+        def outputs(theta):
+            return [exactly(t.risk.outputs, t.read(theta), t.batch) for t in terms]
+
+        def together(made):
+            return torch.cat([out.detach().reshape(-1) for out in made])
+
+        terms = risk.terms(lam.detach(), batch)
+        once = same_twice("inner_loss", theta, lambda: together(outputs(theta.detach())), risk)
+        with second_order(), way_out(), once as watch:
+            made = outputs(theta)
+            watch.value = together(made)
         self.parts = [
             OutputMap(term, theta, outputs, output_side(term, lam, outputs))
-            for term, outputs in terms
+            for term, outputs in zip(terms, made, strict=True)
         ]
         self.l2 = risk.l2
         self._act_on(theta)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilevel_lite.surroundings import forward_level, same_twice, second_order
+from bilevel_lite.same_function import same_twice
+from bilevel_lite.surroundings import forward_level, second_order
 
 __all__ = ["NoForwardMode", "push_forward"]
 
@@ -72,7 +74,7 @@ _EMBEDDINGS = {F.embedding: _embedding, torch.embedding: _low_embedding}
 
 
 def push_forward(
-    outputs: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor
+    outputs: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor, of: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Return outputs(theta) and its directional derivative along v, detached.
 
@@ -82,21 +84,25 @@ def push_forward(
         outputs: A function of theta.
         theta: Shape (d,).
         v: Direction, shape (d,).
+        of: The model, where its code is not known; see `same_twice`.
 
     Raises:
         NoForwardMode: naming the operation that has no such derivative.
-        ValueError: if the outputs do not depend on theta, or the model draws random numbers.
+        ValueError: if the outputs do not depend on theta, or the model draws random numbers or
+            keeps something from pass to pass.
 
     Cost: two forward passes' worth of arithmetic.
     """
     try:
-        once = same_twice("inner_loss", theta, lambda: outputs(theta.detach()))
-        with second_order(), once, forward_level(), _AsTrained():
+        once = same_twice("inner_loss", theta, lambda: outputs(theta.detach()), of)
+        with second_order(), once as watch, forward_level(), _AsTrained():
             dual = outputs(fwad.make_dual(theta.detach(), v.detach().to(theta)))
             value, along = fwad.unpack_dual(dual)
             if along is None:
                 raise ValueError("inner_loss: does not depend on theta")
-            return value.detach().clone(), along.detach().clone()
+            watch.value = value = value.detach().clone()
+            along = along.detach().clone()
+        return value, along
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:  # NotImplementedError is one

@@ -35,8 +35,9 @@ from bilevel_lite.products import (
     update_vjp,
 )
 from bilevel_lite.risk import only_reads
+from bilevel_lite.same_function import SameDraws
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
-from bilevel_lite.surroundings import SameDraws, differentiating, ordinary
+from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = [
     "HypergradientInfo",
@@ -92,6 +93,10 @@ def hypergradient(
     It is the derivative of Phi only where theta solves the inner problem; elsewhere its error is
     proportional to the distance from theta*.
 
+    One thing is not seen here: a ``torch.autograd.Function`` whose backward leaves autograd (by
+    NumPy, say) without being marked ``once_differentiable``, so that H and J come out short of a
+    part. `check` finds it.
+
     Args:
         problem: The two losses.
         lam: Outer variable, any shape.
@@ -115,8 +120,9 @@ def hypergradient(
     Raises:
         TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, or an argument is of
             another kind (a sampler or a DataLoader is no batch).
-        ValueError: if a loss is not one finite number or misses a variable, if g draws random
-            numbers or cannot be differentiated twice, or the result is not finite.
+        ValueError: if a loss is not one finite number or misses a variable, if g is another
+            function at each call (it draws random numbers, or its model keeps something from call
+            to call) or cannot be differentiated twice, or the result is not finite.
 
     Cost: 1 gradient (b and the direct term), the solver's products, 1 cross product.
     Source: Bengio (2000); Pedregosa (2016); Lorraine et al. (2020).

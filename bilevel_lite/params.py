@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bilevel_lite.same_function import note
 from bilevel_lite.surroundings import lock_of_modules, nothing_again
 
 
@@ -74,6 +75,7 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
+    note(model)
     with lock_of_modules(), nothing_again("model"):
         return functional_call(model, places_for(model, named), inputs, tie_weights=False)
 

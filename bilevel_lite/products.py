@@ -14,12 +14,12 @@ from torch import Tensor
 from bilevel_lite.exact import exactly
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
-from bilevel_lite.risk import SumOfRisks, Term, is_structured
+from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads
+from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,
     ordinary,
     require_twice,
-    same_twice,
     second_order,
     way_out,
 )
@@ -48,9 +48,10 @@ __all__ = [
 COST = {"gradient": 1, "hvp": 2, "cross": 2}
 
 
-def _leaf(value: Tensor) -> Tensor:
-    """A copy to differentiate at: what a loss writes into it does not reach the caller's."""
-    return value.detach().clone().requires_grad_()
+def _leaf(value: Tensor, loss: Loss) -> Tensor:
+    """A point to differentiate at: a copy, unless this loss is known not to write into it."""
+    value = value.detach()
+    return (ordinary(value) if only_reads(loss) else value.clone()).requires_grad_()
 
 
 @differentiating
@@ -81,7 +82,7 @@ def gradient(
 
     Cost: 1 gradient.
     """
-    lam, theta = _leaf(lam), _leaf(theta)
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with way_out(name):
         value = evaluate(loss, lam, theta, batch, name)
     grad_lam, grad_theta = _grad(value, (lam, theta), name)
@@ -101,7 +102,7 @@ def theta_gradient(
 
     Arguments, errors and cost are those of `gradient`; lam's part of the backward pass is saved.
     """
-    lam, theta = lam.detach().clone(), _leaf(theta)
+    lam, theta = lam.detach().clone(), _leaf(theta, loss)
     with way_out(name):
         value = evaluate(loss, lam, theta, batch, name)
     grad = _grad(value, (theta,), name)[0] if value.requires_grad else None
@@ -128,13 +129,14 @@ def _require_dependence(**depends: bool) -> None:
 
 
 def _value(loss, lam, theta, batch):
-    """The value of the inner loss, refused where another evaluation would draw other numbers."""
+    """The value of the inner loss, refused where it is another function at each evaluation."""
 
     def again():
         return loss(lam.detach(), theta.detach(), batch)
 
-    with same_twice("inner_loss", theta, again):
-        return exactly(evaluate, loss, lam, theta, batch, "inner_loss")
+    with same_twice("inner_loss", theta, again, loss) as watch:
+        watch.value = value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
+    return value
 
 
 def _gradient_graph(loss, lam, theta, batch):
@@ -167,13 +169,13 @@ def hvp_operator(
         A function that takes and gives a detached tensor like ``theta``.
 
     Raises:
-        ValueError: if the loss is not one finite number, does not depend on ``theta``, draws random
-            numbers (dropout in training mode: H would not be that of b and J), or holds an
-            operation without a second derivative.
+        ValueError: if the loss is not one finite number, does not depend on ``theta``, is another
+            function at each call (dropout in training mode, a model that counts its calls: H would
+            not be that of b and J), or holds an operation without a second derivative.
 
     Cost: counted as 2 gradients per product.
     """
-    lam, theta = lam.detach().clone(), _leaf(theta)
+    lam, theta = lam.detach().clone(), _leaf(theta, loss)
     grad = _gradient_graph(loss, lam, theta, batch)
     if not grad.requires_grad:  # linear in theta: the Hessian is zero
         return lambda v: torch.zeros_like(v)
@@ -327,7 +329,7 @@ def has_slopes(loss: Loss) -> bool:
 
 
 def _cross_twice(loss, lam, theta, batch, v):
-    lam, theta, v = _leaf(lam), _leaf(theta), ordinary(v)
+    lam, theta, v = _leaf(lam, loss), _leaf(theta, loss), ordinary(v)
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
@@ -434,7 +436,7 @@ def first_and_second(
     Cost: counted as 3 gradients: 1 for the gradient, 2 for both products together (one double
     backward pass).
     """
-    lam, theta, p = _leaf(lam), _leaf(theta), ordinary(p)
+    lam, theta, p = _leaf(lam, loss), _leaf(theta, loss), ordinary(p)
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
         grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
@@ -489,7 +491,7 @@ def update_operator(
 
     Cost: counted as 2 gradients per direction (the gradient is a by-product).
     """
-    lam, theta = _leaf(lam), _leaf(theta)
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with second_order():
         value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
         grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
@@ -517,11 +519,15 @@ def update_jvp(
         q = grad_theta g and H z + J^T e, both like ``theta``, detached.
 
     Raises:
-        ValueError: as `update_operator`, or if the loss draws random numbers: another direction
-            would be of another function.
+        ValueError: as `update_operator`, or if the loss is another function at each call: it draws
+            random numbers, or its model keeps something from pass to pass.
 
     Cost: counted as 2 gradients (the gradient is a by-product).
     """
-    with same_twice("inner_loss", theta, lambda: loss(lam, theta, batch)):
+
+    def again():
+        return loss(lam.detach(), theta.detach(), batch)
+
+    with same_twice("inner_loss", theta, again, loss):
         q, along = update_operator(loss, lam, theta, batch)
     return q, along(e, z)

@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
 from bilevel_lite.problem import NotFinite, check_labels, looked_at
+from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,
     require_twice,
-    same_twice,
     second_order,
     way_out,
 )
@@ -416,7 +416,7 @@ class WeightedRisk:
         """Return `slopes`, and a line that says how they were computed."""
         theta, v = theta.detach(), v.detach()
         try:
-            outputs, along = push_forward(lambda t: self.outputs(t, batch), theta, v)
+            outputs, along = push_forward(lambda t: self.outputs(t, batch), theta, v, self.model)
             slopes = (self.output_gradient(outputs, batch[1]) * along).flatten(1).sum(1)
         except NoForwardMode as error:
             why = f"no forward mode: {error}"
@@ -428,10 +428,11 @@ class WeightedRisk:
 
     def _slopes_twice(self, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
         """The same as d/dc_i of < grad_theta sum_i c_i l_i, v >, by double backward."""
-        once = same_twice("inner_loss", theta, lambda: self.losses(theta.detach(), batch))
-        with second_order(), way_out(), once:
-            theta = theta.detach().requires_grad_()
-            losses = exactly(self.losses, theta, batch)
+        fixed, theta = theta.detach(), theta.detach().requires_grad_()
+        again = partial(self.losses, fixed, batch)
+        with second_order(), way_out():
+            with same_twice("inner_loss", fixed, again, self.model) as watch:
+                watch.value = losses = exactly(self.losses, theta, batch)
             c = torch.ones_like(losses).requires_grad_()
             (g,) = torch.autograd.grad(dot(c, losses), theta, create_graph=True)
             require_twice("inner_loss", g)

@@ -2,8 +2,8 @@
 
 Gradients may be switched off where a hypergradient is asked for, attention may run in a kernel
 without second derivatives, forward mode has one level for all threads, a functional call swaps the
-parameters of a module that another thread uses, a model may draw random numbers. Each of these has
-its one place here; what no setting cures is refused in a sentence that names the way out.
+parameters of a module that another thread uses. Each of these has its one place here; what no
+setting cures is refused in a sentence that names the way out.
 """
 
 import functools
@@ -15,19 +15,16 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
+import torch.utils.checkpoint
 from torch import Tensor
 
 __all__ = [
-    "SameDraws",
     "differentiating",
     "forward_level",
     "lock_of_modules",
     "nothing_again",
     "ordinary",
-    "random_state",
     "require_twice",
-    "restore_random_state",
-    "same_twice",
     "second_order",
     "way_out",
 ]
@@ -147,6 +144,40 @@ def second_order() -> Any:
 # ------------------------------------------------------------------ saved tensors
 
 _HOOKS = "bilevel_lite: no hooks on saved tensors"
+_local = threading.local()
+
+
+class _NoCheckpoints:
+    """Within it, in this thread, reentrant checkpointing is an error.
+
+    Torch only warns where its inputs have no gradient, and what is inside then gets none at all.
+    """
+
+    def __init__(self):
+        self.holders, self.validity = 0, None
+
+    def __enter__(self):
+        _local.refusing = getattr(_local, "refusing", 0) + 1
+        with _guard:
+            self.holders += 1
+            if self.holders == 1:
+                self.validity = torch.utils.checkpoint.check_backward_validity
+                torch.utils.checkpoint.check_backward_validity = self.check
+
+    def __exit__(self, *error):
+        _local.refusing -= 1
+        with _guard:
+            self.holders -= 1
+            if not self.holders:
+                torch.utils.checkpoint.check_backward_validity = self.validity
+
+    def check(self, inputs):
+        if getattr(_local, "refusing", 0):
+            raise RuntimeError(_HOOKS)
+        self.validity(inputs)
+
+
+_no_checkpoints = _NoCheckpoints()
 
 
 @contextmanager
@@ -162,6 +193,8 @@ def nothing_again(what: str) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller has hooks of his own around all of it
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
+        if torch.is_grad_enabled():
+            stack.enter_context(_no_checkpoints)
         try:
             yield
         except RuntimeError as error:
@@ -173,83 +206,6 @@ def nothing_again(what: str) -> Iterator[None]:
                 "not with theta; switch it off (model.gradient_checkpointing_disable(), or call "
                 "the function instead of checkpoint(function, ...))"
             ) from error
-
-
-# ------------------------------------------------------------------ random numbers
-
-
-def random_state(like: Tensor) -> list[Tensor]:
-    """The states of torch's own generators that a model on this device may draw from."""
-    states = [torch.default_generator.get_state()]
-    if like.device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(like.device))
-    return states
-
-
-def restore_random_state(states: list[Tensor], like: Tensor) -> None:
-    """Put back what `random_state` returned."""
-    torch.default_generator.set_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], like.device)
-
-
-class SameDraws:
-    """A loss that draws the same random numbers (dropout's, say) at every call as at its first.
-
-    The first call draws as the loss itself would. Each further one starts from the state in which
-    the first found torch's generators, and leaves them as it found them. Numbers from a generator
-    of the loss's own are not seen.
-    """
-
-    def __init__(self, loss: Callable[..., Tensor]):
-        self.loss, self.state = loss, None  # a state is kept only if the first call drew
-
-    def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
-        """Evaluate the loss."""
-        now = random_state(theta)
-        if self.state is None:
-            value = self.loss(lam, theta, batch)
-            if not _equal(now, random_state(theta)):
-                self.state = now
-            return value
-        restore_random_state(self.state, theta)
-        try:
-            return self.loss(lam, theta, batch)
-        finally:
-            restore_random_state(now, theta)
-
-
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
-
-
-@contextmanager
-def same_twice(
-    what: str, like: Tensor, again: Callable[[], Tensor] | None = None
-) -> Iterator[None]:
-    """Refuse what draws random numbers inside: another evaluation would be another function.
-
-    Args:
-        what: What the message names.
-        like: A tensor on the device of the model.
-        again: Evaluates anew. Where numbers were drawn, a few equal values acquit the model: the
-            generators are the whole process's, and another thread may have drawn.
-
-    Raises:
-        ValueError: naming ``what`` and the way out.
-    """
-    before = random_state(like)
-    yield
-    if _equal(before, random_state(like)):
-        return
-    with torch.no_grad():
-        values = [] if again is None else [again() for _ in range(4)]
-    if not values or not all(torch.equal(values[0], value) for value in values):
-        raise ValueError(
-            f"{what}: draws random numbers (dropout in training mode?), so b, H and J would each "
-            "belong to another function; call model.eval() before differentiating, or draw once "
-            "and put what was drawn into the batch"
-        )
 
 
 # ------------------------------------------------------------------ torch's own words
@@ -269,7 +225,6 @@ _HOPELESS = (  # what torch says where a derivative is missing
     "Trying to backward through the graph",
     "does not require grad and does not have a grad_fn",
     "modified inplace",
-    "use_reentrant",
     "stateless API",
 )
 
@@ -298,7 +253,7 @@ def way_out(what: str = "inner_loss") -> Iterator[None]:
                 "operation that has a second derivative (attention: the math kernel, "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); an embedding: max_norm=None, "
                 "sparse=False; a torch.autograd.Function: a backward that is differentiable; "
-                "checkpointing: use_reentrant=False; nn.DataParallel: the module inside)"
+                "nn.DataParallel: the module inside)"
             ) from error
         raise
 

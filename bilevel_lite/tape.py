@@ -27,7 +27,8 @@ from torch.func import functional_call, vjp, vmap
 from bilevel_lite.curvature import require_batch
 from bilevel_lite.params import leaves, predict, trainable
 from bilevel_lite.risk import WeightedRisk
-from bilevel_lite.surroundings import lock_of_modules, same_twice, second_order
+from bilevel_lite.same_function import same_twice
+from bilevel_lite.surroundings import lock_of_modules, second_order
 from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
 
 __all__ = [
@@ -146,8 +147,9 @@ class Tape:
     def _run(self, risk, batch):
         compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
-        once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch))
-        with once, lock_of_modules():
+        of = None if self.known else risk.model
+        once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch), of)
+        with once as watch, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
                 for o in self.owners
@@ -157,7 +159,7 @@ class Tape:
                     # a model of unknown code may write into what it is given (max_norm does)
                     own = self.theta if self.known else self.theta.clone()
                     self._leaves = leaves(risk.model, own)
-                    self.outputs = risk.outputs(self._leaves, batch)
+                    watch.value = self.outputs = risk.outputs(self._leaves, batch)
             finally:
                 for hook in hooks:
                     hook.remove()

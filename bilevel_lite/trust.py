@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bilevel_lite.surroundings import lock_of_modules
+
 __all__ = [
     "known_code",
     "mixes_examples",
@@ -98,7 +100,9 @@ def known_code(model: nn.Module) -> bool:
     No other code and no hook is in it: what was compared once stays right.
     """
     common = nn.modules.module
-    if common._global_forward_hooks or common._global_backward_hooks:
+    ours = "bilevel_lite.same_function"  # it only looks
+    before = (hook.__module__ != ours for hook in common._global_forward_pre_hooks.values())
+    if common._global_forward_hooks or common._global_backward_hooks or any(before):
         return False
     return all(
         ROWWISE.get(type(m)) is type(m).forward
@@ -112,10 +116,16 @@ def known_code(model: nn.Module) -> bool:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """One more forward pass that leaves the model's buffers (running statistics) as they were."""
-    before = [(b, b.clone()) for b in model.buffers()] if mixes_examples(model) else []
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+    """One more forward pass that leaves running statistics as they were.
+
+    The pass gets copies of them, since a graph that is still there may need the tensors unwritten.
+    """
+    with lock_of_modules():
+        before = [(m, dict(m._buffers)) for m in model.modules() if mixes_examples(m)]
+        for module, buffers in before:
+            module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
+        try:
+            yield
+        finally:
+            for module, buffers in before:
+                module._buffers.update(buffers)

@@ -883,6 +883,12 @@ add(
 )
 
 
+@kind("checkpoint, reentrant, of the inputs", normal(5))
+class CheckpointedFirst(Pair):
+    def forward(self, x):
+        return self.o(checkpoint(lambda z: torch.tanh(self.a(z)), x, use_reentrant=True))
+
+
 @kind("checkpoint", normal(5), reentrant=False)
 @kind("checkpoint, reentrant", normal(5), reentrant=True)
 class Checkpointed(Pair):
@@ -892,6 +898,64 @@ class Checkpointed(Pair):
 
     def forward(self, x):
         return checkpoint(lambda z: self.o(torch.tanh(z)), self.a(x), use_reentrant=self.reentrant)
+
+
+# ------------------------------------------------------------------ another function at each call
+
+
+@kind("a buffer that counts calls", normal(5), how="buffer")
+@kind("an attribute that counts calls", normal(5), how="number")
+@kind("a list that grows", normal(5), how="list")
+@kind("a running mean that is read", normal(5), how="mean")
+@kind("activations of the pass before", normal(5), how="before")
+@kind("calls counted, the count not read", normal(5), how="idle")
+class Keeping(Pair):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.calls, self.passes, self.h = how, 0, [], torch.zeros(N, 4)
+        self.register_buffer("kept", torch.zeros(()))
+
+    def between(self, h):
+        h, before = torch.tanh(h), self.h
+        self.calls, self.h = self.calls + 1, h.detach()
+        self.kept += h.detach().mean() if self.how == "mean" else 1
+        self.passes.append(None)
+        return (
+            h
+            + {
+                "buffer": 0.1 * self.kept,
+                "number": 0.1 * self.calls,
+                "list": 0.1 * len(self.passes),
+                "mean": self.kept,
+                "before": 0.5 * before.mean(0),
+                "idle": 0.0,
+            }[self.how]
+        )
+
+
+def counting_outside():
+    """A hook that keeps its count where no module shows it."""
+    model, calls = mlp(), []
+
+    def louder(module, inputs, output):
+        calls.append(1)
+        return output + 0.1 * (len(calls) % 7)
+
+    model[0].register_forward_hook(louder)
+    return model
+
+
+add("a hook that counts calls", counting_outside, normal(5))
+add(
+    "spectral norm, old, in training",
+    lambda: mlp(first=nn.utils.spectral_norm(nn.Linear(5, 4))),
+    normal(5),
+)
+add(
+    "spectral norm, new, in training",
+    lambda: mlp(first=parametrizations.spectral_norm(nn.Linear(5, 4))),
+    normal(5),
+)
 
 
 @kind("forces: a gradient inside", normal(4), "mse")

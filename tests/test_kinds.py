@@ -641,7 +641,8 @@ ONCE = "marked once_differentiable"
 SCALED = "scale_grad_by_freq=True"
 SPARSE = "sparse tensors"
 AGAIN = "activation checkpointing"
-REENTRANT = "use_reentrant=False"
+ITERATES = "spectral_norm in training mode"
+KEEPS = "has another value when it is evaluated once more"
 PARALLEL = "DataParallel module"
 HELD_STILL = ("regulariser/Identity",)  # reads the penalty's derivatives alone
 
@@ -703,7 +704,23 @@ REFUSED: dict[str, dict[str, str]] = {
     "a function that is differentiable once": no_second(ONCE),
     "forward hook that mixes examples": no_examples("0.weight"),
     "checkpoint": nothing(AGAIN, AGAIN),
-    "checkpoint, reentrant": nothing(REENTRANT, REENTRANT),
+    "checkpoint, reentrant, of the inputs": nothing(AGAIN, AGAIN),
+    "checkpoint, reentrant": nothing(AGAIN, AGAIN),
+    **{
+        name: in_risks(ALL, KEEPS) | in_plain(KEEPS)
+        for name in (
+            "a buffer that counts calls",
+            "an attribute that counts calls",
+            "a list that grows",
+            "a running mean that is read",
+            "activations of the pass before",
+            "a hook that counts calls",
+        )
+    },
+    **{
+        f"spectral norm, {age}, in training": in_risks(ALL, ITERATES) | in_plain(ITERATES)
+        for age in ("old", "new")
+    },
     "forces: a gradient inside": no_diagonal("a.weight") | no_features(),
     "forces of a softmax": no_diagonal("a.weight") | no_features(),
     "forces of a layer norm": no_diagonal("a.weight") | no_features(),

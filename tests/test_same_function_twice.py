@@ -1,12 +1,14 @@
 """A loss that is evaluated again is the same loss: the batch that was drawn, the same dropout."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import data, products
-from bilevel_lite.surroundings import SameDraws, same_twice
+from bilevel_lite.same_function import SameDraws, same_twice
 
 STEPS, LR = 5, 0.3
 
@@ -333,5 +335,64 @@ def test_numbers_that_another_thread_draws_are_no_ones_fault():
     at = torch.ones(2), torch.tensor([1.0, 3.0])
     assert torch.equal(products.hvp(beside, *at, None, at[1]), 2 * at[1])
     with pytest.raises(ValueError, match="inner_loss: draws random numbers"):
-        with same_twice("inner_loss", at[0]):
+        with same_twice("inner_loss", at[0], lambda: torch.rand(1)):
             torch.rand(1)
+
+
+# ------------------------------------------------------------------ what a model keeps
+
+
+class Late(nn.Module):
+    """A model that stays the same for so many calls, and then keeps count where nobody sees it."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.o, seen = nn.Linear(3, 4), []
+        self.o.register_forward_hook(lambda *args: seen.append(1))
+        self.late = lambda: max(0, len(seen) - calls)
+
+    def forward(self, x):
+        return self.o(x) * (1 + 0.1 * self.late())
+
+
+def test_a_model_is_compared_at_its_first_second_fourth_eighth_use():
+    """A use is one call, a comparison one more: what begins after call 9 is found at use 8."""
+    problem = weighted(model := Late(calls=9))
+    at = problem.inner_loss, numbers(1, 20), bl.flatten(model), WHOLE, numbers(3, 16)
+    for _ in range(7):
+        products.hvp(*at)
+    for _ in range(2):  # and once found it is refused each time
+        with pytest.raises(ValueError, match="inner_loss: has another value .* from call to call"):
+            products.hvp(*at)
+
+
+def test_a_comparison_leaves_running_statistics_as_the_one_pass_left_them():
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    (once := copy.deepcopy(model))(X)
+    theta = bl.flatten(model)
+    products.hvp(weighted(model).inner_loss, numbers(1, 20), theta, WHOLE, theta)
+    assert int(model[1].num_batches_tracked) == 1
+    assert torch.equal(model[1].running_var, once[1].running_var)
+
+
+def counting(calls):
+    def g(lam, theta, batch):
+        calls.append(1)
+        return 0.5 * (lam * theta.square()).sum() * len(calls)
+
+    return bl.BilevelProblem(g, lambda lam, theta, batch: theta.square().sum())
+
+
+def test_unrolling_backwards_through_a_loss_that_counts_its_calls():
+    with pytest.raises(ValueError, match="loss: has another value"):
+        bl.unrolled_hypergradient(counting([]), torch.ones(2), torch.ones(2), 3, 0.1)
+
+
+def test_unrolling_forwards_differentiates_the_descent_that_was_done():
+    """theta_3 = theta_0 prod_k (1 - 0.1 k lam), one call of g a step."""
+    calls, theta = [], torch.tensor([1.0, 3.0])
+    at = counting(calls), torch.ones(2), theta, 3, 0.1, "forward"
+    shrunk = torch.tensor([0.9, 0.8, 0.7])
+    slope = sum(-0.1 * k / s for k, s in zip((1, 2, 3), shrunk, strict=True))
+    close(bl.unrolled_hypergradient(*at), 2 * (theta * shrunk.prod()).square() * slope, 1e-6)
+    assert len(calls) == 3

@@ -14,7 +14,7 @@ from bilevel_lite.algorithms.method import (
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem, NotFinite
 from bilevel_lite.products import dot, gradient, theta_gradient
-from bilevel_lite.surroundings import SameDraws
+from bilevel_lite.same_function import SameDraws
 
 __all__ = ["BVFSM"]
 

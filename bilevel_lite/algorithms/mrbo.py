@@ -9,8 +9,8 @@ from bilevel_lite.algorithms.method import Method, require_fraction
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import theta_gradient
+from bilevel_lite.same_function import SameDraws
 from bilevel_lite.solvers import Solver
-from bilevel_lite.surroundings import SameDraws
 
 __all__ = ["MRBO"]
 

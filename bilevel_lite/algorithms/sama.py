@@ -9,7 +9,7 @@ from bilevel_lite.algorithms.method import Method, require_positive
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient
-from bilevel_lite.surroundings import SameDraws
+from bilevel_lite.same_function import SameDraws
 
 __all__ = ["SAMA", "adaptation"]
 

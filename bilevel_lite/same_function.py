@@ -1,0 +1,286 @@
+"""Is another evaluation one of the same function? What is drawn, and what a model keeps.
+
+b, H and J are derivatives at one point of one function. A model that draws random numbers, counts
+its calls, remembers activations or moves a buffer at each forward pass is another function every
+time. Running statistics of BatchNorm are no such state: what moves them does not read them.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bilevel_lite.surroundings import second_order
+from bilevel_lite.trust import known_code, still
+
+__all__ = [
+    "SameDraws",
+    "note",
+    "random_state",
+    "require_same",
+    "restore_random_state",
+    "same_twice",
+]
+
+
+# ------------------------------------------------------------------ random numbers
+
+
+def random_state(like: Tensor) -> list[Tensor]:
+    """The states of torch's own generators that a model on this device may draw from."""
+    states = [torch.default_generator.get_state()]
+    if like.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(like.device))
+    return states
+
+
+def restore_random_state(states: list[Tensor], like: Tensor) -> None:
+    """Put back what `random_state` returned."""
+    torch.default_generator.set_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], like.device)
+
+
+class SameDraws:
+    """A loss that draws the same random numbers (dropout's, say) at every call as at its first.
+
+    The first call draws as the loss itself would. Each further one starts from the state in which
+    the first found torch's generators, and leaves them as it found them. Numbers from a generator
+    of the loss's own are not seen. What keeps something else from call to call is refused, as by
+    `same_twice`.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]):
+        self.loss, self.state = loss, None  # a state is kept only if the first call drew
+        self.compared = False
+
+    def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate the loss."""
+        if self.state is not None:
+            return self._replayed(lam, theta, batch)
+        before = random_state(theta)
+        with _watching(self.loss) as watch:
+            value = self.loss(lam, theta, batch)
+        if not _equal(before, random_state(theta)):
+            self.state = before
+        if not self.compared:
+            self.compared = True
+            if (moved := watch.moved()) or _due(self.loss):
+                again = partial(self._replayed, lam, theta, batch)
+                require_same("loss", [value.detach(), *watch.evaluate(again, 1)], moved)
+            _was_the_same(self.loss)
+        return value
+
+    def _replayed(self, lam, theta, batch):
+        if self.state is None:
+            return self.loss(lam, theta, batch)
+        now = random_state(theta)
+        restore_random_state(self.state, theta)
+        try:
+            return self.loss(lam, theta, batch)
+        finally:
+            restore_random_state(now, theta)
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+# ------------------------------------------------------------------ what a model keeps
+
+_local = threading.local()
+_OWN = {*vars(nn.Module()), "training", "_backward_hooks", "_flat_weights"}
+
+
+def note(model: nn.Module, inputs: Any = None) -> None:
+    """Tell whoever watches in this thread that the model is about to be evaluated."""
+    for watch in getattr(_local, "watches", ()):
+        watch.see(model)
+
+
+class _Watch:
+    """The models that are evaluated inside, and what each held before."""
+
+    def __init__(self):
+        self.models: list[tuple[nn.Module, dict]] = []
+        self.seen: set[int] = set()
+        self.value: Tensor | None = None
+
+    def see(self, model):
+        if id(model) not in self.seen:
+            self.seen |= {id(module) for module in model.modules()}
+            _require_still_norms(model)
+            self.models.append((model, _kept(model)))
+
+    def moved(self) -> list[str]:
+        """Names of buffers and attributes that are not what they were."""
+        return [
+            name
+            for model, before in self.models
+            for name, now in _kept(model).items()
+            if name not in before or not _same(before[name], now)
+        ]
+
+    def evaluate(self, again: Callable[[], Tensor], times: int) -> list[Tensor]:
+        """Evaluate anew, so many times; running statistics stay as they are."""
+        with ExitStack() as stack:
+            for model, _ in self.models:
+                stack.enter_context(still(model))
+            stack.enter_context(torch.enable_grad())  # a model may differentiate inside
+            stack.enter_context(second_order())
+            return [again().detach() for _ in range(times)]
+
+
+@contextmanager
+def _watching(loss: Any) -> Iterator[_Watch]:
+    """Note the models that `predict` evaluates inside; all modules for a plain function."""
+    plain = not (loss is None or isinstance(loss, nn.Module) or hasattr(loss, "terms"))
+    watches = _local.__dict__.setdefault("watches", [])
+    watches.append(watch := _Watch())
+    with ExitStack() as stack:
+        stack.callback(watches.remove, watch)
+        if plain:
+            hook = nn.modules.module.register_module_forward_pre_hook(note)
+            stack.callback(hook.remove)
+        yield watch
+
+
+def _kept(model: nn.Module) -> dict[str, Any]:
+    """Present state, by name, of what the model's own code might carry from pass to pass."""
+    if known_code(model):
+        return {}
+    kept = {}
+    for path, module in model.named_modules():
+        buffers, own = module._buffers, module._parameters
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            buffers = {}
+        made = {k for k in vars(module) if f"{k}_g" in own or f"{k}_orig" in own}  # weight_norm
+        others = {k: a for k, a in vars(module).items() if k not in _OWN | made}
+        for name, value in (*buffers.items(), *others.items()):
+            kept[f"{path}.{name}".removeprefix(".")] = _mark(value)
+    return kept
+
+
+def _mark(value: Any) -> Any:
+    """Something that is `_same` as long as the value is not replaced or written into."""
+    if isinstance(value, Tensor):
+        return value, 0 if value.is_inference() else value._version
+    if isinstance(value, dict):
+        value = list(value.values())
+    return list(value) if isinstance(value, list | tuple | set) else value
+
+
+def _same(was: Any, now: Any) -> bool:
+    if isinstance(was, list | tuple) and isinstance(now, list | tuple):
+        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
+    return was is now
+
+
+def _require_still_norms(model: nn.Module) -> None:
+    """Refuse spectral normalisation that goes on with its power iteration at each pass.
+
+    Also at its fixed point: its vectors u, v count as constants there, and the first derivative is
+    right, but the second is not.
+    """
+    for name, module in model.named_modules():
+        hooks = list(module._forward_pre_hooks.values())
+        parts = [module, *(h for h in hooks if module.training)]
+        if any(
+            type(p).__name__.lstrip("_") == "SpectralNorm" and getattr(p, "training", True)
+            for p in parts
+        ):
+            raise ValueError(
+                f"model: {name or type(model).__name__} is under spectral_norm in training mode, "
+                "whose power iteration goes on at each forward pass, so b, H and J would each "
+                "belong to another function; call model.eval() before differentiating"
+            )
+
+
+# ------------------------------------------------------------------ the comparison
+
+# loss or model -> how often it was used without a fault
+_uses: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _due(of: Any) -> bool:
+    """True at the 1st, 2nd, 4th, 8th ... use, and until a comparison has come out well."""
+    if of is None or isinstance(of, SameDraws):  # known code; or it compares for itself
+        return False
+    try:
+        uses = _uses.get(of, 0) + 1
+    except TypeError:  # has no hash or no weak references
+        return True
+    return uses & (uses - 1) == 0
+
+
+def _was_the_same(of: Any) -> None:
+    with suppress(TypeError):
+        _uses[of] = _uses.get(of, 0) + 1
+
+
+@contextmanager
+def same_twice(
+    what: str, like: Tensor, again: Callable[[], Tensor], of: Any = None
+) -> Iterator[_Watch]:
+    """Refuse what is not the same function when it is evaluated once more.
+
+    It is evaluated anew where random numbers were drawn (the generators are the whole process's:
+    another thread may have drawn, and equal values acquit), where a model's buffers or attributes
+    changed, and at the 1st, 2nd, 4th, 8th ... use of ``of`` whatever was seen. Running statistics
+    stay as the one pass left them.
+
+    Args:
+        what: What the message names.
+        like: A tensor on the device of the model.
+        again: Evaluates anew.
+        of: The loss or the model, where its code is not known.
+
+    Yields:
+        An object whose ``value`` is to be set to what came out inside.
+
+    Raises:
+        ValueError: naming ``what``, what moved, and the way out.
+
+    Cost: nothing, or the forward passes of ``again`` in the cases above.
+    """
+    before = random_state(like)
+    with _watching(of.loss if isinstance(of, SameDraws) else of) as watch:
+        yield watch
+    drew = not _equal(before, random_state(like))
+    moved = watch.moved()
+    if not (_due(of) or drew or moved):
+        return _was_the_same(of)
+    values = [] if watch.value is None else [watch.value.detach()]
+    values += watch.evaluate(again, 4 if drew else 2 - len(values))
+    if drew and not all(torch.equal(values[-1], value) for value in values[-4:]):
+        raise ValueError(
+            f"{what}: draws random numbers (dropout in training mode?), so b, H and J would each "
+            "belong to another function; call model.eval() before differentiating, or draw once "
+            "and put what was drawn into the batch"
+        )
+    require_same(what, values, moved)
+    _was_the_same(of)
+
+
+def require_same(what: str, values: list[Tensor], moved: list[str] = ()) -> None:
+    """Refuse values of one function at one point that differ by more than rounding.
+
+    Raises:
+        ValueError: naming ``what``, ``moved`` and the way out.
+    """
+    first, *others = values
+    size = first.norm()
+    for other in others:
+        if bool((other - first).norm() > 1e3 * torch.finfo(first.dtype).eps * size):
+            kept = f" ({', '.join(map(repr, moved[:3]))})" if moved else ""
+            raise ValueError(
+                f"{what}: has another value when it is evaluated once more at the same point: it "
+                f"keeps something from call to call{kept}, or draws from a generator of its own, "
+                "so b, H and J would each belong to another function; call model.eval(), or put "
+                "what is kept or drawn into the batch"
+            )
