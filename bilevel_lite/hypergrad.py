@@ -177,11 +177,13 @@ def implicit(
         theta = theta.clone()
     before = versions((lam, theta))
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    at = problem, lam, theta, curvature_batch, b, diagnose
-    if cross_mode == "auto" and cross_batch is curvature_batch:
-        v, jv, solve = solver.solve_and_cross(*at, want_v=want_v)
+    shared = cross_mode == "auto" and cross_batch is curvature_batch
+    at = solver.prepare(problem, lam, theta, curvature_batch, cross=shared, once=True)
+    v, solve = at.solve(b, diagnose, want_v or not shared)
+    if shared:
+        jv, solve.cross = at.cross(v)
     else:
-        v, solve = solver.solve(*at)
+        del at  # with the graph of H
         jv, solve.cross = cross_and_route(
             problem.inner_loss, lam, theta, cross_batch, v, cross_mode
         )
