@@ -1,7 +1,7 @@
 """An option, said once where it is declared: its default and what it may be.
 
-A dataclass declares ``penalty: float = positive(1.0)``; `check` refuses what does not fit, naming the
-option, what came and what was expected. Command lines, searches and tables read the same fields.
+A dataclass declares ``penalty: float = positive(1.0)``; `check` refuses what does not fit, naming
+the option, what came and what was expected. Searches, tables and help read the same fields.
 """
 
 import math
