@@ -26,13 +26,9 @@ from bilevel_lite.algorithms import (
     StocBiO,
 )
 from bilevel_lite.auditing import audit
-from bilevel_lite.checking import check
+from bilevel_lite.checking import check, finite_difference_hypergradient
 from bilevel_lite.ekfac import EKFAC
-from bilevel_lite.hypergrad import (
-    finite_difference_hypergradient,
-    hypergradient,
-    unrolled_hypergradient,
-)
+from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.kfac import KFAC, KFACRichardson
 from bilevel_lite.linsolve import DivergenceWarning, NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
@@ -40,6 +36,7 @@ from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.session import progress, setup
 from bilevel_lite.solvers import CG, CGNormal, Direct, Identity, Neumann
+from bilevel_lite.unroll import unrolled_hypergradient
 
 __version__ = "0.1.0"
 
