@@ -72,8 +72,8 @@ elsewhere: setup ## would the chapters say the same on a GPU? (an hour; tests/el
 	$(BIN)/python tests/elsewhere.py device $(CH)
 	$(BIN)/python tests/elsewhere.py rounding $(CH)
 
-bench: setup ## what a hypergradient costs, beside curvlinops; options: BENCH="--device cuda"
-	$(BIN)/python -m bilevel_lite bench $(BENCH)
+bench: setup ## what a hypergradient costs: the book's record; BENCH="--models linear": a trial, in runs/
+	$(BIN)/python -m bilevel_lite bench $(if $(BENCH),$(BENCH),--publish)
 
 figures: setup ## draw the figures from figures/data
 	$(BIN)/python -m bilevel_lite figures

@@ -4,9 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from bilevel_lite import bench, models
+from bilevel_lite import __version__, bench, models
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, collect
+from bilevel_lite.experiment import (
+    RunError,
+    collect,
+    figures_folder,
+    in_checkout,
+    stored_names,
+)
 from bilevel_lite.plotting import draw_stored
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies, hypercleaning
@@ -14,7 +20,10 @@ from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studi
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser; every setting of a task is an option with its default shown."""
-    top = argparse.ArgumentParser(prog="python -m bilevel_lite", description=__doc__)
+    script = Path(sys.argv[0]).stem == "bilevel-lite"
+    prog = "bilevel-lite" if script else "python -m bilevel_lite"
+    top = argparse.ArgumentParser(prog=prog, description=__doc__)
+    top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser(
@@ -89,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
-        description="Stores figures/data/bench_DEVICE.json and draws it. Stopped, it resumes.",
+        description="Measures, then stores data/bench_DEVICE.json and draws bench_DEVICE.svg: in "
+        "runs/figures of a checkout, in ./figures elsewhere. Stopped, it resumes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     speed.add_argument("--models", nargs="+", choices=sorted(bench.CASES), default=bench.MODELS)
@@ -98,12 +108,31 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--seconds", type=float, default=60.0, help="at most, for one row")
     speed.add_argument("--threads", type=int, default=1, help="on a CPU")
     speed.add_argument("--out", default=None, help="output folder (default: runs/bench-DEVICE)")
+    place = speed.add_mutually_exclusive_group()
+    place.add_argument("--to", metavar="DIR", help="store and draw here instead")
+    place.add_argument(
+        "--publish",
+        action="store_true",
+        help="make it the book's record, in the checkout's figures; all models of the record",
+    )
 
-    figures = commands.add_parser("figures", help="draw figures/*.svg from figures/data/*.json")
-    figures.add_argument("names", nargs="*", help="which; all if left out")
-    gather = commands.add_parser("collect", help="gather finished runs into figures/data/NAME.json")
+    figures = commands.add_parser(
+        "figures",
+        help="draw figures/*.svg from figures/data/*.json",
+        description="In a checkout its figures, elsewhere ./figures.",
+    )
+    figures.add_argument(
+        "names", nargs="*", help="which, also results of the book; by default all collected ones"
+    )
+    figures.add_argument("--to", metavar="DIR", help="another folder of figures")
+    gather = commands.add_parser(
+        "collect",
+        help="gather finished runs into figures/data/NAME.json",
+        description="In a checkout into its figures, elsewhere into ./figures.",
+    )
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
     gather.add_argument("--name", required=True)
+    gather.add_argument("--to", metavar="DIR", help="another folder of figures")
     return top
 
 
@@ -121,6 +150,36 @@ def _hyperclean(options: dict) -> None:
         cleaning_comparison.run(methods=methods, **common, **search, **budget)
     else:
         cleaning_run.run(method=methods[0], **options)
+
+
+def _bench(options: dict) -> None:
+    device, names = pick_device(options["device"]), list(options["models"])
+    if options["publish"] and not in_checkout():
+        raise ValueError("--publish: this is an installed package, not a checkout; use --to DIR")
+    if options["publish"] and names != list(bench.MODELS):
+        raise ValueError(f"--publish: the record holds {' '.join(bench.MODELS)}; got {names}")
+    out = options["out"] or f"runs/bench-{device.type}"
+    bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
+    to = options["to"]
+    if to is None and not options["publish"] and in_checkout():
+        to = "runs/figures"  # a trial does not replace the record
+    stored = collect([out], f"bench_{device.type}", to)
+    print(stored.resolve())
+    (drawing,) = draw_stored([stored.stem], to)
+    print(drawing.resolve())
+    if in_checkout() and not options["publish"]:
+        print("The book's record stays as it was: --publish, or make bench, replaces it.")
+
+
+def _figures(names: list[str], to: str | None) -> None:
+    drawn = draw_stored(names, to)
+    for path in drawn:
+        print(path.resolve())
+    if not drawn:
+        raise RunError(
+            f"{figures_folder(to).resolve()} holds no collected result; `collect` puts one there, "
+            f"and a result of the book is drawn by its name: {', '.join(stored_names())}"
+        )
 
 
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
@@ -147,18 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
                 options[name] = _settings(name, options[name])
             cleaning_studies.run(**options)
         elif command == "bench":
-            device = pick_device(options["device"])
-            out = options["out"] or f"runs/bench-{device.type}"
-            names = list(options["models"])
-            bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
-            name = f"bench_{device.type}"
-            print(collect([out], name).name)
-            draw_stored([name])
+            _bench(options)
         elif command == "collect":
-            print(collect(options["folders"], options["name"]).name)
+            print(collect(options["folders"], options["name"], options["to"]).resolve())
         else:
-            for path in draw_stored(options["names"]):
-                print(Path(path).name)
+            _figures(options["names"], options["to"])
     except (DataError, RunError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import torch
 from bilevel_lite import data, models
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.curvature import FISHERS
-from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance, writing
 from bilevel_lite.session import no_tf32, pick_device, progress
 from bilevel_lite.tasks import cleaning_methods
 from bilevel_lite.tasks import hypercleaning as hc
@@ -407,7 +407,8 @@ def _draw(result: dict, path) -> None:
     from bilevel_lite import plotting
 
     figure = plotting.draw_hyperclean({"kind": "hyperclean", "runs": [result]})
-    figure.savefig(path / "figure.png", dpi=150)
+    with writing(path / "figure.png"):
+        figure.savefig(path / "figure.png", dpi=150)
     plotting.plt.close(figure)
 
 
