@@ -50,17 +50,20 @@ lab: setup ## open the chapters in JupyterLab
 html: setup ## render the book from the stored outputs, without running anything
 	$(BIN)/python chapters/book/book.py html
 
+# A process for each core, at most eight of them (a gigabyte each); conftest.py says what goes where.
+WORKERS := -n auto --maxprocesses 8
+
 test: setup ## everything: the package's tests, and every chapter compared with its stored outputs
-	$(BIN)/python -m pytest --nbval
+	$(BIN)/python -m pytest --nbval $(WORKERS)
 
 # What every x86-64 processor of the last fifteen years can do: torch, MKL, oneDNN, and OpenBLAS (NumPy, SciPy).
 BASELINE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 
 baseline: setup ## the same, with the arithmetic of an old processor: do tests or chapters rest on this one's last digits?
-	$(BASELINE) $(BIN)/python -m pytest --nbval
+	$(BASELINE) $(BIN)/python -m pytest --nbval $(WORKERS)
 
 quick: setup ## the tests without the chapters
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(WORKERS)
 
 execute: setup ## run chapters in place and store their outputs (FRESH=1: timings too, if nothing else changed)
 	$(BIN)/python chapters/book/book.py execute $(CH) $(if $(FRESH),--fresh)

@@ -13,11 +13,13 @@ means a difference in content.
 import argparse
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import form
@@ -28,6 +30,7 @@ from tqdm.auto import tqdm
 
 ROOT, HERE, BUILD = form.ROOT, Path(__file__).parent, form.ROOT / "_build"
 SLOW = 90  # seconds on two cores; a chapter should stay below
+JOBS = 8  # notebooks side by side, at most
 
 
 def execute(path: Path, on_cell=lambda **_: None):
@@ -118,6 +121,20 @@ def attempt(path: Path, **options):
     return nb
 
 
+def attempts(paths: list[Path], **options):
+    """(path, what `attempt` gave) for each, in order, while as many run as there are cores.
+
+    Each kernel has one thread (`form.ENVIRONMENT`).
+    """
+    pool = ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1))
+    try:
+        yield from zip(paths, pool.map(lambda path: attempt(path, **options), paths), strict=True)
+    except KeyboardInterrupt:
+        os._exit(130)  # threads cannot be stopped; a kernel ends when this process does
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def selected(chapter: str | None) -> list[Path]:
     """One chapter (`5`, `05`, `03b`) and its solutions; everything if no chapter is named."""
     paths = form.chapters() + form.solutions()
@@ -129,7 +146,10 @@ def selected(chapter: str | None) -> list[Path]:
 
 
 def command_execute(chapter: str | None, fresh: bool) -> int:
-    """Store new outputs; a file of which only ignored outputs (timings) would change stays."""
+    """Store new outputs; a file of which only ignored outputs (timings) would change stays.
+
+    One notebook after the other: the timings that are stored should be undisturbed.
+    """
     failures = 0
     for path in selected(chapter):
         if (nb := attempt(path)) is None:
@@ -147,13 +167,13 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
 def command_check(chapter: str | None) -> int:
     """Compare a new run with the stored one, all but the bytes of pictures."""
     failures = 0
-    for path in selected(chapter):
-        old, nb = nbformat.read(path, as_version=4), attempt(path)
+    for path, nb in attempts(selected(chapter)):
+        old = nbformat.read(path, as_version=4)
         stored, new = (essence(x, pictures=False) if x else [] for x in (old, nb))
         failures += stored != new
         for cell, before, after in zip(old.cells, stored, new, strict=False):
             if before != after:
-                print(f"  cell {cell.id} differs from the stored one")
+                print(f"  {path.name}: cell {cell.id} differs from the stored one")
     return failures
 
 
@@ -163,10 +183,9 @@ def command_run(chapter: str | None) -> int:
     stored = [nbformat.read(path, as_version=4) for path in paths]
     total = sum(cell.cell_type == "code" for nb in stored for cell in nb.cells)
     with tqdm(total=total, unit="cell") as bar:
-        for path in paths:
-            bar.set_description(path.stem)
-            done[path] = attempt(path, on_cell=lambda **_: bar.update())
-            failures += done[path] is None
+        for path, nb in attempts(paths, on_cell=lambda **_: bar.update()):
+            done[path] = nb
+            failures += nb is None
     return render(done) or failures
 
 
