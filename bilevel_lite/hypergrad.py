@@ -8,7 +8,7 @@ differences  (Phi(lam + eps e) - Phi(lam - eps e)) / (2 eps)
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -72,6 +72,27 @@ class HypergradientInfo:
     gradients: float
 
 
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, return_info: Literal[False] = False, diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, *, return_info: Literal[True], diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> tuple[Tensor, HypergradientInfo]: ...  # fmt: skip
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, return_info: bool = False, diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> Tensor | tuple[Tensor, HypergradientInfo]: ...  # fmt: skip
 @differentiating
 def hypergradient(
     problem: BilevelProblem,
@@ -223,6 +244,24 @@ class UnrollInfo:
     gradients: float
 
 
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, return_info: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, *, return_info: Literal[True],
+) -> tuple[Tensor, UnrollInfo]: ...  # fmt: skip
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, return_info: bool = False,
+) -> Tensor | tuple[Tensor, UnrollInfo]: ...  # fmt: skip
 @differentiating
 def unrolled_hypergradient(
     problem: BilevelProblem,
