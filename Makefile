@@ -85,8 +85,7 @@ lint: setup ## style of the code, the notebooks' too
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-repo: setup ## set the repository's address everywhere: make repo ADDRESS=owner/name
-	@test -n "$(ADDRESS)" || { echo "Say which: make repo ADDRESS=owner/name"; exit 1; }
+repo: setup ## set the repository's address everywhere: that of origin, or ADDRESS=owner/name
 	$(BIN)/python chapters/book/book.py repo $(ADDRESS)
 
 clean: ## remove what was built (not .venv)
