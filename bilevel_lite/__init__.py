@@ -8,6 +8,7 @@ One module for each choice made in that line; see the table in the README.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from bilevel_lite.algorithms import (
     AID,
@@ -42,6 +43,15 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
 _LAZY = ("data", "exercises", "experiment", "models", "plotting", "tasks")
+if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
+    from bilevel_lite import data, exercises, experiment, models, plotting, tasks
+else:
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return import_module(f"bilevel_lite.{name}")
+        raise AttributeError(f"module 'bilevel_lite' has no attribute {name!r}")
+
 
 __all__ = [
     "AID",
@@ -73,21 +83,20 @@ __all__ = [
     "WeightedRisk",
     "audit",
     "check",
+    "data",
+    "exercises",
+    "experiment",
     "finite_difference_hypergradient",
     "flatten",
     "hypergradient",
+    "models",
+    "plotting",
     "progress",
     "setup",
+    "tasks",
     "unflatten",
     "unrolled_hypergradient",
-    *_LAZY,
 ]
-
-
-def __getattr__(name):
-    if name in _LAZY:
-        return import_module(f"bilevel_lite.{name}")
-    raise AttributeError(f"module 'bilevel_lite' has no attribute {name!r}")
 
 
 def __dir__():

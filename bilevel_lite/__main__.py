@@ -2,108 +2,208 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from bilevel_lite import bench, models
+from bilevel_lite import __version__, bench, models
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, collect
+from bilevel_lite.experiment import (
+    RunError,
+    collect,
+    figures_folder,
+    in_checkout,
+    stored_names,
+)
 from bilevel_lite.plotting import draw_stored
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies, hypercleaning
 
+DEVICE = "cpu, cuda, ... (default: CUDA if there)"
+STORAGE = "Optuna's database (default: SQLite in the output folder)"
+
+# the settings of a run, as --help groups them
+SETTINGS = {
+    "lengths and steps": (
+        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "outer_lr", "evaluate_every",
+        "budget",
+    ),
+    "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
+    "the linear system": (
+        "iters", "damping", "step", "curvature", "fisher", "ema", "every", "strength",
+    ),
+    "the task": ("noise", "noise_kind", "l2", "stem", "batchnorm", "baselines"),
+}  # fmt: skip
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default once: not where the text names it, or where there is none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "(default: " in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _defaults(name: str) -> str:
+    """What a setting is where it is not given, in words: one value, or one for each dataset."""
+    usual = next(f.default for f in fields(cleaning_run.Settings) if f.name == name)
+    if usual is None:
+        return ""  # the meaning says it
+    values = {data: own.get(name, usual) for data, own in cleaning_run.DEFAULTS.items()}
+    words = {data: f"{v:g}" if isinstance(v, int | float) else v for data, v in values.items()}
+    if len(set(words.values())) == 1:
+        return f" (default: {words['mnist']})"
+    return f" (default: {', '.join(f'{data} {word}' for data, word in words.items())})"
+
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser; every setting of a task is an option with its default shown."""
-    top = argparse.ArgumentParser(prog="python -m bilevel_lite", description=__doc__)
+    script = Path(sys.argv[0]).stem == "bilevel-lite"
+    prog = "bilevel-lite" if script else "python -m bilevel_lite"
+    about = "Hypercleaning, its studies, the benchmark, and the figures of their results."
+    top = argparse.ArgumentParser(prog=prog, description=about)
+    top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser(
         "hyperclean",
         help="learn one weight per training example from a small clean set",
         description="Data hypercleaning. Stop it at any moment; the same command resumes it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
-    run.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits")
-    run.add_argument("--model", choices=sorted(models.MODELS), default="linear")
-    run.add_argument(
+    job = run.add_argument_group("the run")
+    job.add_argument(
+        "--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits", help="what to clean"
+    )
+    job.add_argument(
+        "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
+    )
+    job.add_argument(
         "--method",
         nargs="+",
         choices=["all", *sorted(cleaning_run.METHODS)],
         default=["aid-cg"],
         metavar="METHOD",
-        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds",
+        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds "
+        "(default: aid-cg)",
     )
-    run.add_argument("--seeds", type=int, default=3, help="comparison: final runs of each method")
-    run.add_argument("--trials", type=int, default=8, help="comparison: points tried for each")
-    run.add_argument(
-        "--search-budget", type=float, default=10_000, help="comparison: gradients of a trial"
+    job.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of split, noise, initial values, batches"
     )
-    run.add_argument("--storage", default=None, help="comparison: Optuna's database")
-    run.add_argument("--seed", type=int, default=0, help="of split, noise, initial values, batches")
-    run.add_argument("--out", required=True, help="output folder; one run each")
-    run.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
-    for name, (kind, meaning) in cleaning_run.OPTIONS.items():
-        run.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=None,
-            metavar=kind.__name__.upper(),
-            help=f"{meaning} (default: depends on the dataset)",
-        )
+    job.add_argument("--out", required=True, metavar="DIR", help="output folder; one run each")
+    job.add_argument("--device", metavar="NAME", help=DEVICE)
+    for title, names in SETTINGS.items():
+        group = run.add_argument_group(title)
+        for name in names:
+            kind, meaning = cleaning_run.OPTIONS[name]
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=kind,
+                metavar={int: "N", float: "X", str: "NAME"}[kind],
+                help=meaning + _defaults(name),
+            )
+    several = run.add_argument_group("comparison of several methods")
+    several.add_argument(
+        "--seeds", type=int, metavar="N", default=3, help="final runs of each method"
+    )
+    several.add_argument("--trials", type=int, metavar="N", default=8, help="points tried for each")
+    several.add_argument(
+        "--search-budget", type=float, metavar="X", default=10_000, help="gradients of a trial"
+    )
+    several.add_argument("--storage", metavar="URL", help=STORAGE)
 
     study = commands.add_parser(
         "study",
         help="one study of full-scale hypercleaning: a search for each variant, then some seeds",
         description="Stop it at any moment; the same command resumes it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     asks = "; ".join(f"{name}: {asks}" for name, (asks, _) in cleaning_studies.STUDIES.items())
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
-    study.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="mnist")
-    study.add_argument("--model", choices=sorted(models.MODELS), default="linear")
-    study.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
-    study.add_argument("--out", required=True, help="output folder")
-    study.add_argument("--seeds", type=int, default=3, help="final runs of each variant")
-    study.add_argument("--trials", type=int, default=16, help="points tried for each variant")
-    study.add_argument("--search-steps", type=int, default=400, help="outer iterations of a trial")
-    study.add_argument("--outer-steps", type=int, default=1000, help="of a final run")
-    study.add_argument("--looks", type=int, default=50, help="evaluations in a final run")
-    study.add_argument(
+    job = study.add_argument_group("the study")
+    job.add_argument(
+        "--dataset", choices=sorted(cleaning_run.DEFAULTS), default="mnist", help="what to clean"
+    )
+    job.add_argument(
+        "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
+    )
+    job.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
+    job.add_argument("--out", required=True, metavar="DIR", help="output folder")
+    job.add_argument("--device", metavar="NAME", help=DEVICE)
+    job.add_argument("--storage", metavar="URL", help=STORAGE)
+    lengths = study.add_argument_group("numbers and lengths")
+    for name, default, meaning in (
+        ("seeds", 3, "final runs of each variant"),
+        ("trials", 16, "points tried for each variant"),
+        ("search-steps", 400, "outer iterations of a trial"),
+        ("outer-steps", 1000, "of a final run"),
+        ("looks", 50, "evaluations in a final run"),
+    ):
+        lengths.add_argument(f"--{name}", type=int, metavar="N", default=default, help=meaning)
+    same = study.add_argument_group("the same for all variants")
+    same.add_argument(
         "--at",
         nargs="+",
         metavar="SETTING=VALUE",
         help="no search: all variants with these step sizes and numbers, say inner_lr=0.02",
     )
-    study.add_argument(
+    same.add_argument(
         "--sizes",
         nargs="+",
         metavar="ROLE=SIZE",
         help="other batch sizes than the dataset's, say outer_batch_size=1024; the roles: "
         + ", ".join(cleaning_comparison.ROLES),
     )
-    study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    study.add_argument("--batchnorm", choices=hypercleaning.BATCHNORM, default="batch")
-    study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
-    study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+    same.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
+    same.add_argument(
+        "--batchnorm", choices=hypercleaning.BATCHNORM, default="batch", help="its statistics"
+    )
 
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
-        description="Stores figures/data/bench_DEVICE.json and draws it. Stopped, it resumes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measures, then stores data/bench_DEVICE.json and draws bench_DEVICE.svg: in "
+        "runs/figures of a checkout, in ./figures elsewhere. Stopped, it resumes.",
+        formatter_class=Help,
     )
-    speed.add_argument("--models", nargs="+", choices=sorted(bench.CASES), default=bench.MODELS)
-    speed.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
-    speed.add_argument("--rounds", type=int, default=15, help="each runs every row once")
-    speed.add_argument("--seconds", type=float, default=60.0, help="at most, for one row")
-    speed.add_argument("--threads", type=int, default=1, help="on a CPU")
-    speed.add_argument("--out", default=None, help="output folder (default: runs/bench-DEVICE)")
+    speed.add_argument(
+        "--models",
+        nargs="+",
+        choices=sorted(bench.CASES),
+        default=bench.MODELS,
+        metavar="MODEL",
+        help=f"some of %(choices)s (default: {' '.join(bench.MODELS)})",
+    )
+    speed.add_argument("--device", metavar="NAME", help=DEVICE)
+    speed.add_argument("--rounds", type=int, metavar="N", default=15, help="of every row, one each")
+    speed.add_argument("--seconds", type=float, metavar="X", default=60.0, help="a row, at most")
+    speed.add_argument("--threads", type=int, metavar="N", default=1, help="on a CPU")
+    speed.add_argument("--out", metavar="DIR", help="output folder (default: runs/bench-DEVICE)")
+    place = speed.add_mutually_exclusive_group()
+    place.add_argument("--to", metavar="DIR", help="store and draw here instead")
+    place.add_argument(
+        "--publish",
+        action="store_true",
+        help="make it the book's record, in the checkout's figures; all models of the record",
+    )
 
-    figures = commands.add_parser("figures", help="draw figures/*.svg from figures/data/*.json")
-    figures.add_argument("names", nargs="*", help="which; all if left out")
-    gather = commands.add_parser("collect", help="gather finished runs into figures/data/NAME.json")
+    figures = commands.add_parser(
+        "figures",
+        help="draw figures/*.svg from figures/data/*.json",
+        description="In a checkout its figures, elsewhere ./figures.",
+    )
+    figures.add_argument(
+        "names", nargs="*", help="which, also results of the book; by default all collected ones"
+    )
+    figures.add_argument("--to", metavar="DIR", help="another folder of figures")
+    gather = commands.add_parser(
+        "collect",
+        help="gather finished runs into figures/data/NAME.json",
+        description="In a checkout into its figures, elsewhere into ./figures.",
+    )
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
-    gather.add_argument("--name", required=True)
+    gather.add_argument("--name", required=True, help="of the result, and so of the file")
+    gather.add_argument("--to", metavar="DIR", help="another folder of figures")
     return top
 
 
@@ -123,6 +223,36 @@ def _hyperclean(options: dict) -> None:
         cleaning_run.run(method=methods[0], **options)
 
 
+def _bench(options: dict) -> None:
+    device, names = pick_device(options["device"]), list(options["models"])
+    if options["publish"] and not in_checkout():
+        raise ValueError("--publish: this is an installed package, not a checkout; use --to DIR")
+    if options["publish"] and names != list(bench.MODELS):
+        raise ValueError(f"--publish: the record holds {' '.join(bench.MODELS)}; got {names}")
+    out = options["out"] or f"runs/bench-{device.type}"
+    bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
+    to = options["to"]
+    if to is None and not options["publish"] and in_checkout():
+        to = "runs/figures"  # a trial does not replace the record
+    stored = collect([out], f"bench_{device.type}", to)
+    print(stored.resolve())
+    (drawing,) = draw_stored([stored.stem], to)
+    print(drawing.resolve())
+    if in_checkout() and not options["publish"]:
+        print("The book's record stays as it was: --publish, or make bench, replaces it.")
+
+
+def _figures(names: list[str], to: str | None) -> None:
+    drawn = draw_stored(names, to)
+    for path in drawn:
+        print(path.resolve())
+    if not drawn:
+        raise RunError(
+            f"{figures_folder(to).resolve()} holds no collected result; `collect` puts one there, "
+            f"and a result of the book is drawn by its name: {', '.join(stored_names())}"
+        )
+
+
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
     """Read an option's SETTING=VALUE words."""
     out = {}
@@ -138,7 +268,7 @@ def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
     options = vars(parser().parse_args(arguments))
-    command = options.pop("command")
+    command, names = options.pop("command"), set(options)
     try:
         if command == "hyperclean":
             _hyperclean(options)
@@ -147,19 +277,15 @@ def main(arguments: list[str] | None = None) -> int:
                 options[name] = _settings(name, options[name])
             cleaning_studies.run(**options)
         elif command == "bench":
-            device = pick_device(options["device"])
-            out = options["out"] or f"runs/bench-{device.type}"
-            names = list(options["models"])
-            bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
-            name = f"bench_{device.type}"
-            print(collect([out], name).name)
-            draw_stored([name])
+            _bench(options)
         elif command == "collect":
-            print(collect(options["folders"], options["name"]).name)
+            print(collect(options["folders"], options["name"], options["to"]).resolve())
         else:
-            for path in draw_stored(options["names"]):
-                print(Path(path).name)
+            _figures(options["names"], options["to"])
     except (DataError, RunError, ValueError) as error:
+        name, colon, rest = str(error).partition(": ")
+        if colon and name in names:  # as it was typed
+            error = f"--{name.replace('_', '-')}: {rest}"
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

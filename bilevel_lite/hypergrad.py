@@ -5,7 +5,7 @@ By unrolling: `bilevel_lite.unroll`. By finite differences: `bilevel_lite.checki
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -61,6 +61,27 @@ class HypergradientInfo:
     gradients: float
 
 
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, return_info: Literal[False] = False, diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, *, return_info: Literal[True], diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> tuple[Tensor, HypergradientInfo]: ...  # fmt: skip
+@overload
+def hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta: Tensor, inner_batch: Any = None,
+    outer_batch: Any = None, solver: Solver | None = None, cross_batch: Any = None,
+    curvature_batch: Any = None, return_info: bool = False, diagnose: bool = True,
+    cross_mode: str = "auto",
+) -> Tensor | tuple[Tensor, HypergradientInfo]: ...  # fmt: skip
 @differentiating
 def hypergradient(
     problem: BilevelProblem,

@@ -274,22 +274,25 @@ def draw_bench(result: dict):
     return fig
 
 
-def draw_stored(names: list[str] | None = None) -> list[Path]:
+def draw_stored(names: list[str] | None = None, to: str | Path | None = None) -> list[Path]:
     """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
 
     The study of the noise also gets ``NAME_surest.svg``: the images that each solver is surest are
     mislabelled.
 
     Args:
-        names: Which; all by default.
+        names: Which; all that the folder holds by default. A result of the book that the folder
+            does not hold is taken from the package.
+        to: Another folder than the one that `bilevel_lite.experiment.figures_folder` gives.
 
     Returns:
         The files written.
 
     Raises:
         ValueError: for an unknown name, or a result that no function here draws.
+        RunError: if a result was edited, or a file cannot be written.
     """
-    from bilevel_lite.experiment import stored
+    from bilevel_lite.experiment import figures_folder, stored, writing
     from bilevel_lite.tasks.cleaning_figures import draw_noise_surest, draw_study
 
     drawers = {
@@ -298,18 +301,21 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         "hyperclean_study": draw_study,
         "bench": draw_bench,
     }
-    folder = Path(__file__).resolve().parent.parent / "figures"
+    folder = figures_folder(to)
     written = []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
-        result = stored(name)
+        result = stored(name, folder)
         if result.get("kind") not in drawers:
             raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
         figures = {name: drawers[result["kind"]](result)}
         if result["runs"][0].get("study") == "noise":
             figures[f"{name}_surest"] = draw_noise_surest(result)
         for stem, fig in figures.items():
-            with mpl.rc_context(STYLE):  # its salt makes the file's identifiers always the same
-                fig.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+            path = folder / f"{stem}.svg"
+            # the style's salt makes the file's identifiers always the same
+            with writing(path), mpl.rc_context(STYLE):
+                folder.mkdir(parents=True, exist_ok=True)
+                fig.savefig(path, metadata={"Date": None})
             plt.close(fig)
-            written.append(folder / f"{stem}.svg")
+            written.append(path)
     return written

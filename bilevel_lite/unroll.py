@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -42,6 +42,24 @@ class UnrollInfo:
     gradients: float
 
 
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, return_info: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, *, return_info: Literal[True],
+) -> tuple[Tensor, UnrollInfo]: ...  # fmt: skip
+@overload
+def unrolled_hypergradient(
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
+    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
+    outer_batch: Any = None, return_info: bool = False,
+) -> Tensor | tuple[Tensor, UnrollInfo]: ...  # fmt: skip
 @differentiating
 def unrolled_hypergradient(
     problem: BilevelProblem,

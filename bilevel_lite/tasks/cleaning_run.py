@@ -11,7 +11,7 @@ import torch
 from bilevel_lite import data, models
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.curvature import FISHERS
-from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance, writing
 from bilevel_lite.session import no_tf32, pick_device, progress
 from bilevel_lite.tasks import cleaning_methods
 from bilevel_lite.tasks import hypercleaning as hc
@@ -26,8 +26,8 @@ OPTIONS = {
     "inner_lr": (float, "inner step size"),
     "inner_momentum": (float, "inner momentum"),
     "outer_lr": (float, "outer step size"),
-    "batch_size": (int, "inner batch"),
-    "curvature_batch_size": (int, "batch of the Hessian"),
+    "batch_size": (int, "inner batch; 0 is the whole training set"),
+    "curvature_batch_size": (int, "batch of the Hessian; 0 is the whole training set"),
     "outer_batch_size": (int, "batch of f; 0 is the whole validation set"),
     "cross_batch_size": (int, "batch of J; 0 is the whole training set"),
     "iters": (int, "CG, AmIGO or NBO steps on the linear system, or Neumann terms"),
@@ -158,6 +158,11 @@ def run(
     for name in ("outer_steps", "evaluate_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}: got {getattr(settings, name)}, expected at least 1")
+    train, validation, _ = hc.SIZES[dataset]
+    for name in OPTIONS:
+        most, value = validation if name == "outer_batch_size" else train, getattr(settings, name)
+        if name.endswith("batch_size") and not 0 <= value <= most:
+            raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
     place = pick_device(device)
     with float32(), RunFolder(out, vars(settings)) as folder:
         if (folder.path / "result.json").exists():
@@ -314,7 +319,8 @@ def _best_fit(task: hc.Hypercleaning, s: Settings, split, weights=None) -> dict:
             theta = hc.train(task.model, split, task.theta0, task.tuning, l2, weights=weights)
         else:
             generator = torch.Generator().manual_seed(s.seed)
-            size, steps = min(s.batch_size, len(split[1])), s.outer_steps * s.inner_steps
+            whole, steps = len(split[1]), s.outer_steps * s.inner_steps
+            size = min(s.batch_size or whole, whole)
             theta = hc.train_minibatch(
                 task, split, l2, s.inner_lr, steps, size, generator, weights, s.inner_momentum
             )
@@ -407,7 +413,8 @@ def _draw(result: dict, path) -> None:
     from bilevel_lite import plotting
 
     figure = plotting.draw_hyperclean({"kind": "hyperclean", "runs": [result]})
-    figure.savefig(path / "figure.png", dpi=150)
+    with writing(path / "figure.png"):
+        figure.savefig(path / "figure.png", dpi=150)
     plotting.plt.close(figure)
 
 

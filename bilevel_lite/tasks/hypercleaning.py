@@ -136,6 +136,8 @@ def build(
     """
     if batchnorm not in BATCHNORM:
         raise ValueError(f"batchnorm: got {batchnorm!r}, expected one of {BATCHNORM}")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise: got {noise}, expected a number from 0 to 1")
     if sizes is None and dataset.name not in SIZES:
         raise ValueError(f"sizes: needed for {dataset.name!r}; known for {sorted(SIZES)}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
