@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel_lite.curvature import OutputSide, output_side, require_fisher, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
-from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
+from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import (
     Layer,
@@ -162,7 +162,7 @@ def estimate(
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
-    terms = risk.terms(lam.detach(), batch)
+    terms = same_terms(risk, lam.detach(), batch)
     passes = []
     for term in terms:
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)

@@ -18,7 +18,6 @@ A block whose A or B is zero (all weights zero, say) is the zero matrix, so its 
 I / tau under every rule.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -42,9 +41,9 @@ from bilevel_lite.kronecker import (
     kronecker_inverse,
 )
 from bilevel_lite.linsolve import SolveInfo, richardson
-from bilevel_lite.options import fraction, not_negative, one_of, option, positive, whole
+from bilevel_lite.options import flag, fraction, instance, not_negative, one_of, positive, whole
 from bilevel_lite.params import trainable
-from bilevel_lite.problem import BilevelProblem, NotFinite
+from bilevel_lite.problem import BilevelProblem, NotFinite, versions
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
@@ -102,13 +101,18 @@ class PreparedKFAC(Prepared):
     def __init__(self, solver, problem, lam, theta, batch, blocks, own: Estimate | None, info):
         super().__init__(solver, problem, lam, theta, batch, shared=False)
         self.blocks, self.own, self.info = blocks, own, info
-        self.slopes, self.cost = None, solver.last_cost
+        self.cost, self.once = solver.last_cost, not isinstance(blocks, list)
+        self.slopes = self.of = None  # < grad l_i, v >, and v if it was formed
 
     def inverse(self, b: Tensor) -> Tensor:
         """Return G^-1 b."""
         return self._solve(b, True).solution
 
     def _solve(self, b, want_v):
+        if type(self.solver)._solve is not Solver._solve:  # somebody's own
+            return super()._solve(b, want_v)
+        if self.blocks is None:
+            raise ValueError("prepare: once=True serves one solve, and this is the second")
         v = torch.empty_like(b) if want_v or self.own is None else None
         if self.own is not None:
             (one,) = self.own.passes
@@ -118,12 +122,16 @@ class PreparedKFAC(Prepared):
                 block(b, v)
             if self.own is not None:
                 self.slopes += block.slopes(self.own, b, v)
+        if self.once:
+            self.blocks = None
         if v is not None:
             _require_finite(v)
+        self.of = None if v is None else (v, versions(v))
         return KFACInfo(v, iterations=0, products=0, **self.info)
 
     def _cross(self, v):
-        if self.slopes is None:
+        mine = v is None or (self.of and same_memory(v, self.of[0]) and versions(v) == self.of[1])
+        if self.slopes is None or not mine:
             return super()._cross(v)
         (one,) = self.own.passes
         at = self.lam, self.theta, [one.term], [self.slopes], [one.side.outputs]
@@ -141,6 +149,7 @@ class Memory:
         factors: Layer name -> factors, for ``every`` and ``ema``; None where nothing is kept.
         diagonal: Parameter name -> diagonal.
         blocks: The damped inverses, for ``every``.
+        damped: By which tau and rule the blocks were.
         without: Names of the parameters without a Kronecker block.
         inputs: ``fixed_batch``: layer -> (module, input, its version, A).
     """
@@ -153,6 +162,7 @@ class Memory:
     blocks: list | None = None
     without: tuple[str, ...] = ()
     inputs: dict[tuple, tuple] = field(default_factory=dict)
+    damped: tuple | None = None
 
 
 class KFAC(Solver):
@@ -196,9 +206,7 @@ class KFAC(Solver):
     Source: Martens and Grosse (2015); as a hypergradient solver arXiv 2603.29108.
     """
 
-    damping: float = option(
-        "a finite number that is zero or positive", lambda v: 0 <= v < math.inf, 1e-3
-    )
+    damping: float = not_negative(1e-3)
     fisher: str = one_of("mc", "exact", "empirical")
     samples: int = whole(1)
     ema: float = fraction(0.0)
@@ -206,9 +214,9 @@ class KFAC(Solver):
     damping_rule: str = one_of(*RULES)
     bias: str = one_of("joint", "separate")
     rest: str = one_of("diagonal", "damping", "drop")
-    fixed_batch: bool = False
-    generator: torch.Generator | None = None
-    seed: int = 0
+    fixed_batch: bool = flag(False)
+    generator: torch.Generator | None = instance(torch.Generator, "a torch.Generator", None)
+    seed: int = whole(0, least=0)
 
     _keeps_gradients = False
 
@@ -263,6 +271,7 @@ class KFAC(Solver):
         info, memory.age = self._staleness(theta), 1
         if self.every > 1:
             memory.blocks, memory.theta = list(blocks), theta.detach().clone()
+            memory.damped = self.damping + 2 * risk.l2, self.damping_rule
             blocks = memory.blocks
         return PreparedKFAC(*at, blocks if once else list(blocks), own, info)
 
@@ -338,7 +347,7 @@ class KFAC(Solver):
             return done.a(layer)
         a, key = one.tape.calls[own.name][0].input, (layer.name, layer.joint)
         module, before, version, factor = self._memory.inputs.get(key, (None, None, 0, None))
-        if module is own.module and _same(before, a) and version == a._version:
+        if module is own.module and same_memory(before, a) and version == a._version:
             return factor
         factor = done.a(layer)
         if a.untyped_storage().data_ptr() == one.tape.x.untyped_storage().data_ptr():
@@ -380,7 +389,10 @@ class KFAC(Solver):
         memory = self._memory
         if memory.theta is None or memory.age >= self.every:
             return False
-        if memory.blocks is None and memory.factors is not None:  # brought back by a state
+        damped = self.damping + 2 * risk.l2, self.damping_rule
+        if memory.factors is not None and (memory.blocks is None or memory.damped != damped):
+            # brought back by a state, or damped by what is no longer said
+            memory.damped = damped
             layers, rest = layers_of(risk, self.bias, set(memory.factors))
             factors = memory.factors.__getitem__
             memory.blocks = list(self._blocks(risk, layers, factors, rest, memory.diagonal))
@@ -466,7 +478,7 @@ def _owned(factors: tuple, done: Estimate) -> tuple:
     return tuple(map(owned, factors))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
     """True if both are views of the same memory (their contents then change together)."""
     return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
@@ -519,7 +531,7 @@ class KFACRichardson(Solver):
     kfac: KFAC | None = None
     step: float = positive(1.0)
     damping: float = not_negative(0.0)
-    warm_start: bool = True
+    warm_start: bool = flag(True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -58,25 +59,46 @@ def option(expected: str, fits: Callable[[Any], bool], default: Any = MISSING, *
     return field(default=default, metadata={"option": one})
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def positive(default: Any = MISSING, expected: str = "a positive number", **more: Any) -> Any:
     """A number above zero."""
-    return option(expected, lambda v: v > 0, default, **more)
+    return option(expected, lambda v: _number(v) and v > 0, default, **more)
 
 
 def not_negative(default: Any = MISSING, **more: Any) -> Any:
     """A finite number that is zero or positive."""
-    return option("a number that is zero or positive", lambda v: 0 <= v < math.inf, default, **more)
+    return option(
+        "a finite number that is zero or positive",
+        lambda v: _number(v) and 0 <= v < math.inf,
+        default,
+        **more,
+    )
 
 
 def fraction(default: Any = MISSING, **more: Any) -> Any:
     """A number from 0 up to, not including, 1."""
-    return option("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, default, **more)
+    return option(
+        "a number from 0 up to, not including, 1",
+        lambda v: _number(v) and 0 <= v < 1,
+        default,
+        **more,
+    )
 
 
 def whole(default: Any = MISSING, least: int = 1, **more: Any) -> Any:
     """An integer of at least ``least``."""
     expected = f"an integer of at least {least}"
-    return option(expected, lambda v: isinstance(v, int) and v >= least, default, **more)
+    return option(
+        expected, lambda v: _number(v) and isinstance(v, Integral) and v >= least, default, **more
+    )
+
+
+def flag(default: bool, **more: Any) -> Any:
+    """True or False."""
+    return option("True or False", lambda v: isinstance(v, bool), default, **more)
 
 
 def one_of(*known: str, **more: Any) -> Any:

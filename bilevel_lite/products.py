@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel_lite.exact import exactly
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate, looked_at
-from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads
+from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,
@@ -134,8 +134,11 @@ def _value(loss, lam, theta, batch):
     def again():
         return loss(lam.detach(), theta.detach(), batch)
 
-    known = only_reads(loss)
-    with same_twice("inner_loss", theta, again, None if known else loss) as watch:
+    plain = not is_structured(loss)
+    of = None if only_reads(loss) else loss
+    if not plain:
+        same_terms(loss, lam.detach(), batch)
+    with same_twice("inner_loss", theta, again, of, every=plain) as watch:
         watch.value = value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
     return value
 
@@ -215,6 +218,7 @@ class SecondDerivatives:
         self.lam, self.theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
         self.at = loss, batch
         self.grad = _gradient_graph(loss, self.lam, self.theta, batch)
+        self.freed = False
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return H v."""
@@ -230,6 +234,11 @@ class SecondDerivatives:
 
     @differentiating
     def _product(self, variable: Tensor, v: Tensor, keep: bool) -> Tensor:
+        if self.freed:
+            raise ValueError(
+                "solver: J v was read from the graph of H, which is gone with it; prepare anew"
+            )
+        self.freed = not keep
         if not self.grad.requires_grad:  # linear in theta
             return torch.zeros_like(variable)
         with way_out():
@@ -311,7 +320,7 @@ def cross_and_route(
         raise ValueError(f"mode: got {mode!r}, expected 'auto' or 'double_backward'")
     if mode == "double_backward" or not has_slopes(loss):
         return _cross_twice(loss, lam, theta, batch, v), "double backward"
-    terms = loss.terms(lam.detach(), batch)
+    terms = same_terms(loss, lam.detach(), batch)
     parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v)) for t in terms]
     slopes = [slope for slope, _ in parts]
     if looked_at(theta) and not all(bool(torch.isfinite(s.sum())) for s in slopes):
@@ -529,6 +538,6 @@ def update_jvp(
     def again():
         return loss(lam.detach(), theta.detach(), batch)
 
-    with same_twice("inner_loss", theta, again, loss):
+    with same_twice("inner_loss", theta, again, loss, every=not is_structured(loss)):
         q, along = update_operator(loss, lam, theta, batch)
     return q, along(e, z)

@@ -50,6 +50,7 @@ __all__ = [
     "only_reads",
     "overridden",
     "refusal",
+    "same_terms",
 ]
 
 LOSSES = ("cross_entropy", "mse")
@@ -827,6 +828,33 @@ def is_structured(loss: Any) -> bool:
     if isinstance(loss, SumOfRisks):
         return overridden(loss) is None and all(map(is_structured, loss.risks))
     return isinstance(loss, WeightedRisk) and overridden(loss) is None
+
+
+def same_terms(risk: "WeightedRisk | SumOfRisks", lam: Tensor, batch: Any) -> list[Term]:
+    """`WeightedRisk.terms`, refused where weights or inputs are another function at each call.
+
+    Cost: that of the weights once more; see `bilevel_lite.same_function.same_twice`.
+    """
+    risks = risk.risks if isinstance(risk, SumOfRisks) else [risk]
+    hooks = [h for r in risks for h in (r.weight, r.inputs) if h is not None]
+    if not hooks:
+        return risk.terms(lam, batch)
+
+    def read(terms):
+        made = []
+        for t in terms:
+            if t.risk.inputs is not None:
+                made += [p for p in t.batch if isinstance(p, Tensor) and p.is_floating_point()]
+            if t.risk.weight is not None:
+                losses = lam.new_ones(len(t.batch[1])) if t.risk.reads_losses else None
+                made.append(t.risk.weights(lam, t.batch, losses))
+        return torch.cat([part.detach().reshape(-1).to(lam.dtype) for part in made])
+
+    of, what = (hooks[0] if len(hooks) == 1 else risk), "weight or inputs"
+    with same_twice(what, lam, lambda: read(risk.terms(lam, batch)), of, every=True) as watch:
+        terms = risk.terms(lam, batch)
+        watch.value = read(terms)
+    return terms
 
 
 def only_reads(loss: Any) -> bool:

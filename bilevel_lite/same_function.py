@@ -2,7 +2,8 @@
 
 b, H and J are derivatives at one point of one function. A model that draws random numbers, counts
 its calls, remembers activations or moves a buffer at each forward pass is another function every
-time. Running statistics of BatchNorm are no such state: what moves them does not read them.
+time. Running statistics of BatchNorm are no such state: what moves them does not read them. Values
+are compared, so a memo, filled by the first pass and read as a constant by the next, is not seen.
 """
 
 import threading
@@ -15,8 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.surroundings import second_order
-from bilevel_lite.trust import known_code, still
+from bilevel_lite.trust import known_code, low_precision, still
 
 __all__ = [
     "SameDraws",
@@ -64,7 +64,7 @@ class SameDraws:
         if self.state is not None:
             return self._replayed(lam, theta, batch)
         before = random_state(theta)
-        with _watching(self.loss) as watch:
+        with _watching(not hasattr(self.loss, "terms")) as watch:
             value = self.loss(lam, theta, batch)
         if not _equal(before, random_state(theta)):
             self.state = before
@@ -94,7 +94,7 @@ def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
 # ------------------------------------------------------------------ what a model keeps
 
 _local = threading.local()
-_OWN = {*vars(nn.Module()), "training", "_backward_hooks", "_flat_weights"}
+_OWN = {*vars(nn.Module()), "_flat_weights"}
 
 
 def note(model: nn.Module, inputs: Any = None) -> None:
@@ -127,24 +127,22 @@ class _Watch:
         ]
 
     def evaluate(self, again: Callable[[], Tensor], times: int) -> list[Tensor]:
-        """Evaluate anew, so many times; running statistics stay as they are."""
+        """Evaluate anew, so many times; buffers stay as they are."""
         with ExitStack() as stack:
             for model, _ in self.models:
                 stack.enter_context(still(model))
             stack.enter_context(torch.enable_grad())  # a model may differentiate inside
-            stack.enter_context(second_order())
             return [again().detach() for _ in range(times)]
 
 
 @contextmanager
-def _watching(loss: Any) -> Iterator[_Watch]:
-    """Note the models that `predict` evaluates inside; all modules for a plain function."""
-    plain = not (loss is None or isinstance(loss, nn.Module) or hasattr(loss, "terms"))
+def _watching(every: bool) -> Iterator[_Watch]:
+    """Note the models that `predict` evaluates inside; or every module that is called."""
     watches = _local.__dict__.setdefault("watches", [])
     watches.append(watch := _Watch())
     with ExitStack() as stack:
         stack.callback(watches.remove, watch)
-        if plain:
+        if every:
             hook = nn.modules.module.register_module_forward_pre_hook(note)
             stack.callback(hook.remove)
         yield watch
@@ -159,10 +157,13 @@ def _kept(model: nn.Module) -> dict[str, Any]:
         buffers, own = module._buffers, module._parameters
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             buffers = {}
-        made = {k for k in vars(module) if f"{k}_g" in own or f"{k}_orig" in own}  # weight_norm
-        others = {k: a for k, a in vars(module).items() if k not in _OWN | made}
-        for name, value in (*buffers.items(), *others.items()):
-            kept[f"{path}.{name}".removeprefix(".")] = _mark(value)
+        others = [
+            (k, a)
+            for k, a in vars(module).items()
+            if k not in _OWN and f"{k}_g" not in own and f"{k}_orig" not in own  # weight_norm's
+        ]
+        for name, value in (*buffers.items(), *others):
+            kept[f"{path}.{name}" if path else name] = _mark(value)
     return kept
 
 
@@ -177,8 +178,12 @@ def _mark(value: Any) -> Any:
 
 def _same(was: Any, now: Any) -> bool:
     if isinstance(was, list | tuple) and isinstance(now, list | tuple):
-        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
-    return was is now
+        return len(was) == len(now) and all(map(_same_part, was, now))
+    return _same_part(was, now)
+
+
+def _same_part(was: Any, now: Any) -> bool:
+    return was is now or (type(was) is type(now) and isinstance(was, int | str) and was == now)
 
 
 def _require_still_norms(model: nn.Module) -> None:
@@ -227,7 +232,7 @@ def _was_the_same(of: Any) -> None:
 
 @contextmanager
 def same_twice(
-    what: str, like: Tensor, again: Callable[[], Tensor], of: Any = None
+    what: str, like: Tensor, again: Callable[[], Tensor], of: Any = None, every: bool = False
 ) -> Iterator[_Watch]:
     """Refuse what is not the same function when it is evaluated once more.
 
@@ -241,6 +246,7 @@ def same_twice(
         like: A tensor on the device of the model.
         again: Evaluates anew.
         of: The loss, or the model; None where all of its code is known.
+        every: Watch every module that is called, not only those of `predict`: for plain functions.
 
     Yields:
         An object whose ``value`` is to be set to what came out inside.
@@ -251,7 +257,7 @@ def same_twice(
     Cost: nothing, or the forward passes of ``again`` in the cases above.
     """
     before = random_state(like)
-    with _watching(of.loss if isinstance(of, SameDraws) else of) as watch:
+    with _watching(every) as watch:
         yield watch
     drew = not _equal(before, random_state(like))
     moved = watch.moved()
@@ -277,8 +283,10 @@ def require_same(what: str, values: list[Tensor], moved: list[str] = ()) -> None
     """
     first, *others = values
     size = first.norm()
+    eps = torch.finfo(first.dtype).eps
+    rtol = max(min(1e3 * eps, 3e-2), 3e-2 if low_precision(first) else 0.0)
     for other in others:
-        if bool((other - first).norm() > 1e3 * torch.finfo(first.dtype).eps * size):
+        if bool((other - first).norm() > rtol * size):
             kept = f" ({', '.join(map(repr, moved[:3]))})" if moved else ""
             raise ValueError(
                 f"{what}: has another value when it is evaluated once more at the same point: it "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
 from bilevel_lite.linsolve import SolveInfo
-from bilevel_lite.options import check, not_negative, one_of, positive, whole
+from bilevel_lite.options import check, flag, not_negative, one_of, positive, whole
 from bilevel_lite.products import (
     SecondDerivatives,
     cross_and_route,
@@ -51,6 +51,11 @@ class Prepared:
     Attributes:
         matvec: v -> H v, built when it is first applied.
         cost: Gradient-equivalents spent on preparing; counted in each solve's.
+        precondition: r -> M r, M an approximate inverse of H; None without.
+
+    Args:
+        solver, problem, lam, theta, batch: What is prepared.
+        shared: Keep the graph of grad_theta g in lam too, so that J v can be read from it.
     """
 
     def __init__(self, solver, problem, lam, theta, batch, shared: bool):
@@ -85,7 +90,7 @@ class Prepared:
         if v is not None:
             v = v.detach()
         if solver.warm_start:
-            solver._v = v
+            solver._v = v.clone()  # the caller may write into his
         if diagnose and info.residual is None:
             info.measured(b - self.matvec(v) - solver.damping * v, b)
         return v, info
@@ -139,18 +144,23 @@ class Solver:
     damping = 0.0
     warm_start = False
     curvature = "hessian"
+    _v = None  # the last v, for a warm start
 
     def __init_subclass__(cls, **options):
         """Take the fields for options; let solves compute where gradients are off, too."""
         super().__init_subclass__(**options)
-        for name in ("solve", "prepare", "inverse", "observe"):
+        if "solve" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__}: overrides solve, which hypergradients do not call; write "
+                "_solve(self, at, b), or prepare"
+            )
+        for name in ("prepare", "inverse", "observe"):
             if name in vars(cls):
                 setattr(cls, name, _entry(vars(cls)[name]))
         dataclass(eq=False, repr=False)(cls)
 
     def __post_init__(self):
         check(self)
-        self._v: Tensor | None = None
 
     def __repr__(self):
         named = (f.name for f in fields(self) if f.init)
@@ -339,7 +349,7 @@ class CG(Solver):
     tol: float = not_negative(1e-10)
     damping: float = not_negative(0.0)
     curvature: str = one_of("hessian", "ggn")
-    warm_start: bool = False
+    warm_start: bool = flag(False)
     precondition: Any = None
 
     def __post_init__(self):
@@ -378,10 +388,10 @@ class CG(Solver):
             ValueError: if the state is another solver's, or of a CG with another kind of
                 preconditioner.
         """
-        super().load_state_dict(state)
         if ("precondition" in state) != bool(self.precondition):
             words = ("with", "without") if "precondition" in state else ("without", "with")
             raise ValueError(f"state: is of a CG {words[0]} preconditioner, expected {words[1]}")
+        super().load_state_dict(state)
         if self.precondition:
             self.precondition.load_state_dict(state["precondition"])
 
@@ -400,7 +410,7 @@ class CGNormal(Solver):
     tol: float = not_negative(1e-10)
     damping: float = not_negative(0.0)
     curvature: str = one_of("hessian", "ggn")
-    warm_start: bool = False
+    warm_start: bool = flag(False)
 
     def _solve(self, at, b):
         x0 = self._v if self.warm_start else None

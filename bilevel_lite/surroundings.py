@@ -88,6 +88,31 @@ def lock_of_modules() -> Any:
 # ------------------------------------------------------------------ kernels
 
 
+class _NoFastPath:
+    """Attention's fast path off: what it gives at padded positions is another function.
+
+    Torch takes it where nothing inside needs a gradient (a frozen encoder): b and H would differ.
+    """
+
+    holders, was = 0, False
+
+    def __enter__(self):
+        with _guard:
+            self.holders += 1
+            if self.holders == 1:
+                self.was = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+
+    def __exit__(self, *error):
+        with _guard:
+            self.holders -= 1
+            if not self.holders:
+                torch.backends.mha.set_fastpath_enabled(self.was)
+
+
+_no_fast_path = _NoFastPath()
+
+
 class _SecondOrder:
     """A switch of the whole process that several threads may hold at once."""
 
@@ -120,12 +145,11 @@ class _SecondOrder:
 
 def _kernels() -> list[tuple[Callable, Callable]]:
     """Pairs (is it on?, switch it) of what torch may compute attention with."""
-    cuda, mha = torch.backends.cuda, torch.backends.mha
+    cuda = torch.backends.cuda
     pairs = [
         (cuda.math_sdp_enabled, cuda.enable_math_sdp),
         (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
         (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
-        (mha.get_fastpath_enabled, mha.set_fastpath_enabled),
     ]
     if hasattr(cuda, "enable_cudnn_sdp"):  # torch 2.5
         pairs.append((cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp))
@@ -185,10 +209,12 @@ _no_checkpoints = _NoCheckpoints()
 
 @contextmanager
 def nothing_again(what: str) -> Iterator[None]:
-    """Refuse activation checkpointing in a forward pass with other parameters than the module's.
+    """One forward pass with other parameters than the module's: no fast path, and no second pass.
 
-    What the backward pass runs again, it runs with the module's own parameters, not with those of
-    theta: the gradient would be of neither.
+    Activation checkpointing is refused.
+
+    What the backward pass runs again, it would run with the module's own parameters and not with
+    theta: the gradient would be of neither. Attention's fast path is off.
 
     Raises:
         ValueError: naming ``what`` and the way out.
@@ -196,6 +222,7 @@ def nothing_again(what: str) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller has hooks of his own around all of it
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
+        stack.enter_context(_no_fast_path)
         if torch.is_grad_enabled():
             stack.enter_context(_no_checkpoints)
         try:

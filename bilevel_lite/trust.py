@@ -18,6 +18,7 @@ from bilevel_lite.surroundings import lock_of_modules
 
 __all__ = [
     "known_code",
+    "low_precision",
     "mixes_examples",
     "numbers",
     "rowwise",
@@ -51,12 +52,16 @@ def some_examples(batch: Any, rows: list[int], n: int) -> tuple:
     return type(batch)(few) if isinstance(batch, tuple) and not hasattr(batch, "_fields") else few
 
 
-def tolerance(like: Tensor) -> float:
-    """How far two ways to one number may be apart in this precision, relative to its size."""
-    low = torch.is_autocast_enabled(like.device.type) or (
+def low_precision(like: Tensor) -> bool:
+    """True where products are rounded to less than the tensors' own precision."""
+    return torch.is_autocast_enabled(like.device.type) or (
         like.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     )
-    return 3e-2 if low else 10 * torch.finfo(like.dtype).eps ** 0.5
+
+
+def tolerance(like: Tensor) -> float:
+    """How far two ways to one number may be apart in this precision, relative to its size."""
+    return 3e-2 if low_precision(like) else 10 * torch.finfo(like.dtype).eps ** 0.5
 
 
 def numbers(like: Tensor) -> int:
@@ -110,7 +115,8 @@ def known_code(model: nn.Module) -> bool:
     ):
         return False
     return all(
-        ROWWISE.get(type(m)) is type(m).forward
+        type(m) in ROWWISE
+        and ROWWISE[type(m)] is type(m).forward
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
         and not (m._backward_pre_hooks or "forward" in vars(m))
         and not (type(m) is nn.Flatten and m.start_dim != 1)
@@ -121,12 +127,12 @@ def known_code(model: nn.Module) -> bool:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """One more forward pass that leaves running statistics as they were.
+    """One more forward pass that leaves buffers (running statistics) as they were.
 
     The pass gets copies of them, since a graph that is still there may need the tensors unwritten.
     """
     with lock_of_modules():
-        before = [(m, dict(m._buffers)) for m in model.modules() if mixes_examples(m)]
+        before = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
         for module, buffers in before:
             module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
         try:
