@@ -4,12 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from bilevel_lite import bench, models
+from bilevel_lite import bench, models, plotting
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, collect
-from bilevel_lite.plotting import draw_stored
+from bilevel_lite.experiment import RunError, collect, stored
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies, hypercleaning
+from bilevel_lite.tasks import (
+    cleaning_comparison,
+    cleaning_figures,
+    cleaning_run,
+    cleaning_studies,
+    hypercleaning,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,6 +110,45 @@ def parser() -> argparse.ArgumentParser:
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
     gather.add_argument("--name", required=True)
     return top
+
+
+def draw_stored(names: list[str] | None = None) -> list[Path]:
+    """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
+
+    The study of the noise also gets ``NAME_surest.svg``: the images that each solver is surest are
+    mislabelled.
+
+    Args:
+        names: Which; all by default.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: for an unknown name, or a result that no function here draws.
+    """
+    drawers = {
+        "hyperclean": cleaning_figures.draw_hyperclean,
+        "hyperclean_methods": cleaning_figures.draw_hyperclean_methods,
+        "hyperclean_study": cleaning_figures.draw_study,
+        "bench": bench.draw_bench,
+    }
+    folder = Path(__file__).resolve().parent.parent / "figures"
+    written = []
+    for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
+        result = stored(name)
+        if result.get("kind") not in drawers:
+            raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
+        figures = {name: drawers[result["kind"]](result)}
+        if result["runs"][0].get("study") == "noise":
+            figures[f"{name}_surest"] = cleaning_figures.draw_noise_surest(result)
+        for stem, fig in figures.items():
+            # the style's salt makes the file's identifiers always the same
+            with plotting.plt.rc_context(plotting.STYLE):
+                fig.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+            plotting.plt.close(fig)
+            written.append(folder / f"{stem}.svg")
+    return written
 
 
 def _hyperclean(options: dict) -> None:

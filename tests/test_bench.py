@@ -103,7 +103,7 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
     case = stored["runs"][0]["cases"][1]
     case["rows"]["curvlinops ekfac-mc"] = {"failed": "a factorisation did not converge"}
     assert "did not converge" in bench.table(case)
-    plotting.plt.close(plotting.draw_bench(stored))
+    plotting.plt.close(bench.draw_bench(stored))
     assert main([*words, "--rounds", "3"]) == 1
     assert "made with other settings" in capsys.readouterr().err
 

@@ -97,7 +97,7 @@ def test_divergence_is_a_result_not_an_end(tmp_path, monkeypatch, capsys):
     row = numbers(tmp_path / "run")["results"][1]
     assert row["runs"] == [] and {t["tuning_loss"] for t in row["trials"]} == {None}
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
-    plotting.plt.close(plotting.draw_hyperclean_methods({"runs": [stored]}))
+    plotting.plt.close(cleaning_figures.draw_hyperclean_methods({"runs": [stored]}))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import experiment, plotting
+from bilevel_lite import bench, experiment, plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import RunError, RunFolder
 from bilevel_lite.tasks import cleaning_figures, cleaning_run
@@ -320,10 +320,10 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             assert p["command"].startswith("python -m bilevel_lite ") and "/" not in p["device"]
             assert not re.search(r"/(tmp|home|root|work)/", p["command"])
         draw = {
-            "hyperclean": plotting.draw_hyperclean,
-            "hyperclean_methods": plotting.draw_hyperclean_methods,
+            "hyperclean": cleaning_figures.draw_hyperclean,
+            "hyperclean_methods": cleaning_figures.draw_hyperclean_methods,
             "hyperclean_study": cleaning_figures.draw_study,
-            "bench": plotting.draw_bench,
+            "bench": bench.draw_bench,
         }
         plotting.plt.close(draw[result["kind"]](result))
         assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"

@@ -405,8 +405,9 @@ def pictures(task: hc.Hypercleaning, lam: torch.Tensor, theta: torch.Tensor, cou
 
 def _draw(result: dict, path) -> None:
     from bilevel_lite import plotting
+    from bilevel_lite.tasks import cleaning_figures
 
-    figure = plotting.draw_hyperclean({"kind": "hyperclean", "runs": [result]})
+    figure = cleaning_figures.draw_hyperclean({"kind": "hyperclean", "runs": [result]})
     figure.savefig(path / "figure.png", dpi=150)
     plotting.plt.close(figure)
 
