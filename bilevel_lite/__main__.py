@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bilevel_lite import bench, models, plotting
+from bilevel_lite import models, plotting
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, collect, stored
+from bilevel_lite.experiment import RunError, bench, collect, stored
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import (
     cleaning_comparison,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import bench, experiment, plotting
+from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import bench
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
         return {**linear, "model": name}
 
     monkeypatch.setattr(bench, "measure_case", measure_case)
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     drawn = []
     monkeypatch.setattr("bilevel_lite.__main__.draw_stored", drawn.append)
     words = [

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import bench, experiment, plotting
+from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import main
-from bilevel_lite.experiment import RunError, RunFolder
+from bilevel_lite.experiment import RunError, RunFolder, bench
 from bilevel_lite.tasks import cleaning_figures, cleaning_run
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
@@ -109,7 +109,7 @@ def test_an_edited_result_and_one_of_another_version_are_refused(whole, tmp_path
 
 
 def test_an_edited_stored_result_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     folder = tmp_path / "figures" / "data"
     folder.mkdir(parents=True)
     sealed = experiment.seal({"kind": "bench", "runs": [1.5]})
@@ -311,7 +311,7 @@ def test_mnist_for_a_few_iterations(tmp_path, monkeypatch):
 
 
 def test_stored_results_have_provenance_and_are_drawn(tmp_path):
-    folder = Path(experiment._REPOSITORY) / "figures" / "data"
+    folder = Path(experiment.folder._REPOSITORY) / "figures" / "data"
     for path in sorted(folder.glob("*.json")):
         result = experiment.stored(path.stem)
         for run in result["runs"]:
@@ -332,7 +332,7 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
 
 
 def test_collect(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     path = experiment.collect([str(whole)], "some")
     assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
     assert experiment.stored("some")["kind"] == "hyperclean"

@@ -9,8 +9,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
-from bilevel_lite.tasks.cleaning_search import pace
 
 __all__ = [
     "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study", "draw_surest",

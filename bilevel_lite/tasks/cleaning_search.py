@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment.search import pace
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.session import pick_device, progress
 from bilevel_lite.tasks import cleaning_methods, cleaning_run
@@ -328,8 +329,3 @@ def table(rows: list[dict]) -> str:
 def mean_test_loss(row: dict) -> float:
     """Mean over the seeds of the test loss at the chosen iterate; infinite if all diverged."""
     return mean(run["best"]["test_loss"] for run in row["runs"]) if row["runs"] else math.inf
-
-
-def pace(row: dict, key: str) -> float:
-    """``"seconds"`` or ``"gradients"`` per outer iteration up to the best, mean over the seeds."""
-    return mean(run["best"][key] / run["best"]["iteration"] for run in row["runs"])

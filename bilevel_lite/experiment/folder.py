@@ -24,7 +24,8 @@ __all__ = ["RunError", "RunFolder", "collect", "provenance", "stored"]
 
 FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
 RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
-_REPOSITORY = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent.parent
+_REPOSITORY = _PACKAGE.parent
 
 
 class RunError(RuntimeError):
@@ -316,7 +317,7 @@ def stored(name: str) -> dict:
         ValueError: if there is none of that name.
         RunError: if it was edited, or made by another version.
     """
-    folders = [Path(__file__).parent / "_results", _REPOSITORY / "figures" / "data"]
+    folders = [_PACKAGE / "_results", _REPOSITORY / "figures" / "data"]
     known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
     for folder in folders:
         path = folder / f"{name}.json"

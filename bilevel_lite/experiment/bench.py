@@ -31,7 +31,7 @@ from bilevel_lite.algorithms.aid import AID
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import Batches
 from bilevel_lite.ekfac import EKFAC
-from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance
 from bilevel_lite.hypergrad import implicit
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import cg
@@ -373,7 +373,8 @@ def _peak_in_fresh_process(name: str, row: str, device: torch.device) -> int | N
     if device.type == "cpu" and not sys.platform.startswith("linux"):
         return None
     code = (
-        "import sys, torch; from bilevel_lite import bench, kronecker; kronecker.set_threads(1); "
+        "import sys, torch; from bilevel_lite import kronecker; "
+        "from bilevel_lite.experiment import bench; kronecker.set_threads(1); "
         "print(bench.peak_memory(sys.argv[1], sys.argv[2], torch.device(sys.argv[3])))"
     )
     done = subprocess.run(
