@@ -6,15 +6,23 @@ from pathlib import Path
 
 from bilevel_lite import models, plotting
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, bench, collect, stored
+from bilevel_lite.experiment import RunError, bench, collect, settings, stored
+from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.experiment.supervised import BATCHNORM
+from bilevel_lite.experiment.task import TASKS, owner
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import (
     cleaning_comparison,
-    cleaning_figures,
-    cleaning_run,
     cleaning_studies,
     hypercleaning,
 )
+
+# What hyperclean can change beside what it names itself.
+OPTIONS = {
+    name: option
+    for name, option in settings.of(hypercleaning.Hypercleaning.Settings).items()
+    if name not in ("dataset", "model", "method", "seed")
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,12 +36,12 @@ def parser() -> argparse.ArgumentParser:
         description="Data hypercleaning. Stop it at any moment; the same command resumes it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    run.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits")
+    run.add_argument("--dataset", choices=sorted(hypercleaning.SIZES), default="digits")
     run.add_argument("--model", choices=sorted(models.MODELS), default="linear")
     run.add_argument(
         "--method",
         nargs="+",
-        choices=["all", *sorted(cleaning_run.METHODS)],
+        choices=["all", *sorted(METHODS)],
         default=["aid-cg"],
         metavar="METHOD",
         help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds",
@@ -47,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of split, noise, initial values, batches")
     run.add_argument("--out", required=True, help="output folder; one run each")
     run.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
-    for name, (kind, meaning) in cleaning_run.OPTIONS.items():
+    for name, (kind, _, meaning) in OPTIONS.items():
         run.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
@@ -64,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     asks = "; ".join(f"{name}: {asks}" for name, (asks, _) in cleaning_studies.STUDIES.items())
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
-    study.add_argument("--dataset", choices=sorted(cleaning_run.DEFAULTS), default="mnist")
+    study.add_argument("--dataset", choices=sorted(hypercleaning.SIZES), default="mnist")
     study.add_argument("--model", choices=sorted(models.MODELS), default="linear")
     study.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
     study.add_argument("--out", required=True, help="output folder")
@@ -87,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(cleaning_comparison.ROLES),
     )
     study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    study.add_argument("--batchnorm", choices=hypercleaning.BATCHNORM, default="batch")
+    study.add_argument("--batchnorm", choices=BATCHNORM, default="batch")
     study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
     study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
 
@@ -115,8 +123,8 @@ def parser() -> argparse.ArgumentParser:
 def draw_stored(names: list[str] | None = None) -> list[Path]:
     """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
 
-    The study of the noise also gets ``NAME_surest.svg``: the images that each solver is surest are
-    mislabelled.
+    A task may draw more than one figure: the study of the noise also gets ``NAME_surest.svg``, the
+    images that each solver is surest are mislabelled.
 
     Args:
         names: Which; all by default.
@@ -125,29 +133,24 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: for an unknown name, or a result that no function here draws.
+        ValueError: for an unknown name, or a result of no task.
     """
-    drawers = {
-        "hyperclean": cleaning_figures.draw_hyperclean,
-        "hyperclean_methods": cleaning_figures.draw_hyperclean_methods,
-        "hyperclean_study": cleaning_figures.draw_study,
-        "bench": bench.draw_bench,
-    }
     folder = Path(__file__).resolve().parent.parent / "figures"
     written = []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
         result = stored(name)
-        if result.get("kind") not in drawers:
-            raise ValueError(f"{name}: is of kind {result.get('kind')!r}; known: {sorted(drawers)}")
-        figures = {name: drawers[result["kind"]](result)}
-        if result["runs"][0].get("study") == "noise":
-            figures[f"{name}_surest"] = cleaning_figures.draw_noise_surest(result)
-        for stem, fig in figures.items():
+        kind = result.get("kind")
+        task = owner(str(kind))
+        if not (task or kind == "bench"):
+            raise ValueError(f"{name}: is of kind {kind!r}; known: bench, {sorted(TASKS)}")
+        figures = task.draw(result) if task else {"": bench.draw_bench(result)}
+        for suffix, fig in figures.items():
+            path = folder / f"{name}{suffix}.svg"
             # the style's salt makes the file's identifiers always the same
             with plotting.plt.rc_context(plotting.STYLE):
-                fig.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+                fig.savefig(path, metadata={"Date": None})
             plotting.plt.close(fig)
-            written.append(folder / f"{stem}.svg")
+            written.append(path)
     return written
 
 
@@ -155,7 +158,7 @@ def _hyperclean(options: dict) -> None:
     methods = options.pop("method")
     search = {name: options.pop(name) for name in ("seeds", "trials", "search_budget", "storage")}
     if methods == ["all"] or len(methods) > 1:
-        given = [k for k in cleaning_run.OPTIONS if options[k] is not None and k != "budget"]
+        given = [k for k in OPTIONS if options[k] is not None and k != "budget"]
         if given or options["seed"]:
             name = (given or ["seed"])[0].replace("_", "-")
             raise ValueError(f"--{name}: is chosen by the search, or fixed, in a comparison")
@@ -164,7 +167,7 @@ def _hyperclean(options: dict) -> None:
         common = {name: options[name] for name in ("dataset", "model", "out", "device")}
         cleaning_comparison.run(methods=methods, **common, **search, **budget)
     else:
-        cleaning_run.run(method=methods[0], **options)
+        hypercleaning.run(method=methods[0], **options)
 
 
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:

@@ -17,8 +17,9 @@ import torch
 import bilevel_lite as bl
 from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import main
-from bilevel_lite.experiment import RunError, RunFolder, bench
-from bilevel_lite.tasks import cleaning_figures, cleaning_run
+from bilevel_lite.experiment import RunError, RunFolder, bench, supervised
+from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.tasks import cleaning_figures, hypercleaning
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(
@@ -81,7 +82,7 @@ def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
         loss = len(calls) if len(split[1]) == 237 else 1 / len(calls)
         return {"loss": float(loss), "accuracy": 0.5}
 
-    monkeypatch.setattr(cleaning_run.hc, "evaluate", evaluate)
+    monkeypatch.setattr(supervised, "evaluate", evaluate)
     assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
     result, history = numbers(tmp_path / "run")
     assert timeless(result["best"]) == history[0]
@@ -280,7 +281,7 @@ def test_settings_out_of_range(tmp_path, arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", sorted(set(cleaning_run.METHODS) - {"aid-cg"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"aid-cg"}))
 def test_the_other_methods_run(tmp_path, method):
     short = ["--outer-steps", "3", "--evaluate-every", "3"]
     assert main([*SMALL, *short, "--method", method, "--out", str(tmp_path / "run")]) == 0
@@ -295,7 +296,7 @@ def test_mlp_and_noise_free_run(tmp_path):
 @needs_mnist
 @pytest.mark.slow
 def test_mnist_for_a_few_iterations(tmp_path, monkeypatch):
-    monkeypatch.setattr(cleaning_run, "BASELINE_L2", (1e-4,))
+    monkeypatch.setattr(hypercleaning, "BASELINE_L2", (1e-4,))
     out = tmp_path / "mnist"
     few = ["--outer-steps", "20", "--evaluate-every", "20", "--out", str(out)]
     assert main(["hyperclean", "--dataset", "mnist", "--device", "cpu", *few]) == 0

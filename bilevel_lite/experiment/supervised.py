@@ -1,16 +1,105 @@
 """Supervised models: train with fixed weights, evaluate, keep BatchNorm's statistics at theta."""
 
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilevel_lite import algorithms as alg
+from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
+from bilevel_lite.experiment.task import Column, Task
 from bilevel_lite.params import predict
 from bilevel_lite.risk import WeightedRisk
 
-__all__ = ["batchnorms", "evaluate", "refresh_batchnorm", "train", "train_minibatch"]
+__all__ = [
+    "BATCHNORM", "Supervised", "batchnorms", "best_fit", "evaluate", "refresh_batchnorm", "train",
+    "train_minibatch",
+]  # fmt: skip
+
+BATCHNORM = ("batch", "refresh", "frozen")
+
+
+@dataclass(kw_only=True)
+class Supervised(Task):
+    """A task whose theta are a classifier's parameters: measured by loss and accuracy.
+
+    Attributes:
+        model: The model; theta holds its parameters.
+        tuning: (x, y) for choosing hyperparameters and when to stop.
+        test: (x, y), to be looked at once.
+        batchnorm: ``"batch"``: inner steps use each batch's own statistics, all else those that
+            `refresh` takes at theta; ``"refresh"``: the inner steps do so too; ``"frozen"``: the
+            statistics stay as they were at theta0.
+    """
+
+    model: nn.Module
+    tuning: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    batchnorm: str = "batch"
+
+    criterion: ClassVar[str] = "tuning_loss"
+    dropped: ClassVar[tuple[str, ...]] = ("tuning_accuracy",)
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("test_loss", "test loss"),
+        Column("test_accuracy", "accuracy", ".1f", 17, 100, spread=True),
+    )
+
+    def refresh(self, theta: Tensor) -> None:
+        """Bring BatchNorm's statistics up to date with theta, unless they are to stay frozen."""
+        if self.batchnorm != "frozen":
+            refresh_batchnorm(self.model, theta, self.train[0])
+
+    @property
+    def uses_batches(self) -> bool:
+        """Whether inner steps use a batch's own statistics."""
+        return self.batchnorm == "batch" and bool(batchnorms(self.model))
+
+    @contextmanager
+    def descending(self, theta: Tensor):
+        """Around inner steps: the model in the mode that they need, then statistics at theta."""
+        if not self.uses_batches:
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+            self.refresh(theta)
+
+    def attach(self, method: Method, s: Any) -> None:
+        """Run the method's inner steps in `descending`.
+
+        Raises:
+            ValueError: if it has none that could run with a batch's own statistics.
+        """
+        if not self.uses_batches:
+            return
+        if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1):
+            raise ValueError(
+                f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "
+                "expected 'refresh' or 'frozen'"
+            )
+        method.descending = lambda: self.descending(method.theta)
+
+    def measure(self, lam: Tensor, theta: Tensor) -> dict[str, float]:
+        """Loss and accuracy on tuning and test split.
+
+        The test columns are for the figure; nothing is chosen by them.
+        """
+        return {
+            f"{name}_{key}": value
+            for name in ("tuning", "test")
+            for key, value in evaluate(self.model, theta, getattr(self, name)).items()
+        }
+
+    def judge(self, lam: Tensor, theta: Tensor) -> float:
+        """The loss on the tuning split."""
+        return evaluate(self.model, theta, self.tuning)["loss"]
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:
@@ -113,7 +202,7 @@ def train(
 
 
 def train_minibatch(
-    task: Any,
+    task: Supervised,
     split: tuple[Tensor, Tensor],
     l2: float,
     lr: float,
@@ -162,3 +251,44 @@ def train_minibatch(
     task.model.eval()
     task.refresh(best)
     return best
+
+
+def best_fit(
+    task: Supervised,
+    split: tuple[Tensor, Tensor],
+    s: Any,
+    l2: tuple[float, ...],
+    weights: Tensor | None = None,
+    minibatch: bool = False,
+) -> dict:
+    """Train with fixed weights and report the fit that is best on the tuning split.
+
+    Args:
+        task: Gives model, start, tuning and test split.
+        split: (x, y) to train on.
+        s: The run's settings; of minibatch training.
+        l2: Coefficients of ||theta||^2 to choose from.
+        weights: One per example of ``split``, shape (n,); all ones by default.
+        minibatch: By SGD with the run's own step size and number of steps, not by L-BFGS.
+
+    Returns:
+        ``l2`` and what `Supervised.measure` measures.
+    """
+    fits = []
+    for strength in l2:
+        if minibatch:
+            generator = torch.Generator().manual_seed(s.seed)
+            size, steps = (
+                min(s.batch_size or len(split[1]), len(split[1])),
+                s.outer_steps * s.inner_steps,
+            )
+            theta = train_minibatch(
+                task, split, strength, s.inner_lr, steps, size, generator, weights, s.inner_momentum
+            )
+        else:
+            theta = train(task.model, split, task.theta0, task.tuning, strength, weights=weights)
+        fits.append((evaluate(task.model, theta, task.tuning), strength, theta))
+    tuning, strength, theta = min(fits, key=lambda fit: fit[0]["loss"])
+    found = {"tuning": tuning, "test": evaluate(task.model, theta, task.test)}
+    rows = {f"{name}_{key}": value for name, row in found.items() for key, value in row.items()}
+    return {"l2": strength, **rows}
