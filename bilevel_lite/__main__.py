@@ -1,4 +1,4 @@
-"""Command line: ``python -m bilevel_lite hyperclean --dataset mnist --model linear ...``."""
+"""Command line: ``python -m bilevel_lite run TASK ...``, ``hyperclean --dataset mnist ...``."""
 
 import argparse
 import sys
@@ -6,10 +6,10 @@ from pathlib import Path
 
 from bilevel_lite import models, plotting
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import RunError, bench, collect, settings, stored
+from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.experiment.supervised import BATCHNORM
-from bilevel_lite.experiment.task import TASKS, owner
+from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import (
     cleaning_comparison,
@@ -99,6 +99,44 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
     study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
 
+    known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
+    for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
+        one = commands.add_parser(
+            name,
+            help=f"{asks}, whichever it is",
+            description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
+        one.add_argument(
+            "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+            help="settings; `tasks NAME` lists those of a task",
+        )  # fmt: skip
+        one.add_argument("--out", required=True, help="output folder")
+        one.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+        if name == "run":
+            one.add_argument("--method", choices=sorted(METHODS), default=None, metavar="METHOD")
+            one.add_argument("--seed", type=int, default=0)
+            continue
+        one.add_argument(
+            "--method", nargs="+", choices=sorted(METHODS), required=True, metavar="METHOD",
+            help="one search each",
+        )  # fmt: skip
+        one.add_argument(
+            "--over", nargs="+", required=True, metavar="NAME=LOW:HIGH",
+            help="what is searched for, on a logarithmic scale",
+        )  # fmt: skip
+        one.add_argument("--seeds", type=int, default=3, help="final runs of each")
+        one.add_argument("--trials", type=int, default=16, help="points tried for each")
+        one.add_argument(
+            "--search-steps", type=int, default=100, help="outer iterations of a trial"
+        )
+        one.add_argument("--outer-steps", type=int, default=200, help="of a final run")
+        one.add_argument("--looks", type=int, default=50, help="evaluations in a final run")
+        one.add_argument("--storage", default=None, help="Optuna's database (default: in OUT)")
+    listing = commands.add_parser("tasks", help="list the tasks, or the settings of one")
+    listing.add_argument("task", nargs="?", help="its name, or MODULE:NAME for one of your own")
+
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
@@ -170,6 +208,48 @@ def _hyperclean(options: dict) -> None:
         hypercleaning.run(method=methods[0], **options)
 
 
+def first_line(task: type[Task]) -> str:
+    """What a task says of itself in one line."""
+    return (task.__doc__ or "").strip().splitlines()[0].rstrip(".") if task.__doc__ else ""
+
+
+def _run(task: str, method: str | None, seed: int, out: str, device: str | None, **more) -> None:
+    kind = find(task)
+    given = {"seed": seed, **({"method": method} if method else {})}
+    s = kind.settings(**given, **settings.read(kind.Settings, more["set"]))
+    job.run(kind, s, out, device)
+
+
+def _search(options: dict) -> None:
+    kind, over = find(options["task"]), {}
+    for word in options["over"]:
+        name, _, ends = word.partition("=")
+        try:
+            low, high = map(float, ends.split(":"))
+        except ValueError:
+            raise ValueError(f"over: got {word!r}, expected NAME=LOW:HIGH") from None
+        if settings.of(kind.Settings).get(name, (None,))[0] is not float or not 0 < low < high:
+            raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+        over[name] = (low, high)
+    variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
+    base = settings.read(kind.Settings, options["set"])
+    trial, final = ({"outer_steps": options[name]} for name in ("search_steps", "outer_steps"))
+    names = ("out", "seeds", "trials", "storage", "device", "looks")
+    rest = {name: options[name] for name in names}
+    search.run(kind, {"kind": f"{kind.name}_search"}, base, variants, trial, final, **rest)
+
+
+def _tasks(task: str | None) -> None:
+    if task is None:
+        for name, kind in sorted(TASKS.items()):
+            print(f"{name:<12} {first_line(kind)}")
+        return
+    kind = find(task)
+    default = vars(kind.settings())
+    for name, (_, _, meaning) in settings.of(kind.Settings).items():
+        print(f"{name}={default[name]}  {meaning}")
+
+
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
     """Read an option's SETTING=VALUE words."""
     out = {}
@@ -193,6 +273,12 @@ def main(arguments: list[str] | None = None) -> int:
             for name in ("at", "sizes"):
                 options[name] = _settings(name, options[name])
             cleaning_studies.run(**options)
+        elif command == "run":
+            _run(**options)
+        elif command == "search":
+            _search(options)
+        elif command == "tasks":
+            _tasks(options["task"])
         elif command == "bench":
             device = pick_device(options["device"])
             out = options["out"] or f"runs/bench-{device.type}"

@@ -11,15 +11,21 @@ from bilevel_lite.experiment.folder import (
     stored,
     unseal,
 )
+from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.task import Column, Task
 
 __all__ = [
     "Clock",
+    "Column",
     "RunError",
     "RunFolder",
+    "Settings",
+    "Task",
     "collect",
     "compact",
     "provenance",
     "seal",
+    "setting",
     "stored",
     "unseal",
 ]

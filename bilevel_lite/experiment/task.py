@@ -72,6 +72,7 @@ class Task:
 
     name: ClassVar[str] = ""
     Settings: ClassVar[type] = declared.Settings
+    defaults: ClassVar[dict[str, Any]] = {}  # of settings, where the task has others
     criterion: ClassVar[str] = "criterion"  # the measure that chooses the iterate: lower is better
     columns: ClassVar[tuple[Column, ...]] = ()  # of a search's table; the first one sorts it
     dropped: ClassVar[tuple[str, ...]] = ()  # measures that the thin log of a search leaves out
@@ -92,7 +93,7 @@ class Task:
         """
         if unknown := sorted(set(given) - set(declared.of(cls.Settings))):
             raise ValueError(f"{cls.name}: has no setting {unknown}")
-        s = cls.Settings(**given)
+        s = cls.Settings(**{**cls.defaults, **given})
         declared.check(s)
         return s
 
@@ -191,6 +192,7 @@ class Task:
     def table(cls, result: dict) -> str:
         """A run's result as text."""
         rows = {**result["baselines"], result["settings"]["method"]: result["best"]}
+        rows |= {"retrained": result["retrained"]} if "retrained" in result else {}
         lines = [f"{cls.name}, seed {result['settings']['seed']}"]
         for name, row in rows.items():
             numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float)]
@@ -237,7 +239,10 @@ def find(name: str) -> type[Task]:
     """
     module, _, task = name.rpartition(":")
     if module:
-        import_module(module)
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"task: there is no module {error.name!r}") from None
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {sorted(TASKS)}")
     return TASKS[task]

@@ -277,12 +277,15 @@ class Hypercleaning(Supervised, name="hyperclean"):
         """
         from bilevel_lite.tasks import cleaning_figures as figures
 
-        if stored["kind"] == "hyperclean":
-            return {"": figures.draw_hyperclean(stored)}
-        if stored["kind"] == "hyperclean_methods":
-            return {"": figures.draw_hyperclean_methods(stored)}
-        out = {"": figures.draw_study(stored)}
-        if stored["runs"][0]["study"] == "noise":
+        drawers = {
+            "hyperclean": figures.draw_hyperclean,
+            "hyperclean_methods": figures.draw_hyperclean_methods,
+            "hyperclean_study": figures.draw_study,
+        }
+        if stored["kind"] not in drawers:
+            return super().draw(stored)
+        out = {"": drawers[stored["kind"]](stored)}
+        if stored["runs"][0].get("study") == "noise":
             out["_surest"] = figures.draw_noise_surest(stored)
         return out
 
