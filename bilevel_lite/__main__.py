@@ -210,13 +210,13 @@ def _hyperclean(options: dict) -> None:
 
 def first_line(task: type[Task]) -> str:
     """What a task says of itself in one line."""
-    return (task.__doc__ or "").strip().splitlines()[0].rstrip(".") if task.__doc__ else ""
+    return (task.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
 def _run(task: str, method: str | None, seed: int, out: str, device: str | None, **more) -> None:
     kind = find(task)
     given = {"seed": seed, **({"method": method} if method else {})}
-    s = kind.settings(**given, **settings.read(kind.Settings, more["set"]))
+    s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"])})
     job.run(kind, s, out, device)
 
 
@@ -236,7 +236,8 @@ def _search(options: dict) -> None:
     trial, final = ({"outer_steps": options[name]} for name in ("search_steps", "outer_steps"))
     names = ("out", "seeds", "trials", "storage", "device", "looks")
     rest = {name: options[name] for name in names}
-    search.run(kind, {"kind": f"{kind.name}_search"}, base, variants, trial, final, **rest)
+    config = {"kind": f"{kind.name}_search", "over": over}
+    search.run(kind, config, base, variants, trial, final, **rest)
 
 
 def _tasks(task: str | None) -> None:

@@ -74,6 +74,12 @@ def test_a_run_writes_all_that_it_promises(whole, capsys):
     assert (whole / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+def test_the_command_for_any_task_is_the_same_run(whole, capsys):
+    words = ["run", "hyperclean", "--device", "cpu", "--set", "outer_steps=30", "evaluate_every=3"]
+    assert main([*words, "--out", str(whole)]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+
+
 def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
     calls = []
 

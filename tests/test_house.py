@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parent.parent / "bilevel_lite"
 FILES = {
     ".".join(("bilevel_lite", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
@@ -62,3 +64,46 @@ def test_experiment_knows_no_task():
         if name.startswith("bilevel_lite.experiment"):
             tasks = {other for other in reached(name) if other.startswith("bilevel_lite.tasks")}
             assert not tasks, f"{name} knows {sorted(tasks)}"
+
+
+# part -> (its files, the lines that it may have in all); None: no limit yet. A limit is what the
+# part has now: lower it whenever the part shrinks, raise it on purpose only.
+CORE = (
+    "__init__ auditing checking curvature ekfac factors forward_mode hypergrad kfac kronecker "
+    "linsolve options params problem products refuse risk same_function solvers surroundings tape "
+    "trust unroll"
+).split()
+NOT_METHODS = ("__init__", "method", "resume")
+METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
+METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
+PARTS = {
+    "core and algorithms": (
+        [PACKAGE / f"{name}.py" for name in CORE] + [*(PACKAGE / "algorithms").glob("*.py")],
+        None,
+    ),
+    "methods": ([*METHODS.values()], None),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 600),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2320),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1370),
+}
+LARGEST = {"method": None, "task": 410}  # one file of algorithms/, of tasks/
+
+
+def lines(path: Path) -> int:
+    return path.read_text("utf-8").count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_has_no_more_lines_than_it_may(part):
+    files, most = PARTS[part]
+    total = sum(map(lines, files))
+    assert most is None or total <= most, f"{part}: {total} lines, {most} allowed"
+    assert most is None or total > 0.9 * most, f"{part}: only {total} lines now, lower its limit"
+
+
+@pytest.mark.parametrize(
+    "path", [*METHODS.values(), *(PACKAGE / "tasks").glob("*.py")], ids=lambda p: p.stem
+)
+def test_a_method_and_a_task_are_short(path):
+    most = LARGEST["method" if path.parent.name == "algorithms" else "task"]
+    assert most is None or lines(path) <= most, f"{path.name}: {lines(path)} lines, {most} allowed"

@@ -91,6 +91,24 @@ def test_stopped_and_resumed_it_gives_the_same_numbers(name, tmp_path, monkeypat
     assert "holds the finished run" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+    words = ["run", "ridge", "--device", "cpu", "--out", str(tmp_path), "--set", "outer_steps=9"]
+    assert main(words) == 0
+    fresh = timeless(tmp_path)
+    (tmp_path / "result.json").unlink()
+    state = torch.load(tmp_path / "checkpoint.pt")
+    del state["method"]["theta"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "by a version whose checkpoints this one cannot resume" in error
+    assert "remove its checkpoint.pt to start anew" in error and error.count("\n") == 1
+    (tmp_path / "checkpoint.pt").unlink()  # the way out that it names
+    assert main(words) == 0
+    assert timeless(tmp_path) == fresh
+
+
 def test_the_outer_problem_of_the_stranger_is_solved(tmp_path):
     """Against ridge in closed form, its penalties found by another optimiser."""
     words = ["run", "ridge", "--device", "cpu", "--set", "outer_steps=100", "outer_lr=30"]
@@ -130,6 +148,8 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
     capsys.readouterr()
     assert main(words) == 0
     assert "holds the finished study" in capsys.readouterr().out
+    assert main([word.replace("0.1:2", "0.1:3") for word in words]) == 1
+    assert "was made with other settings (over: " in capsys.readouterr().err
     (fig,) = owner(result["kind"]).draw({"kind": result["kind"], "runs": [result]}).values()
     assert [line.get_label() for line in fig.axes[0].lines] == ["soba", "aid-cg"]
     plotting.plt.close(fig)

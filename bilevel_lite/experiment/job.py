@@ -57,11 +57,23 @@ def float32():
 
 
 def run_job(s: Any, device: torch.device, folder: RunFolder, task: Task) -> dict:
-    """Run or resume the job in its folder, and put the result together."""
+    """Run or resume the job in its folder, and put the result together.
+
+    Raises:
+        ValueError: for a setting out of range.
+        RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
+    """
     method = methods.build(s, task)
     state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
     if state["method"] is not None:
-        method.load_state_dict(state["method"])
+        try:
+            method.load_state_dict(state["method"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{folder.path} was left by a version whose checkpoints this one cannot resume "
+                f"({type(error).__name__}: {error}); use another folder, or remove its "
+                "checkpoint.pt to start anew"
+            ) from error
         print(f"resuming {folder.path} after iteration {method.iteration}")
     clock = Clock(state["seconds"], device)
 

@@ -98,7 +98,8 @@ def run(
         raise RunError("the search needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place = pick_device(device)
-    common = {k: v for k, v in config.items() if k in declared.of(kind.Settings)}
+    known = set(declared.of(kind.Settings)) - {"kind"}
+    common = {name: value for name, value in config.items() if name in known}
     common = {**common, "seed": 0, "baselines": 0, **base}
     jobs = [(v, kind.settings(**{**common, **v.settings})) for v in variants]
     config = {
@@ -123,18 +124,9 @@ def run(
                 continue
             with timer:
                 row = _row(
-                    kind,
-                    s,
-                    variant,
-                    search,
-                    final,
-                    seeds,
-                    trials,
-                    storage,
-                    folder.path,
-                    place,
+                    kind, s, variant, search, final, seeds, trials, storage, folder.path, place,
                     looks,
-                )
+                )  # fmt: skip
             folder.log(row)
             folder.checkpoint({"seconds": timer.seconds})
             print(table([row], kind.columns).splitlines()[-1], flush=True)

@@ -1,11 +1,13 @@
 """What a task says of itself; the job, the search and the command line ask nothing else.
 
-class Ridge(Task, name="ridge"):        # is known under this name from here on
-    '''One penalty for each feature.'''
+    class Ridge(Task, name="ridge"):        # is known under this name from here on
+        '''One penalty for each feature.'''
 
-    @classmethod
-    def make(cls, s, device): ...       # the two losses, the start, the data: from the settings
-    def measure(self, lam, theta): ...  # a line of the log; ``criterion`` chooses the iterate
+        @classmethod
+        def make(cls, s, device): ...       # the two losses, the start, the data, from the settings
+        def measure(self, lam, theta): ...  # a line of the log; ``criterion`` chooses the iterate
+
+is all that must be said; what else may be said stands in `Task`, with its default.
 """
 
 from collections.abc import Callable
