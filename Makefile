@@ -50,17 +50,20 @@ lab: setup ## open the chapters in JupyterLab
 html: setup ## render the book from the stored outputs, without running anything
 	$(BIN)/python chapters/book/book.py html
 
+# A process for each core, at most eight of them (a gigabyte each); conftest.py says what goes where.
+WORKERS := -n auto --maxprocesses 8
+
 test: setup ## everything: the package's tests, and every chapter compared with its stored outputs
-	$(BIN)/python -m pytest --nbval
+	$(BIN)/python -m pytest --nbval $(WORKERS)
 
 # What every x86-64 processor of the last fifteen years can do: torch, MKL, oneDNN, and OpenBLAS (NumPy, SciPy).
 BASELINE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 
 baseline: setup ## the same, with the arithmetic of an old processor: do tests or chapters rest on this one's last digits?
-	$(BASELINE) $(BIN)/python -m pytest --nbval
+	$(BASELINE) $(BIN)/python -m pytest --nbval $(WORKERS)
 
 quick: setup ## the tests without the chapters
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(WORKERS)
 
 execute: setup ## run chapters in place and store their outputs (FRESH=1: timings too, if nothing else changed)
 	$(BIN)/python chapters/book/book.py execute $(CH) $(if $(FRESH),--fresh)
@@ -72,8 +75,8 @@ elsewhere: setup ## would the chapters say the same on a GPU? (an hour; tests/el
 	$(BIN)/python tests/elsewhere.py device $(CH)
 	$(BIN)/python tests/elsewhere.py rounding $(CH)
 
-bench: setup ## what a hypergradient costs, beside curvlinops; options: BENCH="--device cuda"
-	$(BIN)/python -m bilevel_lite bench $(BENCH)
+bench: setup ## what a hypergradient costs: the book's record; BENCH="--models linear": a trial, in runs/
+	$(BIN)/python -m bilevel_lite bench $(if $(BENCH),$(BENCH),--publish)
 
 figures: setup ## draw the figures from figures/data
 	$(BIN)/python -m bilevel_lite figures
@@ -82,8 +85,7 @@ lint: setup ## style of the code, the notebooks' too
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-repo: setup ## set the repository's address everywhere: make repo ADDRESS=owner/name
-	@test -n "$(ADDRESS)" || { echo "Say which: make repo ADDRESS=owner/name"; exit 1; }
+repo: setup ## set the repository's address everywhere: that of origin, or ADDRESS=owner/name
 	$(BIN)/python chapters/book/book.py repo $(ADDRESS)
 
 clean: ## remove what was built (not .venv)

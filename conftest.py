@@ -1,4 +1,4 @@
-"""Settings for `pytest --nbval`: environment, kernel, timeout, sanitising rules.
+"""Settings for `pytest --nbval`: environment, kernel, timeout, sanitising rules, workers.
 
 They stand here and not in `addopts`, where paths are relative to the current directory.
 """
@@ -26,6 +26,24 @@ def pytest_configure(config):
             option.nbval_cell_timeout == 2000
         ):  # nbval's default: a kernel that died is noticed only then
             option.nbval_cell_timeout = 300
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n` a worker takes a whole file: a notebook is one kernel, a fixture is made once.
+
+    test_kinds.py is the longest by far and has nothing to share: each of its tests goes to whoever
+    is free. Files keep their order (tests, chapters, the short solutions): all then end together.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            alone = nodeid.startswith("tests/test_kinds.py")
+            return nodeid if alone else nodeid.split("::", 1)[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,7 @@ One module for each choice made in that line; see the table in the README.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from bilevel_lite.algorithms import (
     AID,
@@ -26,13 +27,9 @@ from bilevel_lite.algorithms import (
     StocBiO,
 )
 from bilevel_lite.auditing import audit
-from bilevel_lite.checking import check
+from bilevel_lite.checking import check, finite_difference_hypergradient
 from bilevel_lite.ekfac import EKFAC
-from bilevel_lite.hypergrad import (
-    finite_difference_hypergradient,
-    hypergradient,
-    unrolled_hypergradient,
-)
+from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.kfac import KFAC, KFACRichardson
 from bilevel_lite.linsolve import DivergenceWarning, NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
@@ -40,11 +37,21 @@ from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.session import progress, setup
 from bilevel_lite.solvers import CG, CGNormal, Direct, Identity, Neumann
+from bilevel_lite.unroll import unrolled_hypergradient
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
 _LAZY = ("data", "exercises", "experiment", "models", "plotting", "tasks")
+if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
+    from bilevel_lite import data, exercises, experiment, models, plotting, tasks
+else:
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return import_module(f"bilevel_lite.{name}")
+        raise AttributeError(f"module 'bilevel_lite' has no attribute {name!r}")
+
 
 __all__ = [
     "AID",
@@ -76,21 +83,20 @@ __all__ = [
     "WeightedRisk",
     "audit",
     "check",
+    "data",
+    "exercises",
+    "experiment",
     "finite_difference_hypergradient",
     "flatten",
     "hypergradient",
+    "models",
+    "plotting",
     "progress",
     "setup",
+    "tasks",
     "unflatten",
     "unrolled_hypergradient",
-    *_LAZY,
 ]
-
-
-def __getattr__(name):
-    if name in _LAZY:
-        return import_module(f"bilevel_lite.{name}")
-    raise AttributeError(f"module 'bilevel_lite' has no attribute {name!r}")
 
 
 def __dir__():

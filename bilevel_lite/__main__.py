@@ -4,100 +4,160 @@ import argparse
 import sys
 from pathlib import Path
 
-from bilevel_lite import models, plotting
+from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
+from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
 from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import (
-    cleaning_comparison,
-    cleaning_studies,
-    hypercleaning,
-)
+from bilevel_lite.tasks import cleaning_comparison, cleaning_studies, hypercleaning
 
-# What hyperclean can change beside what it names itself.
+DEVICE = "cpu, cuda, ... (default: CUDA if there)"
+STORAGE = "Optuna's database (default: SQLite in the output folder)"
+
+# what hyperclean can change beside what it names itself
 OPTIONS = {
     name: option
-    for name, option in settings.of(hypercleaning.Hypercleaning.Settings).items()
+    for name, option in settings.of(hypercleaning.HypercleaningSettings).items()
     if name not in ("dataset", "model", "method", "seed")
 }
+# the same, as --help groups them
+SETTINGS = {
+    "lengths and steps": (
+        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "outer_lr", "evaluate_every",
+        "budget",
+    ),
+    "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
+    "the linear system": (
+        "iters", "damping", "step", "curvature", "fisher", "ema", "every", "strength",
+    ),
+    "the task": ("noise", "noise_kind", "l2", "stem", "batchnorm", "baselines"),
+}  # fmt: skip
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default once: not where the text names it, or where there is none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "(default: " in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _defaults(name: str) -> str:
+    """What a setting is where it is not given, in words: one value, or one for each dataset."""
+    _, usual, _ = OPTIONS[name]
+    if usual is None:
+        return ""  # the meaning says it
+    values = {data: own.get(name, usual) for data, own in hypercleaning.DEFAULTS.items()}
+    words = {data: f"{v:g}" if isinstance(v, int | float) else v for data, v in values.items()}
+    if len(set(words.values())) == 1:
+        return f" (default: {words['mnist']})"
+    return f" (default: {', '.join(f'{data} {word}' for data, word in words.items())})"
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser; every setting of a task is an option with its default shown."""
-    top = argparse.ArgumentParser(prog="python -m bilevel_lite", description=__doc__)
+    script = Path(sys.argv[0]).stem == "bilevel-lite"
+    prog = "bilevel-lite" if script else "python -m bilevel_lite"
+    about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
+    top = argparse.ArgumentParser(prog=prog, description=about)
+    top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser(
         "hyperclean",
         help="learn one weight per training example from a small clean set",
         description="Data hypercleaning. Stop it at any moment; the same command resumes it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
-    run.add_argument("--dataset", choices=sorted(hypercleaning.SIZES), default="digits")
-    run.add_argument("--model", choices=sorted(models.MODELS), default="linear")
-    run.add_argument(
+    job = run.add_argument_group("the run")
+    job.add_argument(
+        "--dataset", choices=sorted(hypercleaning.SIZES), default="digits", help="what to clean"
+    )
+    job.add_argument(
+        "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
+    )
+    job.add_argument(
         "--method",
         nargs="+",
         choices=["all", *sorted(METHODS)],
         default=["aid-cg"],
         metavar="METHOD",
-        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds",
+        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds "
+        "(default: aid-cg)",
     )
-    run.add_argument("--seeds", type=int, default=3, help="comparison: final runs of each method")
-    run.add_argument("--trials", type=int, default=8, help="comparison: points tried for each")
-    run.add_argument(
-        "--search-budget", type=float, default=10_000, help="comparison: gradients of a trial"
+    job.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of split, noise, initial values, batches"
     )
-    run.add_argument("--storage", default=None, help="comparison: Optuna's database")
-    run.add_argument("--seed", type=int, default=0, help="of split, noise, initial values, batches")
-    run.add_argument("--out", required=True, help="output folder; one run each")
-    run.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
-    for name, (kind, _, meaning) in OPTIONS.items():
-        run.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=None,
-            metavar=kind.__name__.upper(),
-            help=f"{meaning} (default: depends on the dataset)",
-        )
+    job.add_argument("--out", required=True, metavar="DIR", help="output folder; one run each")
+    job.add_argument("--device", metavar="NAME", help=DEVICE)
+    for title, names in SETTINGS.items():
+        group = run.add_argument_group(title)
+        for name in names:
+            kind, _, meaning = OPTIONS[name]
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=kind,
+                metavar={int: "N", float: "X", str: "NAME"}[kind],
+                help=meaning + _defaults(name),
+            )
+    several = run.add_argument_group("comparison of several methods")
+    several.add_argument(
+        "--seeds", type=int, metavar="N", default=3, help="final runs of each method"
+    )
+    several.add_argument("--trials", type=int, metavar="N", default=8, help="points tried for each")
+    several.add_argument(
+        "--search-budget", type=float, metavar="X", default=10_000, help="gradients of a trial"
+    )
+    several.add_argument("--storage", metavar="URL", help=STORAGE)
 
     study = commands.add_parser(
         "study",
         help="one study of full-scale hypercleaning: a search for each variant, then some seeds",
         description="Stop it at any moment; the same command resumes it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     asks = "; ".join(f"{name}: {asks}" for name, (asks, _) in cleaning_studies.STUDIES.items())
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
-    study.add_argument("--dataset", choices=sorted(hypercleaning.SIZES), default="mnist")
-    study.add_argument("--model", choices=sorted(models.MODELS), default="linear")
-    study.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
-    study.add_argument("--out", required=True, help="output folder")
-    study.add_argument("--seeds", type=int, default=3, help="final runs of each variant")
-    study.add_argument("--trials", type=int, default=16, help="points tried for each variant")
-    study.add_argument("--search-steps", type=int, default=400, help="outer iterations of a trial")
-    study.add_argument("--outer-steps", type=int, default=1000, help="of a final run")
-    study.add_argument("--looks", type=int, default=50, help="evaluations in a final run")
-    study.add_argument(
+    job = study.add_argument_group("the study")
+    job.add_argument(
+        "--dataset", choices=sorted(hypercleaning.SIZES), default="mnist", help="what to clean"
+    )
+    job.add_argument(
+        "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
+    )
+    job.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
+    job.add_argument("--out", required=True, metavar="DIR", help="output folder")
+    job.add_argument("--device", metavar="NAME", help=DEVICE)
+    job.add_argument("--storage", metavar="URL", help=STORAGE)
+    lengths = study.add_argument_group("numbers and lengths")
+    for name, default, meaning in (
+        ("seeds", 3, "final runs of each variant"),
+        ("trials", 16, "points tried for each variant"),
+        ("search-steps", 400, "outer iterations of a trial"),
+        ("outer-steps", 1000, "of a final run"),
+        ("looks", 50, "evaluations in a final run"),
+    ):
+        lengths.add_argument(f"--{name}", type=int, metavar="N", default=default, help=meaning)
+    same = study.add_argument_group("the same for all variants")
+    same.add_argument(
         "--at",
         nargs="+",
         metavar="SETTING=VALUE",
         help="no search: all variants with these step sizes and numbers, say inner_lr=0.02",
     )
-    study.add_argument(
+    same.add_argument(
         "--sizes",
         nargs="+",
         metavar="ROLE=SIZE",
         help="other batch sizes than the dataset's, say outer_batch_size=1024; the roles: "
         + ", ".join(cleaning_comparison.ROLES),
     )
-    study.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    study.add_argument("--batchnorm", choices=BATCHNORM, default="batch")
-    study.add_argument("--storage", default=None, help="Optuna's database (default: SQLite in OUT)")
-    study.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+    same.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
+    same.add_argument("--batchnorm", choices=BATCHNORM, default="batch", help="its statistics")
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
@@ -105,18 +165,21 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=f"{asks}, whichever it is",
             description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
-            "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+            "--set", nargs="+", action="extend", metavar="NAME=VALUE",
             help="settings; `tasks NAME` lists those of a task",
         )  # fmt: skip
-        one.add_argument("--out", required=True, help="output folder")
-        one.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
+        one.add_argument("--out", required=True, metavar="DIR", help="output folder")
+        one.add_argument("--device", metavar="NAME", help=DEVICE)
         if name == "run":
-            one.add_argument("--method", choices=sorted(METHODS), default=None, metavar="METHOD")
-            one.add_argument("--seed", type=int, default=0)
+            one.add_argument(
+                "--method", choices=sorted(METHODS), metavar="METHOD",
+                help="one of %(choices)s (default: the task's)",
+            )  # fmt: skip
+            one.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn")
             continue
         one.add_argument(
             "--method", nargs="+", choices=sorted(METHODS), required=True, metavar="METHOD",
@@ -126,57 +189,88 @@ def parser() -> argparse.ArgumentParser:
             "--over", nargs="+", required=True, metavar="NAME=LOW:HIGH",
             help="what is searched for, on a logarithmic scale",
         )  # fmt: skip
-        one.add_argument("--seeds", type=int, default=3, help="final runs of each")
-        one.add_argument("--trials", type=int, default=16, help="points tried for each")
-        one.add_argument(
-            "--search-steps", type=int, default=100, help="outer iterations of a trial"
-        )
-        one.add_argument("--outer-steps", type=int, default=200, help="of a final run")
-        one.add_argument("--looks", type=int, default=50, help="evaluations in a final run")
-        one.add_argument("--storage", default=None, help="Optuna's database (default: in OUT)")
+        for word, default, meaning in (
+            ("seeds", 3, "final runs of each"),
+            ("trials", 16, "points tried for each"),
+            ("search-steps", 100, "outer iterations of a trial"),
+            ("outer-steps", 200, "of a final run"),
+            ("looks", 50, "evaluations in a final run"),
+        ):
+            one.add_argument(f"--{word}", type=int, metavar="N", default=default, help=meaning)
+        one.add_argument("--storage", metavar="URL", help=STORAGE)
     listing = commands.add_parser("tasks", help="list the tasks, or the settings of one")
     listing.add_argument("task", nargs="?", help="its name, or MODULE:NAME for one of your own")
 
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
-        description="Stores figures/data/bench_DEVICE.json and draws it. Stopped, it resumes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measures, then stores data/bench_DEVICE.json and draws bench_DEVICE.svg: in "
+        "runs/figures of a checkout, in ./figures elsewhere. Stopped, it resumes.",
+        formatter_class=Help,
     )
-    speed.add_argument("--models", nargs="+", choices=sorted(bench.CASES), default=bench.MODELS)
-    speed.add_argument("--device", default=None, help="cpu, cuda, ... (default: CUDA if there)")
-    speed.add_argument("--rounds", type=int, default=15, help="each runs every row once")
-    speed.add_argument("--seconds", type=float, default=60.0, help="at most, for one row")
-    speed.add_argument("--threads", type=int, default=1, help="on a CPU")
-    speed.add_argument("--out", default=None, help="output folder (default: runs/bench-DEVICE)")
+    speed.add_argument(
+        "--models",
+        nargs="+",
+        choices=sorted(bench.CASES),
+        default=bench.MODELS,
+        metavar="MODEL",
+        help=f"some of %(choices)s (default: {' '.join(bench.MODELS)})",
+    )
+    speed.add_argument("--device", metavar="NAME", help=DEVICE)
+    speed.add_argument("--rounds", type=int, metavar="N", default=15, help="of every row, one each")
+    speed.add_argument("--seconds", type=float, metavar="X", default=60.0, help="a row, at most")
+    speed.add_argument("--threads", type=int, metavar="N", default=1, help="on a CPU")
+    speed.add_argument("--out", metavar="DIR", help="output folder (default: runs/bench-DEVICE)")
+    place = speed.add_mutually_exclusive_group()
+    place.add_argument("--to", metavar="DIR", help="store and draw here instead")
+    place.add_argument(
+        "--publish",
+        action="store_true",
+        help="make it the book's record, in the checkout's figures; all models of the record",
+    )
 
-    figures = commands.add_parser("figures", help="draw figures/*.svg from figures/data/*.json")
-    figures.add_argument("names", nargs="*", help="which; all if left out")
-    gather = commands.add_parser("collect", help="gather finished runs into figures/data/NAME.json")
+    figures = commands.add_parser(
+        "figures",
+        help="draw figures/*.svg from figures/data/*.json",
+        description="In a checkout its figures, elsewhere ./figures.",
+    )
+    figures.add_argument(
+        "names", nargs="*", help="which, also results of the book; by default all collected ones"
+    )
+    figures.add_argument("--to", metavar="DIR", help="another folder of figures")
+    gather = commands.add_parser(
+        "collect",
+        help="gather finished runs into figures/data/NAME.json",
+        description="In a checkout into its figures, elsewhere into ./figures.",
+    )
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
-    gather.add_argument("--name", required=True)
+    gather.add_argument("--name", required=True, help="of the result, and so of the file")
+    gather.add_argument("--to", metavar="DIR", help="another folder of figures")
     return top
 
 
-def draw_stored(names: list[str] | None = None) -> list[Path]:
+def draw_stored(names: list[str] | None = None, to: str | Path | None = None) -> list[Path]:
     """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
 
     A task may draw more than one figure: the study of the noise also gets ``NAME_surest.svg``, the
     images that each solver is surest are mislabelled.
 
     Args:
-        names: Which; all by default.
+        names: Which; all that the folder holds by default. A result of the book that the folder
+            does not hold is taken from the package.
+        to: Another folder than the one that `bilevel_lite.experiment.figures_folder` gives.
 
     Returns:
         The files written.
 
     Raises:
         ValueError: for an unknown name, or a result of no task.
+        RunError: if a result was edited, or a file cannot be written.
     """
-    folder = Path(__file__).resolve().parent.parent / "figures"
+    folder = figures_folder(to)
     written = []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
-        result = stored(name)
+        result = stored(name, folder)
         kind = result.get("kind")
         task = owner(str(kind))
         if not (task or kind == "bench"):
@@ -185,7 +279,8 @@ def draw_stored(names: list[str] | None = None) -> list[Path]:
         for suffix, fig in figures.items():
             path = folder / f"{name}{suffix}.svg"
             # the style's salt makes the file's identifiers always the same
-            with plotting.plt.rc_context(plotting.STYLE):
+            with writing(path), plotting.plt.rc_context(plotting.STYLE):
+                folder.mkdir(parents=True, exist_ok=True)
                 fig.savefig(path, metadata={"Date": None})
             plotting.plt.close(fig)
             written.append(path)
@@ -216,7 +311,7 @@ def first_line(task: type[Task]) -> str:
 def _run(task: str, method: str | None, seed: int, out: str, device: str | None, **more) -> None:
     kind = find(task)
     given = {"seed": seed, **({"method": method} if method else {})}
-    s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"])})
+    s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"] or [])})
     job.run(kind, s, out, device)
 
 
@@ -232,7 +327,7 @@ def _search(options: dict) -> None:
             raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
         over[name] = (low, high)
     variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
-    base = settings.read(kind.Settings, options["set"])
+    base = settings.read(kind.Settings, options["set"] or [])
     trial, final = ({"outer_steps": options[name]} for name in ("search_steps", "outer_steps"))
     names = ("out", "seeds", "trials", "storage", "device", "looks")
     rest = {name: options[name] for name in names}
@@ -251,6 +346,36 @@ def _tasks(task: str | None) -> None:
         print(f"{name}={default[name]}  {meaning}")
 
 
+def _bench(options: dict) -> None:
+    device, names = pick_device(options["device"]), list(options["models"])
+    if options["publish"] and not in_checkout():
+        raise ValueError("--publish: this is an installed package, not a checkout; use --to DIR")
+    if options["publish"] and names != list(bench.MODELS):
+        raise ValueError(f"--publish: the record holds {' '.join(bench.MODELS)}; got {names}")
+    out = options["out"] or f"runs/bench-{device.type}"
+    bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
+    to = options["to"]
+    if to is None and not options["publish"] and in_checkout():
+        to = "runs/figures"  # a trial does not replace the record
+    stored = collect([out], f"bench_{device.type}", to)
+    print(stored.resolve())
+    (drawing,) = draw_stored([stored.stem], to)
+    print(drawing.resolve())
+    if in_checkout() and not options["publish"]:
+        print("The book's record stays as it was: --publish, or make bench, replaces it.")
+
+
+def _figures(names: list[str], to: str | None) -> None:
+    drawn = draw_stored(names, to)
+    for path in drawn:
+        print(path.resolve())
+    if not drawn:
+        raise RunError(
+            f"{figures_folder(to).resolve()} holds no collected result; `collect` puts one there, "
+            f"and a result of the book is drawn by its name: {', '.join(stored_names())}"
+        )
+
+
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
     """Read an option's SETTING=VALUE words."""
     out = {}
@@ -266,7 +391,7 @@ def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
     options = vars(parser().parse_args(arguments))
-    command = options.pop("command")
+    command, names = options.pop("command"), set(options)
     try:
         if command == "hyperclean":
             _hyperclean(options)
@@ -281,19 +406,15 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "tasks":
             _tasks(options["task"])
         elif command == "bench":
-            device = pick_device(options["device"])
-            out = options["out"] or f"runs/bench-{device.type}"
-            names = list(options["models"])
-            bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
-            name = f"bench_{device.type}"
-            print(collect([out], name).name)
-            draw_stored([name])
+            _bench(options)
         elif command == "collect":
-            print(collect(options["folders"], options["name"]).name)
+            print(collect(options["folders"], options["name"], options["to"]).resolve())
         else:
-            for path in draw_stored(options["names"]):
-                print(Path(path).name)
+            _figures(options["names"], options["to"])
     except (DataError, RunError, ValueError) as error:
+        name, colon, rest = str(error).partition(": ")
+        if colon and name in names:  # as it was typed
+            error = f"--{name.replace('_', '-')}: {rest}"
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -228,8 +228,8 @@ def _exact(solver: Solver, theta: Tensor) -> Solver:
 class _Thorough(CG):
     """CG that must converge."""
 
-    def _solve(self, *arguments):
-        done = super()._solve(*arguments)
+    def _solve(self, at, b):
+        done = super()._solve(at, b)
         if done.relative_residual > 1e-6:
             raise ValueError(
                 f"theta: has too many entries for a direct solve, and CG stopped at a relative "

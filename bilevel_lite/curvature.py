@@ -30,7 +30,7 @@ from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
-from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, is_structured, refusal
+from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, is_structured, only_reads, refusal
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,
@@ -502,8 +502,8 @@ class GGN(Operator):
         def together(made):
             return torch.cat([out.detach().reshape(-1) for out in made])
 
-        terms = risk.terms(lam.detach(), batch)
-        once = same_twice("inner_loss", theta, lambda: together(outputs(theta.detach())), risk)
+        terms, of = risk.terms(lam.detach(), batch), None if only_reads(risk) else risk
+        once = same_twice("inner_loss", theta, lambda: together(outputs(theta.detach())), of)
         with second_order(), way_out(), once as watch:
             made = outputs(theta)
             watch.value = together(made)

@@ -11,15 +11,17 @@ Where a factor has fewer columns than rows its basis is thin: every G_i lies in 
 basis spans, so E is zero outside, where v = V / tau.
 """
 
+from dataclasses import field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel_lite.blocks import Block, block_operator, require_rest
 from bilevel_lite.curvature import Operator
 from bilevel_lite.factors import Estimate, estimate, require_bias
-from bilevel_lite.kfac import KFAC, Block, block_operator, require_rest
+from bilevel_lite.kfac import KFAC
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
@@ -140,24 +142,9 @@ class EKFAC(KFAC):
     Source: George et al. (2018).
     """
 
-    _keeps_gradients = True
+    damping_rule: str = field(default="exact", init=False)
 
-    def __init__(
-        self,
-        damping: float = 1e-3,
-        fisher: str = "mc",
-        samples: int = 1,
-        ema: float = 0.0,
-        every: int = 1,
-        bias: str = "joint",
-        rest: str = "diagonal",
-        fixed_batch: bool = False,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-    ):
-        super().__init__(
-            damping, fisher, samples, ema, every, "exact", bias, rest, fixed_batch, generator, seed
-        )
+    _keeps_gradients = True
 
     def _layer_factors(self, done, layer, old):
         a, b = super()._layer_factors(done, layer, old)
@@ -165,6 +152,7 @@ class EKFAC(KFAC):
         return a, b, *_corrected(done, layer, a, b)
 
     def _block(self, layer, factors, tau):
+        """V -> U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T for one layer."""
         a, b, weight, bias = factors
         try:
             return Block(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.problem import NotFinite
-from bilevel_lite.products import dot
+from bilevel_lite.products import COST, dot
 
 __all__ = [
     "DivergenceWarning",
-    "LinearSolve",
     "NegativeCurvatureWarning",
+    "SolveInfo",
     "cg",
     "cg_normal",
     "direct",
@@ -38,22 +38,25 @@ class DivergenceWarning(UserWarning):
 
 
 @dataclass
-class LinearSolve:
-    """What a linear solve did.
+class SolveInfo:
+    """The diagnosis of one solve.
 
     Attributes:
-        solution: v, like b.
+        solution: v, like b; None from a `bilevel_lite.solvers.Solver`, which gives v beside it.
         iterations: Steps taken.
-        products: Products with H spent.
+        products: Products with H spent on v (one for a residual alone is not counted).
         residual: ||b - (H + damping I) v||, in b's units; None where it was not computed.
-        relative_residual: The same divided by ||b||.
+        relative_residual: The same divided by ||b||: 0 is solved, 1 is no better than v = 0.
         curvature: (smallest, largest) Rayleigh quotient p^T H p / p^T p met, damping included;
             None for solvers that meet none.
         negative_curvature: True if a quotient was zero or negative.
         converged: True if the tolerance was reached; None for solvers without one.
+        gradients: Cost of v in gradient-equivalents.
+        solver: Name of the solver.
+        cross: How J v was computed, and why so; "" where only v was asked for.
     """
 
-    solution: Tensor
+    solution: Tensor | None
     iterations: int
     products: int
     residual: float | None = None
@@ -61,6 +64,47 @@ class LinearSolve:
     curvature: tuple[float, float] | None = None
     negative_curvature: bool = False
     converged: bool | None = None
+    gradients: float | None = None
+    solver: str = ""
+    cross: str = ""
+
+    def __post_init__(self):
+        if self.gradients is None:
+            self.gradients = COST["hvp"] * self.products
+
+    def measured(self, r: Tensor, b: Tensor) -> "SolveInfo":
+        """Note the residual r = b - (H + damping I) v; return itself."""
+        self.residual, self.relative_residual = _sizes(*_read(r.norm(), b.norm()))
+        return self
+
+
+class _Watched:
+    """v -> (H + damping I) v, which counts its products and notes the curvature it meets."""
+
+    def __init__(self, matvec: Operator, damping: float):
+        if not damping >= 0:
+            raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
+        self.matvec, self.damping, self.products = matvec, damping, 0
+        self.low, self.high = math.inf, -math.inf
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.products += 1
+        hv = self.matvec(v)
+        return torch.add(hv, v, alpha=self.damping) if self.damping else hv
+
+    def along(self, php: float, pp: float) -> float:
+        """Note p^T H p / p^T p, the curvature along p, and return it."""
+        quotient = php / pp
+        self.low, self.high = min(self.low, quotient), max(self.high, quotient)
+        return quotient
+
+    def info(
+        self, v: Tensor, steps: int, residual=None, relative=None, converged=None
+    ) -> SolveInfo:
+        """The diagnosis, with what was met on the way."""
+        met = (self.low, self.high) if self.low <= self.high else None
+        negative = met is not None and self.low <= 0
+        return SolveInfo(v, steps, self.products, residual, relative, met, negative, converged)
 
 
 def _read(*scalars: Tensor) -> list[float]:
@@ -68,24 +112,19 @@ def _read(*scalars: Tensor) -> list[float]:
     return torch.stack(scalars).tolist()
 
 
+def _sizes(residual: float, b_norm: float) -> tuple[float, float]:
+    """The residual's norm, and the same relative to b's."""
+    return residual, residual / b_norm if b_norm else residual
+
+
 def _require_finite(what: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise NotFinite(f"{what} is not finite, or too large for its norm")
 
 
-def _damped(matvec: Operator, damping: float) -> Operator:
-    if not damping >= 0:
-        raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
-    return matvec if damping == 0 else (lambda v: torch.add(matvec(v), v, alpha=damping))
-
-
 def at_least(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
-def _relative(residual: float, b_norm: float) -> float:
-    return residual / b_norm if b_norm else residual
 
 
 def cg(
@@ -96,7 +135,7 @@ def cg(
     damping: float = 0.0,
     x0: Tensor | None = None,
     precondition: Operator | None = None,
-) -> LinearSolve:
+) -> SolveInfo:
     r"""Conjugate gradients on (H + damping I) v = b, for symmetric positive definite H.
 
     With r the residual, z = M r its preconditioned form and p the direction:
@@ -113,7 +152,7 @@ def cg(
         precondition: r -> M r, with M an approximate inverse of H, symmetric positive definite.
 
     Returns:
-        `LinearSolve`; ``residual`` is the recurrence's own.
+        `SolveInfo`; ``residual`` is the recurrence's own.
 
     Raises:
         ValueError: for a negative damping, fewer than one step, or a product that is not finite.
@@ -124,13 +163,13 @@ def cg(
     Cost: one product per step, plus one with ``x0``. Source: Hestenes and Stiefel (1952).
     """
     at_least("iters", iters, 1)
-    apply = _damped(matvec, damping)
+    apply = _Watched(matvec, damping)
     precondition = precondition or (lambda r: r)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)
     z = precondition(r)
     p, rz = z.clone(), dot(r, z)
-    low, high, steps, negative = float("inf"), -float("inf"), 0, False
+    steps = 0
     b_norm, residual, pp = _read(b.norm(), r.norm(), dot(p, p))
     _require_finite("b: the right-hand side", b_norm)
     _require_finite("b - H x0, or what precondition makes of it,", residual, pp)
@@ -141,10 +180,8 @@ def cg(
         (php,) = _read(dot(p, hp))
         if not math.isfinite(php):
             raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
-        quotient = php / pp
-        low, high = min(low, quotient), max(high, quotient)
+        quotient = apply.along(php, pp)
         if quotient <= 0:
-            negative = True
             warnings.warn(
                 f"CG stopped at step {steps + 1}: the curvature along its direction is "
                 f"{quotient:.3g}, so H is not positive definite and H v = b is not what CG "
@@ -163,16 +200,7 @@ def cg(
         p = torch.addcmul(z, rz / rz_old, p)
         residual, pp = _read(r.norm(), dot(p, p))
         _require_finite(f"matvec: the residual after CG step {steps}", residual, pp)
-    return LinearSolve(
-        solution=v,
-        iterations=steps,
-        products=steps + int(negative) + (x0 is not None),
-        residual=residual,
-        relative_residual=_relative(residual, b_norm),
-        curvature=(low, high) if low <= high else None,
-        negative_curvature=negative,
-        converged=residual <= tol * b_norm,
-    )
+    return apply.info(v, steps, *_sizes(residual, b_norm), residual <= tol * b_norm)
 
 
 def cg_normal(
@@ -182,7 +210,7 @@ def cg_normal(
     tol: float = 1e-10,
     damping: float = 0.0,
     x0: Tensor | None = None,
-) -> LinearSolve:
+) -> SolveInfo:
     """CG on the normal equations H^2 v = H b; works for indefinite H, squares the condition number.
 
     Here because published numbers used it under the name of CG. Damping is added once, to H.
@@ -196,7 +224,7 @@ def cg_normal(
         x0: Start; zero by default, which saves two products: H x0, and H b for the tolerance.
 
     Returns:
-        `LinearSolve`; ``residual`` is that of H v = b and costs no product (it is carried along),
+        `SolveInfo`; ``residual`` is that of H v = b and costs no product (it is carried along),
         ``curvature`` holds Rayleigh quotients of H^2, which are never negative.
 
     Raises:
@@ -206,12 +234,12 @@ def cg_normal(
     plus 3.
     """
     at_least("iters", iters, 1)
-    apply = _damped(matvec, damping)
+    apply = _Watched(matvec, damping)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
     s = apply(r)  # residual of the normal equations, H r
     p, ss = s.clone(), dot(s, s)
-    low, high, steps = float("inf"), -float("inf"), 0
+    steps = 0
     hb = s if x0 is None else apply(b)
     s_norm, hb_norm, b_norm = _read(s.norm(), hb.norm(), b.norm())
     _require_finite("b: the right-hand side", b_norm)
@@ -224,7 +252,7 @@ def cg_normal(
             break
         if hphp == 0:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
-        low, high = min(low, hphp / pp), max(high, hphp / pp)
+        apply.along(hphp, pp)
         alpha = ss / hphp
         v.addcmul_(alpha, p)
         r.addcmul_(-alpha, hp)
@@ -234,21 +262,13 @@ def cg_normal(
         p = s + (ss / ss_old) * p
         (s_norm,) = _read(s.norm())
         _require_finite(f"matvec: the residual after step {steps}", s_norm)
-    (residual,) = _read(r.norm())
-    return LinearSolve(
-        solution=v,
-        iterations=steps,
-        products=2 * steps + 1 + 2 * (x0 is not None),
-        residual=residual,
-        relative_residual=_relative(residual, b_norm),
-        curvature=(low, high) if low <= high else None,
-        converged=s_norm <= tol * hb_norm,
-    )
+    sizes = _sizes(*_read(r.norm()), b_norm)
+    return apply.info(v, steps, *sizes, s_norm <= tol * hb_norm)
 
 
 def neumann(
     matvec: Operator, b: Tensor, terms: int, step: float, damping: float = 0.0
-) -> LinearSolve:
+) -> SolveInfo:
     r"""Truncated Neumann series of H^-1, the sum of ``terms`` summands.
 
         v = step * sum_{j=0}^{terms-1} (I - step H)^j b
@@ -266,7 +286,7 @@ def neumann(
         damping: Added to H's diagonal, once.
 
     Returns:
-        `LinearSolve`. The residual is b - H v = (I - step H)^terms b; it is not computed here
+        `SolveInfo`. The residual is b - H v = (I - step H)^terms b; it is not computed here
         because it would cost one more product.
 
     Raises:
@@ -284,10 +304,10 @@ def neumann(
     at_least("terms", terms, 1)
     if not step > 0:
         raise ValueError(f"step: got {step}, expected a positive number")
-    apply = _damped(matvec, damping)
+    apply = _Watched(matvec, damping)
     p = b.clone()
     total = b.clone()
-    low, high, growth, products = float("inf"), -float("inf"), 0.0, 0
+    growth = 0.0
     (pp,) = _read(dot(p, p))
     _require_finite("b: the right-hand side", pp)
     bb = pp
@@ -295,28 +315,23 @@ def neumann(
         if pp < torch.finfo(p.dtype).tiny:  # the remaining summands vanish in this precision
             break
         hp = apply(p)
-        products += 1
         php = dot(p, hp)
         p.sub_(hp, alpha=step)
         total.add_(p)
         before, (php, pp) = pp, _read(php, dot(p, p))
-        if math.isfinite(quotient := php / before):
-            low, high = min(low, quotient), max(high, quotient)
+        if math.isfinite(php / before):
+            apply.along(php, before)
             growth = max(growth, math.sqrt(pp / before))
     if not bool(torch.isfinite(total).all()):
         if not growth:  # no product was finite
             raise NotFinite("matvec: H b is not finite, or too large for its norm")
-        raise NotFinite(_divergence(step, low, high, growth))
+        raise NotFinite(_divergence(step, apply.low, apply.high, growth))
     if pp > bb * (1 + torch.finfo(p.dtype).eps ** 0.5):  # beyond rounding
         last = f"; the last of {terms} summands is {math.sqrt(pp / bb):.3g} times the first"
-        warnings.warn(_divergence(step, low, high, growth) + last, DivergenceWarning, stacklevel=2)
-    return LinearSolve(
-        solution=step * total,
-        iterations=products + 1,
-        products=products,
-        curvature=(low, high) if low <= high else None,
-        negative_curvature=low <= 0 if low <= high else False,
-    )
+        warnings.warn(
+            _divergence(step, apply.low, apply.high, growth) + last, DivergenceWarning, stacklevel=2
+        )
+    return apply.info(step * total, apply.products + 1)
 
 
 def _divergence(step: float, low: float, high: float, growth: float) -> str:
@@ -339,7 +354,7 @@ def _divergence(step: float, low: float, high: float, growth: float) -> str:
     return f"step: {step} makes the Neumann series diverge ({why})"
 
 
-def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> LinearSolve:
+def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:
     """Solve (H + damping I) v = b with H as a matrix, by LU factorisation.
 
     Args:
@@ -348,12 +363,12 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> LinearSolve:
         damping: Added to H's diagonal, once.
 
     Returns:
-        `LinearSolve`, with the residual and, as ``curvature``, the extreme eigenvalues.
+        `SolveInfo`, with the residual and, as ``curvature``, the extreme eigenvalues.
 
     Raises:
         ValueError: if the matrix is singular to working precision.
     """
-    _damped(lambda v: v, damping)
+    apply = _Watched(lambda v: v, damping)
     matrix = matrix + damping * torch.eye(len(matrix), dtype=b.dtype, device=b.device)
     flat = b.reshape(-1)
     if not bool(torch.isfinite(matrix).all()):
@@ -368,15 +383,7 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> LinearSolve:
             "add damping or an l2 term"
         )
     v = torch.linalg.solve(matrix, flat)
-    residual, b_norm = float((flat - matrix @ v).norm()), float(flat.norm())
-    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
-    return LinearSolve(
-        solution=v.view_as(b),
-        iterations=1,
-        products=len(matrix),
-        residual=residual,
-        relative_residual=_relative(residual, b_norm),
-        curvature=(low, high),
-        negative_curvature=low <= 0,
-        converged=True,
-    )
+    apply.products = len(matrix)
+    for extreme in _read(eigenvalues[0], eigenvalues[-1]):
+        apply.along(extreme, 1.0)
+    return apply.info(v.view_as(b), 1, converged=True).measured(flat - matrix @ v, flat)

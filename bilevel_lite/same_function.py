@@ -209,7 +209,9 @@ _uses: WeakKeyDictionary = WeakKeyDictionary()
 
 def _due(of: Any) -> bool:
     """True at the 1st, 2nd, 4th, 8th ... use, and until a comparison has come out well."""
-    if of is None or isinstance(of, SameDraws):  # known code; or it compares for itself
+    if of is None or isinstance(of, SameDraws):  # it compares for itself
+        return False
+    if isinstance(of, nn.Module) and known_code(of):
         return False
     try:
         uses = _uses.get(of, 0) + 1
@@ -238,7 +240,7 @@ def same_twice(
         what: What the message names.
         like: A tensor on the device of the model.
         again: Evaluates anew.
-        of: The loss or the model, where its code is not known.
+        of: The loss, or the model; None where all of its code is known.
 
     Yields:
         An object whose ``value`` is to be set to what came out inside.

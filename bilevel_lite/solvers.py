@@ -1,23 +1,27 @@
 """How v = H^-1 b is found: one small class for each choice of what stands for H and how to solve.
 
-Every solver is called the same way,
+Every solver is called the same way, at once or in two steps,
 
     v, info = solver.solve(problem, lam, theta, batch, b)
+
+    at = solver.prepare(problem, lam, theta, batch)         # H, or what stands for it, built once
+    v, info = at.solve(b);   jv, how = at.cross(v)
 
 and says what it did. A solver may remember things between calls (its last v, for a warm start);
 `state_dict` and `load_state_dict` carry that across an interruption.
 """
 
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, fields
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
+from bilevel_lite.linsolve import SolveInfo
+from bilevel_lite.options import check, not_negative, one_of, positive, whole
 from bilevel_lite.products import (
-    COST,
     SecondDerivatives,
     cross_and_route,
     dense,
@@ -26,40 +30,11 @@ from bilevel_lite.products import (
 )
 from bilevel_lite.surroundings import differentiating, ordinary
 
-__all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "SolveInfo", "Solver"]
-
-
-@dataclass
-class SolveInfo:
-    """The diagnosis of one solve.
-
-    Attributes:
-        solver: Name of the solver.
-        iterations: Steps taken.
-        products: Curvature products spent on v (the one for a residual is not counted).
-        gradients: Cost of v in gradient-equivalents.
-        residual: ||b - (H + damping I) v||; None if ``diagnose=False`` and it is not free.
-        relative_residual: The same divided by ||b||: 0 is solved, 1 is no better than v = 0.
-        curvature: (smallest, largest) curvature met along the solver's directions, or None.
-        negative_curvature: True if one of them was zero or negative.
-        converged: True if the solver's tolerance was met, None if it has none.
-        cross: How J v was computed, and why so; "" where only v was asked for.
-    """
-
-    solver: str
-    iterations: int
-    products: int
-    gradients: float
-    residual: float | None = None
-    relative_residual: float | None = None
-    curvature: tuple[float, float] | None = None
-    negative_curvature: bool = False
-    converged: bool | None = None
-    cross: str = ""
+__all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "Prepared", "SolveInfo", "Solver"]
 
 
 def _entry(method):
-    """Let a solver's method compute where gradients are off, with tensors made there, too."""
+    """Let a method compute where gradients are off, with tensors made there, too."""
 
     @wraps(method)
     @differentiating
@@ -70,26 +45,141 @@ def _entry(method):
     return called
 
 
+class Prepared:
+    """H, or what stands for it, at one point, and J there; made by `Solver.prepare`.
+
+    Attributes:
+        matvec: v -> H v, built when it is first applied.
+        cost: Gradient-equivalents spent on preparing; counted in each solve's.
+    """
+
+    def __init__(self, solver, problem, lam, theta, batch, shared: bool):
+        self.solver, self.loss = solver, problem.inner_loss
+        self.lam, self.theta, self.batch = lam, theta, batch
+        hessian = SecondDerivatives if shared else hvp_operator
+        operator = GGN if solver.curvature == "ggn" else hessian
+        self.matvec = _Lazy(partial(operator, self.loss, lam, theta, batch))
+        self.precondition, self.cost = None, 0.0
+
+    @_entry
+    def solve(
+        self, b: Tensor, diagnose: bool = True, want_v: bool = True
+    ) -> tuple[Tensor | None, SolveInfo]:
+        """Return v, an approximation of H^-1 b, and what it took.
+
+        Args:
+            b: Right-hand side, like theta.
+            diagnose: Also compute the residual where it is not free (one more product, not counted
+                in the cost).
+            want_v: False where J v is all that is wanted: a solver that need not form v then gives
+                None in its place.
+
+        Raises:
+            ValueError: if ``b`` does not have theta's shape, or as the solver says.
+        """
+        solver = self.solver
+        solver._require_like(b, self.theta)
+        info = self._solve(b, diagnose or want_v)
+        info.solver, info.gradients = type(solver).__name__, info.gradients + self.cost
+        v, info.solution = info.solution, None  # whoever keeps the diagnosis keeps no v
+        if v is not None:
+            v = v.detach()
+        if solver.warm_start:
+            solver._v = v
+        if diagnose and info.residual is None:
+            info.measured(b - self.matvec(v) - solver.damping * v, b)
+        return v, info
+
+    def _solve(self, b, want_v) -> SolveInfo:
+        return self.solver._solve(self, b)
+
+    @_entry
+    def cross(self, v: Tensor | None) -> tuple[Tensor, str]:
+        """Return J v, like lam, on the batch of H, and a line that says how it was computed.
+
+        From the graph of H where there is one; it is freed, and no solve can follow.
+        """
+        return self._cross(v)
+
+    def _cross(self, v):
+        operator = self.matvec.operator
+        if isinstance(operator, SecondDerivatives) and not _dear(self.loss):
+            return operator.cross(v), "double backward"
+        return cross_and_route(self.loss, self.lam, self.theta, self.batch, v)
+
+
+class _Lazy:
+    """An operator built when it is first applied: `Identity` without a residual never needs it."""
+
+    def __init__(self, build):
+        self.build, self.operator = build, None
+
+    def __call__(self, v):
+        if self.operator is None:
+            self.operator = self.build()
+        return self.operator(v)
+
+
+def _dear(loss: Any) -> bool:
+    """True where J v by forward mode is cheaper than from the graph of H: with convolutions.
+
+    Measured, in gradients: LeNet 0.9 against 1.5; but 0.9 against 0.4 for a linear model.
+    """
+    convolution = nn.modules.conv._ConvNd
+    return has_slopes(loss) and any(isinstance(m, convolution) for m in loss.model.modules())
+
+
+@dataclass(eq=False, repr=False)
 class Solver:
-    """Base of the solvers: the operator, the residual, the remembered v."""
+    """Base of the solvers. A subclass declares its options as fields and writes ``_solve``.
+
+    ``_solve(at, b)`` gets what `prepare` made and returns what `bilevel_lite.linsolve` does.
+    """
 
     damping = 0.0
     warm_start = False
     curvature = "hessian"
 
     def __init_subclass__(cls, **options):
-        """Let a subclass's own solves compute where gradients are off, too."""
+        """Take the fields for options; let solves compute where gradients are off, too."""
         super().__init_subclass__(**options)
-        for name in ("solve", "solve_and_cross", "inverse", "observe"):
+        for name in ("solve", "prepare", "inverse", "observe"):
             if name in vars(cls):
                 setattr(cls, name, _entry(vars(cls)[name]))
+        dataclass(eq=False, repr=False)(cls)
 
-    def __init__(self):
+    def __post_init__(self):
+        check(self)
         self._v: Tensor | None = None
 
     def __repr__(self):
-        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
-        return f"{type(self).__name__}({options})"
+        named = (f.name for f in fields(self) if f.init)
+        return f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in named)})"
+
+    @_entry
+    def prepare(
+        self,
+        problem: Any,
+        lam: Tensor,
+        theta: Tensor,
+        batch: Any,
+        cross: bool = False,
+        once: bool = False,
+    ) -> Prepared:
+        """Build what stands for H at this point; see `Prepared`.
+
+        Args:
+            problem: A `BilevelProblem`; only its ``inner_loss`` is used.
+            lam: Outer variable.
+            theta: Inner variable, the point where H is taken.
+            batch: The curvature batch.
+            cross: J v on this batch will be asked for: a pass that serves both is shared.
+            once: One solve will be asked for, so nothing need be kept for another.
+
+        Raises:
+            TypeError, ValueError: as the solver says.
+        """
+        return Prepared(self, problem, lam, theta, batch, cross)
 
     @_entry
     def solve(
@@ -101,33 +191,12 @@ class Solver:
         b: Tensor,
         diagnose: bool = True,
     ) -> tuple[Tensor, SolveInfo]:
-        """Return v, an approximation of H^-1 b, and what it took.
-
-        Args:
-            problem: A `BilevelProblem`; only its ``inner_loss`` is used.
-            lam: Outer variable.
-            theta: Inner variable, the point where H is taken.
-            batch: The curvature batch.
-            b: Right-hand side, like ``theta``.
-            diagnose: Also compute the residual where it is not free (one more product,
-                not counted in the cost).
-
-        Returns:
-            v like ``b``, and a `SolveInfo`.
+        """Return v, an approximation of H^-1 b, and what it took: `prepare` and `Prepared.solve`.
 
         Raises:
             ValueError: if ``b`` does not have theta's shape, or as the solver says.
         """
-        self._require_like(b, theta)
-        matvec = self._operator(problem, lam, theta, batch)
-        return self._solve_with(matvec, problem, lam, theta, batch, b, diagnose)
-
-    def _solve_with(self, matvec, problem, lam, theta, batch, b, diagnose):
-        done = self._solve(problem, lam, theta, batch, b, matvec)
-        v = done.solution.detach()
-        if self.warm_start:
-            self._v = v
-        return v, self._info(done, matvec, b, diagnose)
+        return self.prepare(problem, lam, theta, batch, once=True).solve(b, diagnose)
 
     def _require_like(self, b: Tensor, theta: Tensor) -> None:
         if b.shape != theta.shape:
@@ -140,59 +209,8 @@ class Solver:
                 f"shape {tuple(b.shape)}; use a new solver for a new problem"
             )
 
-    def _operator(self, problem, lam, theta, batch, cross: bool = False) -> "_Lazy":
-        hessian = SecondDerivatives if cross else hvp_operator
-        operator = GGN if self.curvature == "ggn" else hessian
-        return _Lazy(lambda: operator(problem.inner_loss, lam, theta, batch))
-
-    def _info(self, done: linsolve.LinearSolve, matvec, b: Tensor, diagnose: bool) -> SolveInfo:
-        """The diagnosis, with the residual if asked for."""
-        if done.residual is None and diagnose:
-            v = done.solution
-            done.residual = float((b - matvec(v) - self.damping * v).norm())
-            b_norm = float(b.norm())
-            done.relative_residual = done.residual / b_norm if b_norm else done.residual
-        return SolveInfo(
-            solver=type(self).__name__,
-            iterations=done.iterations,
-            products=done.products,
-            gradients=COST["hvp"] * done.products,
-            residual=done.residual,
-            relative_residual=done.relative_residual,
-            curvature=done.curvature,
-            negative_curvature=done.negative_curvature,
-            converged=done.converged,
-        )
-
-    def _solve(self, problem, lam, theta, batch, b, matvec) -> linsolve.LinearSolve:
+    def _solve(self, at: Prepared, b: Tensor) -> SolveInfo:
         raise NotImplementedError
-
-    @_entry
-    def solve_and_cross(
-        self,
-        problem: Any,
-        lam: Tensor,
-        theta: Tensor,
-        batch: Any,
-        b: Tensor,
-        diagnose: bool = True,
-        want_v: bool = True,
-    ) -> tuple[Tensor | None, Tensor, SolveInfo]:
-        """Return v, J v on the same batch, and the diagnosis.
-
-        A solver that passes the batch through the model itself (KFAC) shares that pass with J v;
-        here the two are computed one after the other. Without ``want_v`` a solver that need not
-        form v gives None in its place. Other arguments and errors are those of `solve` and
-        `bilevel_lite.products.cross_vp`.
-        """
-        self._require_like(b, theta)
-        matvec = self._operator(problem, lam, theta, batch, cross=True)
-        v, info = self._solve_with(matvec, problem, lam, theta, batch, b, diagnose)
-        if isinstance(matvec.operator, SecondDerivatives) and not _dear(problem.inner_loss):
-            info.cross = "double backward"
-            return v, matvec.operator.cross(v), info
-        jv, info.cross = cross_and_route(problem.inner_loss, lam, theta, batch, v)
-        return v, jv, info
 
     def limit(self) -> "Direct | None":
         """Return the direct solver of this solver's own system, or None if it solves it exactly.
@@ -218,33 +236,6 @@ class Solver:
         self._v = state["v"]
 
 
-def _dear(loss: Any) -> bool:
-    """True where J v by forward mode is cheaper than from the graph of H: with convolutions.
-
-    Measured, in gradients: LeNet 0.9 against 1.5; but 0.9 against 0.4 for a linear model.
-    """
-    convolution = nn.modules.conv._ConvNd
-    return has_slopes(loss) and any(isinstance(m, convolution) for m in loss.model.modules())
-
-
-class _Lazy:
-    """An operator built when it is first applied: `Identity` without a residual never needs it."""
-
-    def __init__(self, build):
-        self.build, self.operator = build, None
-
-    def __call__(self, v):
-        if self.operator is None:
-            self.operator = self.build()
-        return self.operator(v)
-
-
-def _check_curvature(curvature: str) -> str:
-    if curvature not in ("hessian", "ggn"):
-        raise ValueError(f"curvature: got {curvature!r}, expected 'hessian' or 'ggn'")
-    return curvature
-
-
 class Direct(Solver):
     """Form H and solve exactly, v = (H + damping I)^-1 b. The truth for small problems.
 
@@ -260,21 +251,20 @@ class Direct(Solver):
     Cost: d products (2 d gradients) and a factorisation.
     """
 
-    def __init__(self, damping: float = 0.0, curvature: str = "hessian", max_dim: int = 4000):
-        super().__init__()
-        self.damping, self.curvature = damping, _check_curvature(curvature)
-        self.max_dim = max_dim
+    damping: float = not_negative(0.0)
+    curvature: str = one_of("hessian", "ggn")
+    max_dim: int = whole(4000)
 
     def limit(self) -> None:
         """Return None: it is exact."""
 
-    def _solve(self, problem, lam, theta, batch, b, matvec):
-        if theta.numel() > self.max_dim:
+    def _solve(self, at, b):
+        if b.numel() > self.max_dim:
             raise ValueError(
-                f"theta: has {theta.numel()} entries, more than max_dim={self.max_dim} that "
+                f"theta: has {b.numel()} entries, more than max_dim={self.max_dim} that "
                 "Direct will form a matrix for; use CG"
             )
-        return linsolve.direct(dense(matvec, theta), b, self.damping)
+        return linsolve.direct(dense(at.matvec, b), b, self.damping)
 
 
 class Identity(Solver):
@@ -289,17 +279,13 @@ class Identity(Solver):
     Cost: nothing. Source: Luketina et al. (2016).
     """
 
-    def __init__(self, step: float):
-        super().__init__()
-        if not step > 0:
-            raise ValueError(f"step: got {step}, expected a positive number")
-        self.step = step
+    step: float = positive()
 
     def limit(self) -> None:
         """Return None: its system is v / step = b."""
 
-    def _solve(self, problem, lam, theta, batch, b, matvec):
-        return linsolve.LinearSolve(self.step * b, iterations=0, products=0)
+    def _solve(self, at, b):
+        return SolveInfo(self.step * b, iterations=0, products=0)
 
 
 class Neumann(Solver):
@@ -318,14 +304,13 @@ class Neumann(Solver):
     Cost: terms - 1 products.
     """
 
-    def __init__(self, terms: int, step: float, damping: float = 0.0, curvature: str = "hessian"):
-        super().__init__()
-        linsolve.at_least("terms", terms, 1)
-        self.terms, self.step, self.damping = terms, step, damping
-        self.curvature = _check_curvature(curvature)
+    terms: int = whole()
+    step: float = positive()
+    damping: float = not_negative(0.0)
+    curvature: str = one_of("hessian", "ggn")
 
-    def _solve(self, problem, lam, theta, batch, b, matvec):
-        return linsolve.neumann(matvec, b, self.terms, self.step, self.damping)
+    def _solve(self, at, b):
+        return linsolve.neumann(at.matvec, b, self.terms, self.step, self.damping)
 
 
 class CG(Solver):
@@ -342,7 +327,7 @@ class CG(Solver):
 
     Raises:
         ValueError: in `solve`, if a product is not finite, or as the preconditioner says.
-        TypeError: if ``precondition`` has no ``inverse`` method.
+        TypeError: if ``precondition`` is no KFAC.
 
     Warns:
         NegativeCurvatureWarning: if H is not positive definite along a direction.
@@ -350,40 +335,36 @@ class CG(Solver):
     Cost: ``iters`` products, one more with a warm start.
     """
 
-    def __init__(
-        self,
-        iters: int,
-        tol: float = 1e-10,
-        damping: float = 0.0,
-        curvature: str = "hessian",
-        warm_start: bool = False,
-        precondition: Any = None,
-    ):
-        super().__init__()
-        linsolve.at_least("iters", iters, 1)
-        if precondition is not None and not hasattr(precondition, "inverse"):
+    iters: int = whole()
+    tol: float = not_negative(1e-10)
+    damping: float = not_negative(0.0)
+    curvature: str = one_of("hessian", "ggn")
+    warm_start: bool = False
+    precondition: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.precondition is not None and not hasattr(self.precondition, "inverse"):
             raise TypeError(
-                f"precondition: got {type(precondition).__name__}, expected a KFAC or an EKFAC"
+                f"precondition: got {type(self.precondition).__name__}, expected a KFAC or an EKFAC"
             )
-        if getattr(precondition, "rest", None) == "drop":
+        if getattr(self.precondition, "rest", None) == "drop":
             raise ValueError(
                 "precondition: was made with rest='drop', which is singular where a parameter has "
                 "no block, and CG would not converge; use rest='diagonal' or 'damping'"
             )
-        self.iters, self.tol, self.damping = iters, tol, damping
-        self.curvature, self.warm_start = _check_curvature(curvature), warm_start
-        self.precondition = precondition
 
-    def _info(self, done, matvec, b, diagnose):
-        info = super()._info(done, matvec, b, diagnose)
+    def prepare(self, problem, lam, theta, batch, cross=False, once=False):
+        """As `Solver.prepare`, with the preconditioner's factors."""
+        at = super().prepare(problem, lam, theta, batch, cross, once)
         if self.precondition is not None:
-            info.gradients += self.precondition.last_cost
-        return info
+            at.precondition = self.precondition.inverse(problem.inner_loss, lam, theta, batch)
+            at.cost = self.precondition.last_cost
+        return at
 
-    def _solve(self, problem, lam, theta, batch, b, matvec):
+    def _solve(self, at, b):
         x0 = self._v if self.warm_start else None
-        m = self.precondition and self.precondition.inverse(problem.inner_loss, lam, theta, batch)
-        return linsolve.cg(matvec, b, self.iters, self.tol, self.damping, x0, m)
+        return linsolve.cg(at.matvec, b, self.iters, self.tol, self.damping, x0, at.precondition)
 
     def state_dict(self) -> dict:
         """Return the last v and what the preconditioner remembers."""
@@ -405,7 +386,7 @@ class CG(Solver):
             self.precondition.load_state_dict(state["precondition"])
 
 
-class CGNormal(CG):
+class CGNormal(Solver):
     """CG on the normal equations; see `bilevel_lite.linsolve.cg_normal`.
 
     The arguments are those of `CG`, less ``precondition``. Each step costs two products and the
@@ -415,16 +396,12 @@ class CGNormal(CG):
     Cost: 2 * iters + 1 products, two more with a warm start.
     """
 
-    def __init__(
-        self,
-        iters: int,
-        tol: float = 1e-10,
-        damping: float = 0.0,
-        curvature: str = "hessian",
-        warm_start: bool = False,
-    ):
-        super().__init__(iters, tol, damping, curvature, warm_start)
+    iters: int = whole()
+    tol: float = not_negative(1e-10)
+    damping: float = not_negative(0.0)
+    curvature: str = one_of("hessian", "ggn")
+    warm_start: bool = False
 
-    def _solve(self, problem, lam, theta, batch, b, matvec):
+    def _solve(self, at, b):
         x0 = self._v if self.warm_start else None
-        return linsolve.cg_normal(matvec, b, self.iters, self.tol, self.damping, x0)
+        return linsolve.cg_normal(at.matvec, b, self.iters, self.tol, self.damping, x0)

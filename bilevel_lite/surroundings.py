@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -30,7 +30,10 @@ __all__ = [
 ]
 
 
-def differentiating(function: Callable) -> Callable:
+F = TypeVar("F", bound=Callable)
+
+
+def differentiating(function: F) -> F:
     """Let a function compute with gradients on, also under ``no_grad`` and ``inference_mode``."""
 
     @functools.wraps(function)
@@ -38,7 +41,7 @@ def differentiating(function: Callable) -> Callable:
         with torch.inference_mode(False), torch.enable_grad():
             return function(*args, **kwargs)
 
-    return wrapped
+    return cast(F, wrapped)
 
 
 def ordinary(value: Any) -> Any:

@@ -147,8 +147,8 @@ class Tape:
     def _run(self, risk, batch):
         compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
-        of = None if self.known else risk.model
-        once = same_twice("model", self.theta, lambda: risk.outputs(self.theta, batch), of)
+        again = partial(risk.outputs, self.theta, batch)
+        once = same_twice("model", self.theta, again, risk.model)
         with once as watch, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)

@@ -816,8 +816,15 @@ def test_sabas_estimates_are_unbiased_with_stale_tables():
 def test_mrbo_kfac_makes_the_same_draws_at_both_points_and_fresh_ones_at_the_next_step():
     task = Supervised()
     method = task.make(bl.MRBO, bl.KFAC(fisher="mc"), inner_lr=NEVER, outer_lr=NEVER, fixed=True)
-    found, solve = [], method.solver.solve
-    method.solver.solve = lambda *a: found.append(solve(*a)) or found[-1]
+    found, prepare = [], method.solver.prepare
+
+    def watched(*args, **options):
+        at = prepare(*args, **options)
+        solve = at.solve
+        at.solve = lambda *args: found.append(solve(*args)) or found[-1]
+        return at
+
+    method.solver.prepare = watched
     for _ in range(3):
         method.step()
     v = [out[0] for out in found]

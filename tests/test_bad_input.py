@@ -1,5 +1,7 @@
 """Bad input gives one clear sentence that names what came and what was expected."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -168,11 +170,14 @@ def test_solver_options(make, message):
 
 def test_solves():
     problem = bl.BilevelProblem(inner, outer)
-    for solver in (bl.Direct(damping=-1), bl.CG(2, damping=-1), bl.Neumann(2, 0.1, damping=-1)):
+    for make in (bl.Direct, partial(bl.CG, 2), partial(bl.Neumann, 2, 0.1), bl.KFACRichardson):
         with pytest.raises(ValueError, match="damping: got -1"):
-            bl.hypergradient(problem, LAM, THETA, solver=solver)
+            make(damping=-1)
     with pytest.raises(ValueError, match="step: got -1"):
-        bl.hypergradient(problem, LAM, THETA, solver=bl.Neumann(3, -1))
+        bl.Neumann(3, -1)
+    for solve in (partial(linsolve.cg, iters=2), partial(linsolve.neumann, terms=2, step=0.1)):
+        with pytest.raises(ValueError, match="damping: got -1"):
+            solve(lambda v: v, torch.ones(2), damping=-1)
     with pytest.raises(ValueError, match="theta: has 2 entries, more than max_dim=1"):
         bl.hypergradient(problem, LAM, THETA, solver=bl.Direct(max_dim=1))
     with pytest.raises(ValueError, match=r"b: got shape \(3,\), expected \(2,\)"):

@@ -84,22 +84,17 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
 
     monkeypatch.setattr(bench, "measure_case", measure_case)
     monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
-    drawn = []
-    monkeypatch.setattr("bilevel_lite.__main__.draw_stored", drawn.append)
-    words = [
-        "bench",
-        "--models",
-        "linear",
-        "mlp",
-        "--out",
-        str(tmp_path / "run"),
-        "--device",
-        "cpu",
-    ]
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", "--models", "linear", "mlp", "--out", "run", "--device", "cpu"]
     assert main(words) == 130
-    assert main(words) == 0 and drawn == [["bench_cpu"]]
+    assert main(words) == 0
     assert asked == ["linear", "mlp", "mlp"]  # linear was not measured again
-    stored = json.loads((tmp_path / "figures" / "data" / "bench_cpu.json").read_text())
+    # the book's record is another folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "runs"]
+    stored = json.loads((tmp_path / "runs" / "figures" / "data" / "bench_cpu.json").read_text())
+    said = capsys.readouterr().out
+    assert str(tmp_path / "runs" / "figures" / "bench_cpu.svg") in said
+    assert "The book's record stays as it was" in said
     assert [case["model"] for case in stored["runs"][0]["cases"]] == ["linear", "mlp"]
     case = stored["runs"][0]["cases"][1]
     case["rows"]["curvlinops ekfac-mc"] = {"failed": "a factorisation did not converge"}
@@ -107,6 +102,34 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
     plotting.plt.close(bench.draw_bench(stored))
     assert main([*words, "--rounds", "3"]) == 1
     assert "made with other settings" in capsys.readouterr().err
+
+
+def test_the_record_is_replaced_only_when_asked_and_only_by_all_of_its_models(
+    tmp_path, monkeypatch, linear, capsys
+):
+    monkeypatch.setattr(
+        bench, "measure_case", lambda name, device, budget: {**linear, "model": name}
+    )
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path / "book")
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "book" / "figures"
+    words = ["bench", "--device", "cpu"]
+    assert main([*words, "--models", "linear", "--publish"]) == 1
+    message = "--publish: the record holds linear mlp lenet resnet18; got ['linear']"
+    assert message in capsys.readouterr().err and not record.exists()
+    assert main([*words, "--to", "mine"]) == 0 and not record.exists()
+    drawing = (tmp_path / "mine" / "bench_cpu.svg").read_bytes()
+    assert main([*words, "--publish"]) == 0
+    assert str(record / "data" / "bench_cpu.json") in capsys.readouterr().out
+    assert (record / "bench_cpu.svg").read_bytes() == drawing
+    with pytest.raises(SystemExit):
+        main([*words, "--publish", "--to", "mine"])
+
+
+def test_what_make_bench_does():
+    makefile = (experiment.folder._REPOSITORY / "Makefile").read_text("utf-8")
+    # with options of one's own nothing is published unless they say so
+    assert "bilevel_lite bench $(if $(BENCH),$(BENCH),--publish)" in makefile
 
 
 def test_bad_input(tmp_path):

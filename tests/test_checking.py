@@ -199,10 +199,11 @@ def test_a_plain_function_differentiated_wrongly(monkeypatch):
 class Elsewhere(bl.Direct):
     """J v of other rows than those of H."""
 
-    def solve_and_cross(self, problem, lam, theta, batch, b, diagnose=True, want_v=True):
-        v, _, info = super().solve_and_cross(problem, lam, theta, batch, b, diagnose, want_v)
+    def prepare(self, problem, lam, theta, batch, cross=False, once=False):
+        at = super().prepare(problem, lam, theta, batch, cross, once)
         rows = tuple(t[1:] for t in batch)
-        return v, products.cross_vp(problem.inner_loss, lam, theta, rows, v), info
+        at.cross = lambda v: (products.cross_vp(problem.inner_loss, lam, theta, rows, v), "")
+        return at
 
 
 def test_j_v_of_another_batch():

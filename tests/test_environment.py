@@ -22,7 +22,8 @@ def test_environment_names_extras_that_exist():
     plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
     assert {re.match(r"\w+", entry)[0] for entry in plain} >= {"python", "pip", "make"}
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    (editable,) = pip
+    constraints, editable = pip
+    assert constraints == "-c constraints.txt"
     wanted = re.fullmatch(r"-e \.\[([\w,]+)\]", editable)[1].split(",")
     assert set(wanted) == {"test", "notebook", "book"} <= set(extras())
 
@@ -41,3 +42,16 @@ def test_dependencies_have_lower_bounds_only():
     core = re.search(r"\ndependencies = \[(.*?)\]", PYPROJECT, re.DOTALL)[1]
     assert len(names(core)) == core.count('",') > 5
     assert not re.search(r"==|<|~=|!=", core)
+
+
+def test_workflows_run_commands_that_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    said = ""
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for job in workflow["jobs"].values():
+            assert job["runs-on"] == "ubuntu-latest"
+            said += "".join(step.get("run", "") + "\n" for step in job["steps"])
+    commands = set(re.findall(r"^make (\w+)", said, re.MULTILINE))
+    assert commands == {"setup", "repo", "lint", "test", "html"}
+    assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in commands)

@@ -16,7 +16,7 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite import experiment, plotting
-from bilevel_lite.__main__ import main
+from bilevel_lite.__main__ import OPTIONS, main
 from bilevel_lite.experiment import RunError, RunFolder, bench, supervised
 from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.tasks import cleaning_figures, hypercleaning
@@ -270,14 +270,15 @@ def test_words_that_the_command_line_does_not_know(tmp_path, arguments, message,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "gpu"], "device: got 'gpu'"),
-        (["--outer-steps", "0"], "outer_steps: got 0"),
-        (["--inner-steps", "0"], "inner_steps: got 0"),
-        (["--outer-lr", "-1"], "outer_lr: got -1.0"),
-        (["--noise", "2"], "rate: got 2.0"),
-        (["--batch-size", "2000"], "batch_size: got 2000, expected 1 to 1000"),
-        (["--l2", "-1"], "l2: got -1.0"),
-        (["--iters", "0"], "iters: got 0"),
+        (["--device", "gpu"], "error: --device: got 'gpu'"),
+        (["--outer-steps", "0"], "error: --outer-steps: got 0"),
+        (["--inner-steps", "0"], "error: --inner-steps: got 0"),
+        (["--outer-lr", "-1"], "error: --outer-lr: got -1.0"),
+        (["--noise", "2"], "error: --noise: got 2.0, expected a number from 0 to 1"),
+        (["--batch-size", "2000"], "error: --batch-size: got 2000, expected 1 to 1000, or 0 for"),
+        (["--outer-batch-size", "500"], "error: --outer-batch-size: got 500, expected 1 to 200"),
+        (["--l2", "-1"], "error: --l2: got -1.0"),
+        (["--iters", "0"], "error: --iters: got 0"),
         (["--inner-lr", "1e30"], "inner_loss: value is"),
     ],
 )
@@ -285,6 +286,47 @@ def test_settings_out_of_range(tmp_path, arguments, message, capsys):
     assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_help_names_every_setting_once_with_its_true_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    with pytest.raises(SystemExit):
+        main(["hyperclean", "--help"])
+    text = re.sub(r"\n {24}", "  ", capsys.readouterr().out)  # a long name has a line of its own
+    for name in OPTIONS:
+        (line,) = re.findall(rf"^  --{name.replace('_', '-')} .*$", text, re.MULTILINE)
+        settings = {
+            data: getattr(hypercleaning.HypercleaningSettings(**own), name)
+            for data, own in hypercleaning.DEFAULTS.items()
+        }
+        said = re.findall(r"\(default: (.*)\)$", line)
+        values = [f"{v:g}" if not isinstance(v, str) else v for v in settings.values() if v != None]  # noqa: E711
+        if not values:
+            assert not said and "by default as the method's class has it" in line
+        elif len(set(values)) == 1:
+            assert said == values[:1]
+        else:
+            assert said == [", ".join(map(" ".join, zip(settings, values, strict=True)))]
+    assert "inner batch; 0 is the whole training set" in text
+    for command in ("hyperclean", "study", "bench", "figures", "collect"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text += capsys.readouterr().out
+    assert "(default: None)" not in text and "(default: False)" not in text
+    assert "depends on" not in text and text.count("(default: CUDA if there)") == 4
+
+
+def test_batches_of_size_0_are_whole_sets(tmp_path):
+    sizes = {"batch": 1000, "curvature-batch": 1000, "outer-batch": 200, "cross-batch": 1000}
+    losses = []
+    for given in (dict.fromkeys(sizes, 0), sizes):
+        words = [word for name, n in given.items() for word in (f"--{name}-size", str(n))]
+        out = tmp_path / str(given["batch"])
+        short = ["--outer-steps", "2", "--evaluate-every", "2", "--out", str(out)]
+        assert main([*SMALL, *short, *words]) == 0
+        losses.append(numbers(out)[0]["best"]["tuning_loss"])
+    # the same examples, added up in another order
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"aid-cg"}))

@@ -17,10 +17,14 @@ FILES = {
 def imported(name: str) -> set[str]:
     """The package's modules that a module imports, also inside its functions.
 
-    What the package's own ``__init__`` imports on first use is not counted: nobody waits for it.
+    What the package's own ``__init__`` imports on first use, or for a type checker alone, is not
+    counted: nobody waits for it.
     """
-    found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+    found, tree = set(), ast.parse(FILES[name].read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,29 +72,23 @@ def test_experiment_knows_no_task():
 
 # part -> (its files, the lines that it may have in all); None: no limit yet. A limit is what the
 # part has now: lower it whenever the part shrinks, raise it on purpose only.
-CORE = (
-    "__init__ auditing checking curvature ekfac factors forward_mode hypergrad kfac kronecker "
-    "linsolve options params problem products refuse risk same_function solvers surroundings tape "
-    "trust unroll"
-).split()
-NOT_METHODS = ("__init__", "method", "resume")
+NOT_CORE = ("__main__", "models", "plotting", "session")
+NOT_METHODS = ("__init__", "adaptation", "method", "rank_one", "resume")
+CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": (
-        [PACKAGE / f"{name}.py" for name in CORE] + [*(PACKAGE / "algorithms").glob("*.py")],
-        None,
-    ),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], None),
     "methods": ([*METHODS.values()], None),
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2320),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1370),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2380),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1380),
 }
-LARGEST = {"method": None, "task": 410}  # one file of algorithms/, of tasks/
+LARGEST = {"method": None, "task": 420}  # one file of algorithms/, of tasks/
 
 
 def lines(path: Path) -> int:
-    return path.read_text("utf-8").count("\n") if path.exists() else 0
+    return path.read_text("utf-8").count("\n")
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from together import solve_and_cross
 from torch import nn
 
 import bilevel_lite as bl
@@ -314,7 +315,7 @@ def test_shared_cross_product_is_the_cross_product(name, fisher, loss):
     problem = bl.BilevelProblem(risk, risk)
     for make in (lambda: KFAC(0.1, fisher), lambda: EKFAC(0.1, fisher)):
         b = torch.linspace(-1, 1, len(theta))
-        v, jv, _ = make().solve_and_cross(problem, lam, theta, batch, b)
+        v, jv, _ = solve_and_cross(make(), problem, lam, theta, batch, b)
         assert error(v, make().solve(problem, lam, theta, batch, b)[0]) < 1e-14
         assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
 
@@ -346,7 +347,7 @@ def test_shared_cross_product_with_parameters_of_every_kind(frozen):
     theta = bl.flatten(model) + 0.3  # not the values that the module holds
     lam, b = torch.randn(9, generator=g), torch.randn(len(theta), generator=g)
     problem = bl.BilevelProblem(risk, risk)
-    v, jv, info = KFAC(0.1, rest="diagonal").solve_and_cross(problem, lam, theta, batch, b)
+    v, jv, info = solve_and_cross(KFAC(0.1, rest="diagonal"), problem, lam, theta, batch, b)
     assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
     # the diagonal of what has no block is that of the empirical Fisher, example by example
     done = estimate(risk, lam, theta, batch, "empirical")
@@ -380,7 +381,7 @@ def test_shared_cross_product_falls_back_where_the_tape_cannot_give_it():
     problem, b = bl.BilevelProblem(risk, risk), torch.randn(len(theta), generator=g)
     for solver in (KFAC(0.1), KFAC(0.1, every=2)):
         for _ in range(2):  # the second time the kept factors have no tape
-            v, jv, _ = solver.solve_and_cross(problem, lam, theta, batch, b)
+            v, jv, _ = solve_and_cross(solver, problem, lam, theta, batch, b)
             assert (
                 error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
             )
@@ -993,7 +994,7 @@ def test_cross_product_where_a_model_does_the_unexpected(make, without_block, fi
 def test_the_usual_models_give_j_v_from_their_own_pass(name):
     risk, lam, theta, batch = setting(name, n=6, weighted=True)
     b = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=theta.dtype)
-    v, jv, info = KFAC(0.1).solve_and_cross(bl.BilevelProblem(risk, risk), lam, theta, batch, b)
+    v, jv, info = solve_and_cross(KFAC(0.1), bl.BilevelProblem(risk, risk), lam, theta, batch, b)
     assert info.cross == "KFAC's own pass"
     assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
 

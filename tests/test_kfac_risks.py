@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_risk import CASES, L2, case, error, field_jacobians, jacobian, loss_by_hand
+from together import solve_and_cross
 from torch import nn
 from torch.func import functional_call
 
@@ -408,7 +409,7 @@ def test_sums_and_masks_are_the_algebra(name, fisher):
         if "narrow" in name and kind == "kfac, exact":
             continue  # a matrix of 4,000 rows
         truth = by_hand(c, b, solver, fisher)
-        v, jv, info = solver.solve_and_cross(problem_of(c), c.lam, c.theta, c.batch, b, False)
+        v, jv, info = solve_and_cross(solver, problem_of(c), c.lam, c.theta, c.batch, b, False)
         assert error(v, truth.v) < 1e-10, kind
         assert error(jv, cross_by_hand(c, v)) < 1e-10, (kind, info.cross)
         own = "words" in name
@@ -437,7 +438,7 @@ def test_v_and_j_v_are_the_algebra(c, fisher):
     for name, make in SOLVERS.items():
         solver = make(fisher)
         truth = by_hand(c, b, solver, fisher)
-        v, jv, info = solver.solve_and_cross(problem_of(c), c.lam, c.theta, c.batch, b, False)
+        v, jv, info = solve_and_cross(solver, problem_of(c), c.lam, c.theta, c.batch, b, False)
         assert error(v, truth.v) < 1e-10, name
         assert error(jv, j.T @ v) < 1e-10, (name, info.cross)
 
@@ -585,7 +586,7 @@ def call(c, solver, k, b):
     """One call of a solver on the sum, at another point and with other rows each time."""
     at = with_rows(c, STEPS[k])
     theta = (1 + 0.1 * k) * c.theta
-    return at, theta, solver.solve_and_cross(problem_of(at), c.lam, theta, at.batch, b)
+    return at, theta, solve_and_cross(solver, problem_of(at), c.lam, theta, at.batch, b)
 
 
 @pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
@@ -624,7 +625,7 @@ def test_a_stopped_solver_goes_on_to_the_last_bit(name, tmp_path):
         for k in range(3):
             theta = (1 + 0.1 * k) * c.theta
             at = problem_of(c), c.lam, theta, c.batch, b
-            out += solver.solve_and_cross(*at)[:2]
+            out += solve_and_cross(solver, *at)[:2]
         return out
 
     for make in (
@@ -660,7 +661,7 @@ def test_a_kept_first_factor_of_a_sum():
             got = kept.solve(problem, c.lam, point, batch, b)[0]
             fresh = bl.KFAC(DAMPING, "exact").solve(problem, c.lam, point, batch, b)[0]
             assert error(got, fresh) < 1e-11
-    assert len(kept._inputs) == 1
+    assert len(kept._memory.inputs) == 1
 
 
 # ---------------------------------------------------------------- what is replaced
@@ -865,9 +866,9 @@ def test_kept_eigenbases_do_not_hold_the_inputs_they_were_made_of():
     c = sentences("words, narrow", 7)
     solver = bl.EKFAC(DAMPING, every=3, fixed_batch=True)
     bl.hypergradient(problem_of(c), c.lam, c.theta, c.batch, None, solver)
-    for a, b, *_ in solver._factors.values():
+    for a, b, *_ in solver._memory.factors.values():
         assert a.thin and a.inputs is None and b.inputs is None
-    assert all(getattr(block, "columns", None) is None for block in solver._blocks)
+    assert all(getattr(block, "columns", None) is None for block in solver._memory.blocks)
 
 
 # ---------------------------------------------------------------- what it costs

@@ -235,6 +235,7 @@ BROKEN = {
     "too many figures": (cells(more_figures), "more than 6"),
     "MyST": (replace("Do it.", "```{note}\nDo it.\n```"), "MyST"),
     "a relative picture": (replace("Do it.", "![it](it.png)"), "Colab cannot find"),
+    "a link to another file": (replace("Do it.", "[it](../figures/it.md)"), "link to GitHub"),
     "no difficulty": (replace(" (difficulty 2/5, about 15 min)", ""), "is not `Exercise"),
     "no check": (replace("bl.exercises.check", "print"), "no cell calls"),
     "another check": (replace('check("5.1"', 'check("5.2"'), "no cell calls"),

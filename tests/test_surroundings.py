@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from together import solve_and_cross
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,7 +119,7 @@ def entries(lam, theta, batch):
         "check": through_check,
         "audit": through_audit,
         "solve": lambda: bl.Direct().solve(p, lam, theta, batch, theta)[0],
-        "solve_and_cross": lambda: bl.KFAC(0.1).solve_and_cross(p, lam, theta, batch, theta)[1],
+        "solve_and_cross": lambda: solve_and_cross(bl.KFAC(0.1), p, lam, theta, batch, theta)[1],
         "inverse": lambda: bl.KFAC(0.1).inverse(g, lam, theta, batch)(theta),
         "gradient": lambda: products.gradient(g, lam, theta, batch)[1],
         "theta_gradient": lambda: products.theta_gradient(g, lam, theta, batch)[1],

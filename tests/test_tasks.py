@@ -158,8 +158,8 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "rigde"], "task: got 'rigde', expected one of ["),
-        (["run", "nowhere:ridge"], "task: there is no module 'nowhere'"),
+        (["run", "rigde"], "there is no task 'rigde'; known: ["),
+        (["run", "nowhere:ridge"], "there is no module 'nowhere' with a task"),
         (["run", "ridge", "--set", "row=3"], "set: got 'row=3', expected NAME=VALUE"),
         (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected int"),
         (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected at least 1"),

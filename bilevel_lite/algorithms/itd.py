@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.algorithms.method import Method, require_plain_inner
-from bilevel_lite.hypergrad import unrolled_hypergradient
 from bilevel_lite.linsolve import at_least
 from bilevel_lite.problem import BilevelProblem, evaluate, require_as_drawn, versions
+from bilevel_lite.unroll import unrolled_hypergradient
 
 __all__ = ["ITD"]
 

@@ -7,8 +7,8 @@ autograd, and, where there is no closed form, finite differences of a re-solved 
 import torch
 import torch.nn.functional as F
 
+from bilevel_lite.checking import finite_difference_hypergradient
 from bilevel_lite.exercises import Wrong, compare, exercise
-from bilevel_lite.hypergrad import finite_difference_hypergradient
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient, hessian
 

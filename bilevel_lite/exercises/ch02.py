@@ -5,8 +5,8 @@ from math import inf
 import torch
 
 from bilevel_lite.exercises import Wrong, close, exercise
-from bilevel_lite.hypergrad import unrolled_hypergradient
 from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.unroll import unrolled_hypergradient
 
 
 def _toy(d: int = 4, m: int = 3, seed: int = 0):

@@ -15,17 +15,19 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
-__all__ = ["RunError", "RunFolder", "collect", "provenance", "stored"]
+__all__ = ["RunError", "RunFolder", "collect", "figures_folder", "provenance", "stored"]
 
 FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
 RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPOSITORY = _PACKAGE.parent
+_SHIPPED = _PACKAGE / "_results"  # of the book; only an installed package has them
 
 
 class RunError(RuntimeError):
@@ -172,27 +174,29 @@ class RunFolder:
             os.replace(temporary, self.path / name)
 
     def _writing(self, verb: str):
-        return _Writing(self.path, verb)
+        kept = "; the last checkpoint is kept, and the same command resumes"
+        return writing(self.path, verb, kept)
 
 
-class _Writing:
-    """Turn the operating system's refusals into one sentence."""
+@contextmanager
+def writing(path: Path, verb: str = "written", kept: str = ""):
+    """Around what writes: the operating system's refusal becomes one sentence, a `RunError`.
 
-    def __init__(self, path: Path, verb: str):
-        self.path, self.verb = path, verb
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        # torch.save reports a failed write as RuntimeError
-        if kind is None or kind is RunError or not issubclass(kind, OSError | RuntimeError):
-            return
+    Args:
+        path: What is written.
+        verb: What is done to it.
+        kept: What to add where the disk is full.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
         if getattr(error, "errno", None) == errno.ENOSPC or "file write failed" in str(error):
-            reason = "the disk is full; the last checkpoint is kept, and the same command resumes"
+            reason = f"the disk is full{kept}"
         else:
             reason = str(error)
-        raise RunError(f"{self.path} cannot be {self.verb}: {reason}") from error
+        raise RunError(f"{path} cannot be {verb}: {reason}") from error
 
 
 def _json(value: dict) -> str:
@@ -310,35 +314,69 @@ class Clock:
         self.seconds += self._now() - self._since
 
 
-def stored(name: str) -> dict:
+def in_checkout() -> bool:
+    """Whether this package runs from a checkout of the book and is not an installed copy."""
+    return not _SHIPPED.is_dir()
+
+
+def figures_folder(to: str | Path | None = None) -> Path:
+    """The folder of figures, with the numbers behind them in its ``data``.
+
+    Args:
+        to: The folder itself, if it was named.
+
+    Returns:
+        ``to``; else ``figures`` of the checkout; else ``./figures``, since an installed package is
+        not written into.
+    """
+    if to is not None:
+        return Path(to)
+    return _REPOSITORY / "figures" if in_checkout() else Path("figures")
+
+
+def stored_names(to: str | Path | None = None) -> list[str]:
+    """The names of the book's stored results, and of those in a folder of figures of one's own."""
+    return sorted({path.stem for folder in _sources(to) for path in folder.glob("*.json")})
+
+
+def _sources(to: str | Path | None) -> list[Path]:
+    """Where stored results are looked for, in this order."""
+    book = _REPOSITORY / "figures" / "data" if in_checkout() else _SHIPPED
+    return [book] if to is None else [Path(to) / "data", book]
+
+
+def stored(name: str, to: str | Path | None = None) -> dict:
     """Load a stored result of the book, ``figures/data/NAME.json``.
+
+    Args:
+        name: Its name.
+        to: A folder of figures of one's own (`collect`), which is looked into first.
 
     Raises:
         ValueError: if there is none of that name.
         RunError: if it was edited, or made by another version.
     """
-    folders = [_PACKAGE / "_results", _REPOSITORY / "figures" / "data"]
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
-    for folder in folders:
+    for folder in _sources(to):
         path = folder / f"{name}.json"
         if path.exists():
             return unseal(json.loads(path.read_text("utf-8")), path)
-    raise ValueError(f"name: there is no stored result {name!r}; known: {known}")
+    raise ValueError(f"name: there is no stored result {name!r}; known: {stored_names(to)}")
 
 
-def collect(folders: list[str], name: str) -> Path:
+def collect(folders: list[str], name: str, to: str | Path | None = None) -> Path:
     """Gather the results of several finished runs into ``figures/data/NAME.json``.
 
     Args:
         folders: Output folders that hold a ``result.json`` of the same kind.
         name: Name of the stored result.
+        to: Another folder than the one that `figures_folder` gives.
 
     Returns:
         The file written.
 
     Raises:
         RunError: if a folder holds no result, or one that was edited or made by another version, or
-            the kinds differ.
+            the kinds differ, or the file cannot be written.
     """
     runs = []
     for folder in folders:
@@ -349,7 +387,8 @@ def collect(folders: list[str], name: str) -> Path:
     kinds = sorted({run.get("kind") for run in runs})
     if len(kinds) != 1:
         raise RunError(f"the runs are of different kinds: {kinds}")
-    target = _REPOSITORY / "figures" / "data" / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(compact(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
+    target = figures_folder(to) / "data" / f"{name}.json"
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(compact(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
     return target

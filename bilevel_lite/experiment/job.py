@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bilevel_lite.experiment import methods
-from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import no_tf32, pick_device, progress
 
@@ -155,5 +155,6 @@ def _draw(kind: type[Task], result: dict, path) -> None:
     from bilevel_lite.plotting import plt
 
     for suffix, figure in kind.draw({"kind": kind.name, "runs": [result]}).items():
-        figure.savefig(path / f"figure{suffix}.png", dpi=150)
+        with writing(path / f"figure{suffix}.png"):
+            figure.savefig(path / f"figure{suffix}.png", dpi=150)
         plt.close(figure)

@@ -91,7 +91,8 @@ def run(
     for prefix, length in (("search_", search), ("", final)):
         for name, value in length.items():
             if not value > 0:
-                raise ValueError(f"{prefix}{name}: got {value}, expected a positive number")
+                called = (prefix + name).replace("search_outer", "search")
+                raise ValueError(f"{called}: got {value}, expected a positive number")
     try:
         import optuna
     except ImportError:

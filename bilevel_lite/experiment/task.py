@@ -244,9 +244,9 @@ def find(name: str) -> type[Task]:
         try:
             import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(f"task: there is no module {error.name!r}") from None
+            raise ValueError(f"there is no module {error.name!r} with a task") from None
     if task not in TASKS:
-        raise ValueError(f"task: got {task!r}, expected one of {sorted(TASKS)}")
+        raise ValueError(f"there is no task {task!r}; known: {sorted(TASKS)}")
     return TASKS[task]
 
 

@@ -140,7 +140,13 @@ class Hypercleaning(Supervised, name="hyperclean"):
             ValueError: for a name that is not known, or a value out of range.
         """
         own = DEFAULTS.get(given.get("dataset", "digits"), {})
-        return super().settings(**{**own, **given})
+        s = super().settings(**{**own, **given})
+        train, validation, _ = SIZES[s.dataset]
+        for name, value in vars(s).items():
+            most = validation if name == "outer_batch_size" else train
+            if name.endswith("batch_size") and not 0 <= value <= most:
+                raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
+        return s
 
     @classmethod
     def make(cls, s: HypercleaningSettings, device: torch.device) -> "Hypercleaning":
@@ -323,6 +329,8 @@ def build(
     """
     if batchnorm not in BATCHNORM:
         raise ValueError(f"batchnorm: got {batchnorm!r}, expected one of {BATCHNORM}")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise: got {noise}, expected a number from 0 to 1")
     if sizes is None and dataset.name not in SIZES:
         raise ValueError(f"sizes: needed for {dataset.name!r}; known for {sorted(SIZES)}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator

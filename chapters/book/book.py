@@ -3,8 +3,8 @@
     book.py execute [CH]     run in a fresh kernel, normalise, store
     book.py check [CH]       run and compare with what is stored, change nothing
     book.py run [CH]         run copies in _build/ and render them to _build/html/
-    book.py html             render the stored outputs to _build/html/
-    book.py repo OWNER/NAME  write the repository's address wherever it is needed
+    book.py html             render the stored outputs to _build/html/; a warning is a failure
+    book.py repo [ADDRESS]   write the repository's address wherever it is needed
 
 A notebook is stored in one form only: a second run gives the same bytes, and a difference in git
 means a difference in content.
@@ -13,11 +13,13 @@ means a difference in content.
 import argparse
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import form
@@ -28,6 +30,7 @@ from tqdm.auto import tqdm
 
 ROOT, HERE, BUILD = form.ROOT, Path(__file__).parent, form.ROOT / "_build"
 SLOW = 90  # seconds on two cores; a chapter should stay below
+JOBS = 8  # notebooks side by side, at most
 
 
 def execute(path: Path, on_cell=lambda **_: None):
@@ -118,6 +121,20 @@ def attempt(path: Path, **options):
     return nb
 
 
+def attempts(paths: list[Path], **options):
+    """(path, what `attempt` gave) for each, in order, while as many run as there are cores.
+
+    Each kernel has one thread (`form.ENVIRONMENT`).
+    """
+    pool = ThreadPoolExecutor(min(JOBS, os.cpu_count() or 1))
+    try:
+        yield from zip(paths, pool.map(lambda path: attempt(path, **options), paths), strict=True)
+    except KeyboardInterrupt:
+        os._exit(130)  # threads cannot be stopped; a kernel ends when this process does
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def selected(chapter: str | None) -> list[Path]:
     """One chapter (`5`, `05`, `03b`) and its solutions; everything if no chapter is named."""
     paths = form.chapters() + form.solutions()
@@ -129,7 +146,10 @@ def selected(chapter: str | None) -> list[Path]:
 
 
 def command_execute(chapter: str | None, fresh: bool) -> int:
-    """Store new outputs; a file of which only ignored outputs (timings) would change stays."""
+    """Store new outputs; a file of which only ignored outputs (timings) would change stays.
+
+    One notebook after the other: the timings that are stored should be undisturbed.
+    """
     failures = 0
     for path in selected(chapter):
         if (nb := attempt(path)) is None:
@@ -147,13 +167,13 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
 def command_check(chapter: str | None) -> int:
     """Compare a new run with the stored one, all but the bytes of pictures."""
     failures = 0
-    for path in selected(chapter):
-        old, nb = nbformat.read(path, as_version=4), attempt(path)
+    for path, nb in attempts(selected(chapter)):
+        old = nbformat.read(path, as_version=4)
         stored, new = (essence(x, pictures=False) if x else [] for x in (old, nb))
         failures += stored != new
         for cell, before, after in zip(old.cells, stored, new, strict=False):
             if before != after:
-                print(f"  cell {cell.id} differs from the stored one")
+                print(f"  {path.name}: cell {cell.id} differs from the stored one")
     return failures
 
 
@@ -163,31 +183,46 @@ def command_run(chapter: str | None) -> int:
     stored = [nbformat.read(path, as_version=4) for path in paths]
     total = sum(cell.cell_type == "code" for nb in stored for cell in nb.cells)
     with tqdm(total=total, unit="cell") as bar:
-        for path in paths:
-            bar.set_description(path.stem)
-            done[path] = attempt(path, on_cell=lambda **_: bar.update())
-            failures += done[path] is None
+        for path, nb in attempts(paths, on_cell=lambda **_: bar.update()):
+            done[path] = nb
+            failures += nb is None
     return render(done) or failures
 
 
-def render(done: dict) -> int:
-    """Render the book: the notebooks given, and the stored outputs of all others."""
+def render(done: dict, *options: str) -> int:
+    """Render the book: the notebooks given, and the stored outputs of all others.
+
+    Args:
+        done: Path -> notebook.
+        *options: For Sphinx.
+    """
     source = BUILD / "source"
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     for path in form.chapters() + form.solutions():
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if done.get(path) is None:
-            shutil.copy(path, target)
-        else:
-            target.write_text(dumps(done[path]), encoding="utf-8", newline="\n")
+        nb = done.get(path) or nbformat.read(path, as_version=4)
+        target.write_text(dumps(described(nb)), encoding="utf-8", newline="\n")
     write_index(source)
-    options = ["-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
+    options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]
     status = subprocess.run(command, check=False).returncode
     print(f"The book: open {(BUILD / 'html' / 'index.html').as_uri()}")
     return status
+
+
+def described(nb):
+    """A copy that says of each figure, to who cannot see it, what the cell below reads in it."""
+    nb, heading = copy.deepcopy(nb), ""
+    for cell, below in zip(nb.cells, [*nb.cells[1:], None], strict=True):
+        heading = (form.headings(cell) or [(0, heading)])[-1][1]
+        if form.figures(cell):
+            reads = below is not None and below.cell_type == "markdown"
+            text = below.source.split("\n\n")[0] if reads else f"Figure: {heading}"
+            text = " ".join(re.sub(r"[*`#]", "", text).split())
+            cell.metadata["mystnb"] = {"image": {"alt": text}}
+    return nb
 
 
 def write_index(source: Path) -> None:
@@ -208,13 +243,24 @@ def write_index(source: Path) -> None:
     (source / "index.md").write_text(text, encoding="utf-8")
 
 
-def command_repo(new: str) -> int:
+# owner/name, alone or in an address as git takes it
+ADDRESS = r"(?:(?:https://|ssh://)?(?:[\w-]+(?::[^@/]*)?@)?github\.com[:/])?([\w.-]+/[\w.-]+?)(?:\.git)?/?"
+
+
+def command_repo(new: str | None) -> int:
     """Replace the repository's address in badges, setup cells and the project's files."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
-        sys.exit("An address has the form owner/name: make repo ADDRESS=ada/bilevel-lite")
-    old = form.address()
+    if not new:
+        command = ["git", "remote", "get-url", "origin"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        new = done.stdout.strip()
+        if not new:
+            sys.exit("There is no remote called origin. Say which: make repo ADDRESS=owner/name")
+    match = re.fullmatch(ADDRESS, new)
+    if not match:
+        sys.exit(f"{new} is not owner/name, nor an https or ssh address of that on github.com.")
+    new, old = match[1], form.address()
     ours = re.compile(rf"(github(?:\.com)?/){re.escape(old)}(?![\w-])")
-    names = ["README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml"]
+    names = ["README.md", "CONTRIBUTING.md", "CITATION.cff", "CHANGELOG.md", "pyproject.toml"]
     for path in [ROOT / name for name in names] + form.chapters() + form.solutions():
         if path.exists():
             text = ours.sub(rf"\g<1>{new}", path.read_text("utf-8"))
@@ -233,14 +279,15 @@ def main() -> int:
         if name == "execute":
             one.add_argument("--fresh", action="store_true", help="store timings anew too")
     commands.add_parser("html")
-    commands.add_parser("repo").add_argument("address", help="owner/name")
+    one = commands.add_parser("repo")
+    one.add_argument("address", nargs="?", help="owner/name; by default that of the remote origin")
     options = parser.parse_args()
     form.set_environment()
     return {
         "execute": lambda: command_execute(options.chapter, options.fresh),
         "check": lambda: command_check(options.chapter),
         "run": lambda: command_run(options.chapter),
-        "html": lambda: render({}),
+        "html": lambda: render({}, "-W"),
         "repo": lambda: command_repo(options.address),
     }[options.command]()
 

@@ -198,6 +198,9 @@ def markdown_problems(cell) -> list[str]:
         found.append("a MyST directive, which Colab shows as plain text")
     if re.search(r"!\[[^]]*\]\((?!https://)", cell["source"]) or cell.get("attachments"):
         found.append("a picture without an https address, which Colab cannot find")
+    for target in re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", cell["source"]):
+        if not NAME.fullmatch(Path(target.partition("#")[0]).name):
+            found.append(f"a link to {target}: the book holds notebooks only; link to GitHub")
     return found
 
 

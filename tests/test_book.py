@@ -1,0 +1,51 @@
+"""The book: what each figure is said to show, and notebooks that run side by side."""
+
+import threading
+import time
+
+import book
+import form
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+PICTURE = new_output("display_data", data={"image/png": "aaaa"})
+
+
+def test_a_figures_text_is_what_the_cell_below_reads_in_it():
+    reads = new_markdown_cell("Left: *both* fall\nby `half`.\n\nMore.")
+    cells = [new_markdown_cell("## A heading"), new_code_cell("1", outputs=[PICTURE]), reads]
+    nb = new_notebook(cells=[*cells, new_code_cell("2", outputs=[PICTURE])])
+    shown = book.described(nb)
+    said = [cell.metadata.mystnb["image"]["alt"] for cell in shown.cells if form.figures(cell)]
+    assert said == ["Left: both fall by half.", "Figure: A heading"]
+    assert not nb.cells[1].metadata  # the notebook itself stays
+
+
+@pytest.mark.parametrize("path", form.chapters() + form.solutions(), ids=lambda path: path.stem)
+def test_every_figure_is_said_to_show_something(path):
+    for cell in book.described(nbformat.read(path, as_version=4)).cells:
+        if form.figures(cell):
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 15
+
+
+def test_notebooks_run_side_by_side_and_come_in_order(monkeypatch):
+    running, most = set(), []
+
+    def attempt(path, **options):
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.05 if path == "b" else 0.2)
+        running.discard(threading.get_ident())
+        return None if path == "b" else path.upper()
+
+    monkeypatch.setattr(book, "attempt", attempt)
+    monkeypatch.setattr(book.os, "cpu_count", lambda: 2)
+    assert list(book.attempts(["a", "b", "c"])) == [("a", "A"), ("b", None), ("c", "C")]
+    assert max(most) == 2
+
+
+def test_a_notebook_that_fails_makes_the_command_fail(monkeypatch):
+    monkeypatch.setattr(book, "attempt", lambda path, **options: None)
+    monkeypatch.setattr(book, "render", lambda done, *options: 0)
+    assert book.command_run("0") == book.command_check("0") == 2  # the chapter and its solutions
