@@ -41,7 +41,7 @@ from bilevel_lite.kronecker import (
     heuristic_damping,
     kronecker_inverse,
 )
-from bilevel_lite.linsolve import SolveInfo
+from bilevel_lite.linsolve import SolveInfo, richardson
 from bilevel_lite.options import fraction, not_negative, one_of, option, positive, whole
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem, NotFinite
@@ -535,13 +535,8 @@ class KFACRichardson(Solver):
         return at
 
     def _solve(self, at, b):
-        v = self._v if self.warm_start else None
-        products = self.iters - (v is None)
-        for _ in range(self.iters):
-            r = b if v is None else b - at.matvec(v) - self.damping * v
-            change = self.step * at.precondition(r)
-            v = change if v is None else v + change
-        return SolveInfo(v, iterations=self.iters, products=products)
+        x0 = self._v if self.warm_start else None
+        return richardson(at.matvec, b, self.iters, self.step, self.damping, x0, at.precondition)
 
     def state_dict(self) -> dict:
         """Return the last v and what the KFAC remembers."""

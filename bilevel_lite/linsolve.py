@@ -1,4 +1,4 @@
-"""Solve H v = b for an operator H: directly, by CG, by a Neumann series.
+"""Solve H v = b for an operator H: directly, by CG, by a Neumann series, by Richardson steps.
 
 An operator is any function v -> H v. Each solver is the textbook's, with three promises: it
 returns the iterate that it has when it converges, it adds damping once, and it says what it met
@@ -24,6 +24,7 @@ __all__ = [
     "cg_normal",
     "direct",
     "neumann",
+    "richardson",
 ]
 
 Operator = Callable[[Tensor], Tensor]
@@ -352,6 +353,57 @@ def _divergence(step: float, low: float, high: float, growth: float) -> str:
             f"needs step < 2 / curvature = {2 / high:.3g}"
         )
     return f"step: {step} makes the Neumann series diverge ({why})"
+
+
+def richardson(
+    matvec: Operator,
+    b: Tensor,
+    steps: int,
+    step: float,
+    damping: float = 0.0,
+    x0: Tensor | None = None,
+    precondition: Operator | None = None,
+    observe: Callable[[Tensor], None] | None = None,
+) -> SolveInfo:
+    r"""Richardson iteration: gradient steps on the quadratic 1/2 v H v - b v, preconditioned.
+
+        v <- v - step M ((H + damping I) v - b)
+
+    From zero, K steps without M are a Neumann series of K terms. It converges if every eigenvalue
+    of M (H + damping I) lies between 0 and 2 / step. ``matvec`` may be another operator at each
+    step (another batch's H): then the steps are those of stochastic gradient descent.
+
+    Args:
+        matvec: v -> H v.
+        b: Right-hand side, any shape.
+        steps: Number of steps, at least 1.
+        step: Step size, in units of 1 / curvature; about 1 with a good M.
+        damping: Added to H's diagonal, once.
+        x0: Start (warm start); zero by default, which saves one product, as does an x0 of zeros.
+        precondition: r -> M r, with M an approximate inverse of H.
+        observe: Is given the residual b - (H + damping I) v before each step.
+
+    Returns:
+        `SolveInfo`. The residual at the end is not computed: it would cost one more product.
+
+    Raises:
+        ValueError: for fewer than one step, a step that is not positive or a negative damping.
+
+    Cost: one product a step, one less from zero.
+    Source: Richardson (1911).
+    """
+    at_least("steps", steps, 1)
+    if not step > 0:
+        raise ValueError(f"step: got {step}, expected a positive number")
+    apply = _Watched(matvec, damping)
+    v = x0 if x0 is not None and bool(x0.any()) else None
+    for _ in range(steps):
+        r = b if v is None else b - apply(v)
+        if observe is not None:
+            observe(r)
+        change = step * (r if precondition is None else precondition(r))
+        v = change if v is None else v + change
+    return apply.info(v, steps)
 
 
 def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:

@@ -1,56 +1,122 @@
-"""An option, said once where it is declared: its default and what it may be.
+"""An option is said once, where a class declares it: default, range, meaning, where to search.
 
-A dataclass declares ``penalty: float = positive(1.0)``; `check` refuses what does not fit, naming
-the option, what came and what was expected. Searches, tables and help read the same fields.
+    penalty: float = positive(1.0, help="c at the start", search=(0.1, 10.0))
+
+in a dataclass serves the constructor, messages (`check`), docstrings (`document`), command lines
+and searches (`options_of`).
 """
 
+import inspect
 import math
+import re
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
-def option(expected: str, fits: Callable[[Any], bool], default: Any = MISSING) -> Any:
-    """Declare a field of which `check` says "NAME: got VALUE, expected EXPECTED" unless it fits."""
-    return field(default=default, metadata={"expected": expected, "fits": fits})
+@dataclass(frozen=True)
+class Option:
+    """What is known of one option.
+
+    Attributes:
+        default: Its default, `dataclasses.MISSING` if it must be given.
+        expected: What it may be, in the words of a message.
+        fits: The same as a function.
+        help: Its meaning, one line.
+        search: Where to search: two numbers are the ends of a logarithmic scale, anything else is
+            a list of choices; None if it is not searched for.
+        none: True if it may be None.
+        error: What is raised where it does not fit.
+    """
+
+    default: Any
+    expected: str
+    fits: Callable[[Any], bool]
+    help: str = ""
+    search: tuple | None = None
+    none: bool = False
+    error: type[Exception] = ValueError
+
+    def check(self, name: str, value: Any, none: bool = False) -> None:
+        """Refuse a value that does not fit: "NAME: got VALUE, expected ..."."""
+        try:
+            fits = none if value is None else bool(self.fits(value))
+        except (TypeError, ValueError, RuntimeError):  # it cannot even be compared
+            fits = False
+        if not fits:
+            raise self.error(f"{name}: got {value!r}, expected {self.expected}")
 
 
-def positive(default: Any = MISSING, none: bool = False) -> Any:
-    """A number above zero; also None if ``none``."""
-    return option("a positive number", lambda v: v > 0 if v is not None else none, default)
+def option(expected: str, fits: Callable[[Any], bool], default: Any = MISSING, **more: Any) -> Any:
+    """A field with an `Option`, of which ``more`` are further attributes.
+
+    It may be None if that is its default. Default and ``search`` are checked as values will be.
+    """
+    one = Option(default, expected, fits, **{"none": default is None, **more})
+    for value in (() if default is MISSING else (default,)) + (one.search or ()):
+        one.check("option", value, one.none)
+    return field(default=default, metadata={"option": one})
 
 
-def not_negative(default: Any = MISSING) -> Any:
+def positive(default: Any = MISSING, expected: str = "a positive number", **more: Any) -> Any:
+    """A number above zero."""
+    return option(expected, lambda v: v > 0, default, **more)
+
+
+def not_negative(default: Any = MISSING, **more: Any) -> Any:
     """A finite number that is zero or positive."""
-    return option("a number that is zero or positive", lambda v: 0 <= v < math.inf, default)
+    return option("a number that is zero or positive", lambda v: 0 <= v < math.inf, default, **more)
 
 
-def fraction(default: Any = MISSING) -> Any:
+def fraction(default: Any = MISSING, **more: Any) -> Any:
     """A number from 0 up to, not including, 1."""
-    return option("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, default)
+    return option("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, default, **more)
 
 
-def whole(default: Any = MISSING, least: int = 1, none: bool = False) -> Any:
-    """An integer of at least ``least``; also None if ``none``."""
-
-    def fits(v):
-        return none if v is None else isinstance(v, int) and v >= least
-
-    return option(f"an integer of at least {least}", fits, default)
+def whole(default: Any = MISSING, least: int = 1, **more: Any) -> Any:
+    """An integer of at least ``least``."""
+    expected = f"an integer of at least {least}"
+    return option(expected, lambda v: isinstance(v, int) and v >= least, default, **more)
 
 
-def one_of(*known: str) -> Any:
+def one_of(*known: str, **more: Any) -> Any:
     """One of some words, by default the first."""
-    return option(" or ".join(map(repr, known)), lambda v: v in known, known[0])
+    *others, last = map(repr, known)
+    return option(f"{', '.join(others)} or {last}", lambda v: v in known, known[0], **more)
 
 
-def check(declared: Any) -> None:
-    """Refuse the first option that does not fit.
+def instance(kind: type, expected: str, default: Any = MISSING, **more: Any) -> Any:
+    """An object of a kind; TypeError for others."""
+    return option(expected, lambda v: isinstance(v, kind), default, error=TypeError, **more)
+
+
+def options_of(declared: Any) -> dict[str, Option]:
+    """The options of a dataclass or of one of its objects, by name."""
+    return {f.name: f.metadata["option"] for f in fields(declared) if "option" in f.metadata}
+
+
+def check(declared: Any, *needed: str) -> None:
+    """Refuse the first option that does not fit; those ``needed`` may not be None here.
 
     Raises:
-        ValueError: naming it.
+        ValueError, TypeError: naming it, what came and what was expected.
     """
-    for f in fields(declared):
-        value = getattr(declared, f.name)
-        if "fits" in f.metadata and not f.metadata["fits"](value):
-            raise ValueError(f"{f.name}: got {value!r}, expected {f.metadata['expected']}")
+    for name, one in options_of(declared).items():
+        one.check(name, getattr(declared, name), one.none and name not in needed)
+
+
+def document(cls: type, known: dict[str, Option], rest: str) -> None:
+    """Write a class's options, but those ``known``, first under "Args:" in its docstring.
+
+    Where that line is missing it is put before the cost and the source, with ``rest`` under it.
+    """
+    text = inspect.cleandoc(cls.__doc__ or f"{cls.__name__}.")
+    if "\nArgs:\n" not in text:
+        end = re.search(r"\n(Cost of a step|Source):|\Z", text).start()
+        text = f"{text[:end].rstrip()}\n\nArgs:\n    {rest}\n{text[end:]}"
+    head, args, tail = text.partition("\nArgs:\n")
+    for name, one in options_of(cls).items():
+        if name not in known:
+            default = "" if one.default is MISSING else f", by default {one.default!r}"
+            args += f"    {name}: {one.help}; {one.expected}{default}.\n"
+    cls.__doc__ = head + args + tail

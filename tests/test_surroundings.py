@@ -75,7 +75,7 @@ def make(name, problem=None, lam=LAM, theta=THETA, inner=BATCH, outer=BATCH, **c
 
 def test_all_methods_are_here():
     named = {cls.__name__ for cls, _ in METHODS.values()} - {"saba"} | {"SABA"}
-    assert named == {cls.__name__ for cls in algorithms.METHODS}
+    assert named == set(algorithms.METHODS)
 
 
 def entries(lam, theta, batch):

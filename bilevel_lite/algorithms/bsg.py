@@ -1,13 +1,8 @@
 """BSG-1: both second derivatives as products of first ones."""
 
-from typing import Any
-
-from torch import Tensor
-
 from bilevel_lite.algorithms.method import Method
-from bilevel_lite.linsolve import at_least
-from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import dot, gradient
+from bilevel_lite.options import not_negative, whole
+from bilevel_lite.products import dot
 
 __all__ = ["BSG1"]
 
@@ -23,45 +18,20 @@ class BSG1(Method):
     is exact but for the floor (J / H = g_lam / g_theta).
 
     Args:
-        problem: The two losses.
-        lam: Start of the outer variable; copied.
-        theta: Start of the inner variable, shape (d,); copied.
-        inner_steps: Steps on theta per outer iteration.
-        floor: Added to the denominator.
         **common: See `bilevel_lite.algorithms.method.Method`; the gradients of g are of a fresh
             inner batch.
-
-    Raises:
-        TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
     Cost of a step: inner_steps + 2 gradients.
     Source: Giovannelli, Kent and Vicente (2021), arXiv 2110.00604.
     """
 
-    choices = ("rank-one gradient product", "one division", "double loop")
+    inner_steps: int = whole(1, help="Steps on theta per outer iteration")
+    floor: float = not_negative(1e-4, help="Added to the denominator", search=(1e-6, 1e-2))
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        lam: Tensor,
-        theta: Tensor,
-        inner_steps: int = 1,
-        floor: float = 1e-4,
-        **common: Any,
-    ):
-        at_least("inner_steps", inner_steps, 1)
-        if not floor >= 0:
-            raise ValueError(f"floor: got {floor}, expected a number that is zero or positive")
-        super().__init__(problem, lam, theta, **common)
-        self.inner_steps, self.floor = inner_steps, floor
+    choices = ("rank-one gradient product", "one division", "double loop")
 
     def _direction(self):
         inner_loss = self._inner_steps(self.inner_steps)
-        batch = self._draw("inner")
-        self._spend("gradient", batch)
-        _, g_lam, g_theta = gradient(
-            self.problem.inner_loss, self.lam, self.theta, batch, "inner_loss"
-        )
-        outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
-        ratio = dot(b, g_theta) / (dot(g_theta, g_theta) + self.floor)
-        return inner_loss, outer_loss, direct - ratio * g_lam, None
+        g, f = self._g(self._draw("inner")), self._f(self._draw("outer"))
+        ratio = dot(f.theta, g.theta) / (dot(g.theta, g.theta) + self.floor)
+        return inner_loss, f.value, f.lam - ratio * g.lam, None

@@ -1,14 +1,17 @@
-"""What all methods share: variables, optimisers, batches, the outer step, costs, resuming."""
+"""What all methods share: variables, optimisers, batches, oracles that count, the outer step."""
 
-import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bilevel_lite.algorithms.resume import Resumable, has_state
+from bilevel_lite.hypergrad import HypergradientInfo, implicit
+from bilevel_lite.options import Option, check, document, options_of, positive
 from bilevel_lite.problem import (
     BilevelProblem,
     NotFinite,
@@ -20,14 +23,18 @@ from bilevel_lite.problem import (
     require_problem,
     require_variable,
 )
-from bilevel_lite.products import COST, gradient, theta_gradient
+from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
+from bilevel_lite.same_function import SameDraws
 from bilevel_lite.solvers import SolveInfo
 from bilevel_lite.surroundings import differentiating, ordinary
 
-__all__ = ["Method", "StepInfo"]
+__all__ = ["METHODS", "Method", "Slope", "StepInfo"]
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+# Every method by name: a class is entered as soon as it says its own `_direction`.
+METHODS: dict[str, type["Method"]] = {}
 
 
 @dataclass
@@ -51,12 +58,21 @@ class StepInfo:
     gradients: float
 
 
+class Slope(NamedTuple):
+    """A loss and its gradients in lam and theta."""
+
+    value: Tensor
+    lam: Tensor
+    theta: Tensor
+
+
 def draw(batch: Any) -> Any:
     """Return a batch as it is, or the next one of a sampler (anything with a ``draw`` method)."""
     return ordinary(batch.draw() if hasattr(batch, "draw") else batch)
 
 
-class Method:
+@dataclass(eq=False, repr=False)
+class Method(Resumable):
     r"""Base of the methods; a subclass says how one iteration finds its direction for lam.
 
     Used like a torch optimiser: ``info = method.step()`` is one outer iteration; ``method.lam``
@@ -65,18 +81,19 @@ class Method:
     that fails or is interrupted changes nothing: the state is that of the last good step, so that
     one can lower a step size and go on.
 
-    A subclass writes ``_direction()``, which moves theta and returns (inner loss, outer loss,
-    direction for lam, solver's diagnosis or None), counts its cost with `_spend`, and names in
-    ``remembers`` the attributes that the next step depends on. These it replaces and never changes
-    in place, unless in ``_commit()``, which is called once the step is known to be good.
+    A subclass declares its options as fields (`bilevel_lite.options`), sets up its memory in
+    ``__post_init__``, after super's, and writes ``_direction()``, which moves theta and returns
+    (inner loss, outer loss, direction for lam, solver's diagnosis or None). It asks the oracles
+    ``_g``, ``_g_theta``, ``_f``, ``_hessian``, ``_cross``, ``_hypergradient``, which count their
+    cost, and names in ``remembers`` the attributes that the next step depends on: values, which it
+    replaces and never changes in place, unless in ``_commit()``, which is called once the step is
+    known to be good; or anything with a ``state_dict``, and generators. It is then guarded, listed
+    in `METHODS`, saved and resumed as the others are.
 
     Args:
         problem: The two losses.
         lam: Start of the outer variable, any shape; copied.
         theta: Start of the inner variable, shape (d,); copied.
-        inner_lr: Step size of plain gradient descent on theta, unless ``inner_optimizer`` is
-            given.
-        outer_lr: The same for lam.
         inner_batch: A batch for g, or a sampler: anything with a ``draw()`` method, such as
             `bilevel_lite.data.Batches`.
         outer_batch: The same for f.
@@ -96,10 +113,10 @@ class Method:
 
     Raises:
         TypeError: if ``lam`` or ``theta`` is not a floating-point tensor, a batch is none (a
-            DataLoader, an iterator), an optimiser's factory returns something else, or an argument
-            is not the method's (a ``solver``, say).
-        ValueError: if a step size is missing or not positive, an optimiser does not hold the
-            variable that it was given or needs a closure, or batches are given for which the
+            DataLoader, an iterator), an optimiser's factory returns something else, an option is of
+            another kind, or an argument is not the method's (a ``solver``, say).
+        ValueError: if an option is out of range or a step size missing, an optimiser does not hold
+            the variable that it was given or needs a closure, or batches are given for which the
             method has no use.
 
     A method may be made and stepped where gradients are off (``no_grad``, ``inference_mode``).
@@ -107,84 +124,111 @@ class Method:
     of a loss on one batch, they are of the same draws, and second derivatives are refused.
     """
 
+    problem: BilevelProblem
+    lam: Tensor
+    theta: Tensor
+    _: KW_ONLY
+    inner_lr: float | None = positive(
+        None,
+        "a positive step size (or give inner_optimizer)",
+        help="Step size of plain gradient descent on theta",
+        search=(0.02, 1.0),
+    )
+    outer_lr: float | None = positive(
+        None,
+        "a positive step size (or give outer_optimizer)",
+        help="The same for lam, in whose units it is: the task says where to search",
+    )
+    inner_batch: Any = None
+    outer_batch: Any = None
+    curvature_batch: Any = None
+    cross_batch: Any = None
+    inner_optimizer: Optimizer | None = None
+    outer_optimizer: Optimizer | None = None
+    inner_scheduler: Scheduler | None = None
+    outer_scheduler: Scheduler | None = None
+    projection: Callable[[Tensor], Tensor] | None = None
+
     # What stands for H, how v is found, how lam and theta move: the method's row in the table.
-    choices: tuple[str, str, str] = ("", "", "")
-    remembers: tuple[str, ...] = ()
-    # Roles that may have batches of their own; further step sizes, as the user knows them.
-    roles: tuple[str, ...] = ("inner", "outer")
-    needs: tuple[str, ...] = ("inner", "outer")  # roles that have no default
-    step_sizes: dict[str, str] = {}
+    choices = ("", "", "")
+    remembers = ()
+    roles = ("inner", "outer")  # roles that may have batches of their own
+    needs = ("inner", "outer")  # roles that have no default
+    step_sizes = ()  # further step sizes, which a message about divergence names
+    plain_inner = False  # True where theta moves by plain gradient descent only
+    solver = None
     # Around the inner steps of AID, AmIGO, StocBiO and BSG1: a place for what shall hold there
     # only, such as BatchNorm in training mode.
-    descending: Callable[[], AbstractContextManager] = staticmethod(nullcontext)
+    descending = staticmethod(nullcontext)
+
+    iteration, gradients, last_loss = 0, 0.0, None
+    _unit = None  # an inner batch: what costs are counted in
 
     def __init_subclass__(cls, **options):
-        """Let a subclass's tensors be ordinary ones where it is made under ``inference_mode``."""
+        """Make the constructor and the docstring from the fields, and enter the method."""
         super().__init_subclass__(**options)
-        if "__init__" in vars(cls):
-            cls.__init__ = differentiating(cls.__init__)
+        _declare(cls)
+        document(cls, options_of(Method), "**common: See `bilevel_lite.algorithms.method.Method`.")
+        if "_direction" in vars(cls):
+            METHODS[cls.__name__] = cls
 
-    @differentiating
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        lam: Tensor,
-        theta: Tensor,
-        inner_lr: float | None = None,
-        outer_lr: float | None = None,
-        inner_batch: Any = None,
-        outer_batch: Any = None,
-        curvature_batch: Any = None,
-        cross_batch: Any = None,
-        inner_optimizer: Optimizer | None = None,
-        outer_optimizer: Optimizer | None = None,
-        inner_scheduler: Scheduler | None = None,
-        outer_scheduler: Scheduler | None = None,
-        projection: Callable[[Tensor], Tensor] | None = None,
-        **unknown: Any,
-    ):
-        self._refuse(unknown)
-        require_problem(problem)
-        require_variable("lam", lam)
-        require_variable("theta", theta)
-        self.problem, self.projection = problem, projection
-        self.lam, self.theta = lam.detach().clone(), theta.detach().clone()
-        self.inner_optimizer = _optimizer("inner", self.theta, inner_lr, inner_optimizer)
-        self.outer_optimizer = _optimizer("outer", self.lam, outer_lr, outer_optimizer)
-        self.schedulers = {
-            level: make(optimizer)
-            for level, make, optimizer in (
-                ("inner", inner_scheduler, self.inner_optimizer),
-                ("outer", outer_scheduler, self.outer_optimizer),
+    def __post_init__(self):
+        check(self)
+        require_problem(self.problem)
+        require_variable("lam", self.lam)
+        require_variable("theta", self.theta)
+        self.lam, self.theta = self.lam.detach().clone(), self.theta.detach().clone()
+        if self.plain_inner and self.inner_optimizer is not None:
+            raise ValueError(
+                f"inner_optimizer: {type(self).__name__} is defined for plain gradient descent; "
+                "give inner_lr"
             )
-            if make is not None
-        }
-        self.batches = {
-            "inner": inner_batch,
-            "outer": outer_batch,
-            "curvature": curvature_batch,
-            "cross": cross_batch,
-        }
+        self.inner_optimizer = self._optimizer("inner", self.theta)
+        self.outer_optimizer = self._optimizer("outer", self.lam)
+        for level in ("inner", "outer"):
+            make, optimizer = (getattr(self, f"{level}_{p}") for p in ("scheduler", "optimizer"))
+            setattr(self, f"{level}_scheduler", make if make is None else make(optimizer))
+        roles = ("inner", "outer", "curvature", "cross")
+        self.batches = {role: getattr(self, f"{role}_batch") for role in roles}
         for role, batch in self.batches.items():
             if batch is not None and role not in self.roles:
                 raise ValueError(
                     f"{role}_batch: {type(self).__name__} has no use for it; leave it out"
                 )
             if batch is not None or role in self.needs:
-                loss = problem.outer_loss if role == "outer" else problem.inner_loss
+                loss = self.problem.outer_loss if role == "outer" else self.problem.inner_loss
                 require_batch(f"{role}_batch", batch, loss, sampler=True)
-        self.iteration, self.gradients = 0, 0.0
-        self._unit = None  # an inner batch: what costs are counted in
-        self._last_loss: float | Tensor | None = None
 
-    def _refuse(self, unknown: dict) -> None:
-        name = type(self).__name__
-        if "solver" in unknown:
-            raise TypeError(f"solver: {name} takes none (v by: {self.choices[1]}); leave it out")
-        if unknown:
-            raise TypeError(f"{', '.join(sorted(unknown))}: no argument of {name}")
+    def _optimizer(self, level: str, variable: Tensor) -> torch.optim.Optimizer:
+        factory, name = getattr(self, f"{level}_optimizer"), "theta" if level == "inner" else "lam"
+        if factory is None:
+            check(self, f"{level}_lr")
+            return torch.optim.SGD([variable], lr=getattr(self, f"{level}_lr"))
+        optimizer = factory([variable])
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{level}_optimizer: returned {type(optimizer).__name__}, expected a "
+                "torch.optim.Optimizer"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                f"{level}_optimizer: LBFGS evaluates the loss by itself (a closure), which a "
+                "bilevel method cannot give it; take another torch.optim.Optimizer"
+            )
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if len(held) != 1 or held[0] is not variable:
+            raise ValueError(
+                f"{level}_optimizer: the optimiser does not hold the {name} it was given; build it "
+                "on the list that the function receives"
+            )
+        return optimizer
 
-    # -- what subclasses write and use
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """The method's options by name, each with its default, range, meaning and search."""
+        return options_of(cls)
+
+    # -- what subclasses write
 
     def _direction(self) -> tuple[Tensor, Tensor, Tensor, SolveInfo | None]:
         raise NotImplementedError
@@ -192,47 +236,136 @@ class Method:
     def _commit(self) -> None:
         """Write what could not be taken back, now that the step is good."""
 
+    # -- and what they ask: batches, and oracles that count their cost
+
     def _draw(self, role: str) -> Any:
-        """Return the next batch of a role; the first inner batch becomes the unit of cost."""
+        """Return the next batch of a role; H and J draw one of g where they have none of their own.
+
+        The first inner batch becomes the unit of cost.
+        """
+        if role in ("curvature", "cross") and self.batches[role] is None:
+            role = "inner"
         batch = draw(self.batches[role])
         if role == "inner" and self._unit is None:
             self._unit = batch
         return batch
 
+    def _draw_or(self, role: str, shared: Any) -> Any:
+        """Return the next batch of a role, or this one where it has none of its own."""
+        return shared if self.batches[role] is None else self._draw(role)
+
     def _draw_system(self) -> tuple[Any, Any]:
         """Batches for H and J: of their own, or one fresh inner batch for both."""
-        shared = None
-        if self.batches["curvature"] is None or self.batches["cross"] is None:
-            shared = self._draw("inner")
-        return tuple(
-            shared if self.batches[role] is None else self._draw(role)
-            for role in ("curvature", "cross")
-        )
-
-    def _draw_curvature(self) -> Any:
-        """Return a batch for H alone: its own, or a fresh inner one."""
-        return self._draw("curvature" if self.batches["curvature"] is not None else "inner")
+        own = all(self.batches[role] is not None for role in ("curvature", "cross"))
+        shared = None if own else self._draw("inner")
+        return self._draw_or("curvature", shared), self._draw_or("cross", shared)
 
     def _spend(self, what: str | float, batch: Any, times: float = 1) -> None:
         """Count ``times`` gradients, or products named as in `COST`, on a batch."""
         amount = COST[what] if isinstance(what, str) else what
         self.gradients += times * amount * relative_size(batch, self._unit)
 
-    def _inner_gradient(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """g and its gradient in theta on a batch, counted."""
+    def _slope(self, gradient: Callable, name: str, batch: Any, theta: Any, lam: Any) -> tuple:
+        """A loss and a gradient of it, counted and looked at."""
         self._spend("gradient", batch)
-        at = self.lam, self.theta, batch
-        loss, grad = theta_gradient(self.problem.inner_loss, *at, "inner_loss")
-        _look("gradient of inner_loss in theta", grad)
-        return loss, grad
+        at = self.lam if lam is None else lam, self.theta if theta is None else theta, batch
+        slope = gradient(getattr(self.problem, name), *at, name)
+        _look(f"gradient of {name} in theta", slope[-1])
+        return slope
 
-    def _outer_gradient(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """f and its gradients in lam and theta on a batch, counted."""
-        self._spend("gradient", batch)
-        at = self.lam, self.theta, batch
-        loss, grad_lam, grad_theta = gradient(self.problem.outer_loss, *at, "outer_loss")
-        _look("gradient of outer_loss in theta", grad_theta)
-        return loss, grad_lam, grad_theta
+    def _g(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
+        """g with both gradients, here or at another point: 1 gradient."""
+        return Slope(*self._slope(gradient, "inner_loss", batch, theta, lam))
+
+    def _f(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
+        """f with both gradients, here or at another point: 1 gradient."""
+        return Slope(*self._slope(gradient, "outer_loss", batch, theta, lam))
+
+    def _g_theta(
+        self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """g and its gradient in theta alone, here or at another point: 1 gradient."""
+        return self._slope(theta_gradient, "inner_loss", batch, theta, lam)
+
+    def _f_theta(
+        self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f and its gradient in theta alone, here or at another point: 1 gradient."""
+        return self._slope(theta_gradient, "outer_loss", batch, theta, lam)
+
+    def _value(self, name: str, batch: Any, theta: Tensor) -> Tensor:
+        """g or f at another theta without a gradient, not looked at: half a gradient."""
+        self._spend(0.5, batch)
+        with torch.no_grad():
+            return getattr(self.problem, name)(self.lam, theta, batch)
+
+    def _hessian(self, batch: Any) -> Callable[[Tensor], Tensor]:
+        """v -> H v here on one batch, of which the graph is kept: 2 gradients a product."""
+        operator = None
+
+        def product(v: Tensor) -> Tensor:
+            nonlocal operator
+            if operator is None:  # not before it is needed
+                operator = hvp_operator(self.problem.inner_loss, self.lam, self.theta, batch)
+            self._spend("hvp", batch)
+            return operator(v)
+
+        return product
+
+    def _fresh_hessian(self, v: Tensor) -> Tensor:
+        """H v here on a fresh batch: 2 gradients."""
+        return self._hessian(self._draw("curvature"))(v)
+
+    def _cross(self, batch: Any, v: Tensor) -> Tensor:
+        """J v here: 2 gradients."""
+        self._spend("cross", batch)
+        return cross_vp(self.problem.inner_loss, self.lam, self.theta, batch, v)
+
+    def _hypergradient(
+        self,
+        outer: Any,
+        curvature: Any,
+        cross: Any,
+        theta: Tensor | None = None,
+        lam: Tensor | None = None,
+        **how: Any,
+    ) -> tuple[Tensor, HypergradientInfo]:
+        """The hypergradient by `solver`, here or at another point, and what it took; counted."""
+        g, f = self.problem.inner_loss, self.problem.outer_loss
+        # H and J refuse a g that draws, and solvers read its structure: they are given g itself
+        problem = BilevelProblem(g.loss if isinstance(g, SameDraws) else g, f)
+        lam, theta = self.lam if lam is None else lam, self.theta if theta is None else theta
+        h, info = implicit(
+            problem, lam, theta, self._unit, outer, self.solver, cross, curvature, **how
+        )
+        self._spend(info.gradients, self._unit)
+        return h, info
+
+    def _preconditioner(self, batch: Any) -> Callable[[Tensor], Tensor] | None:
+        """r -> G^-1 r with the method's KFAC on a batch, its build counted; None without one."""
+        if self.solver is None:
+            return None
+        inverse = self.solver.inverse(self.problem.inner_loss, self.lam, self.theta, batch)
+        self._spend(self.solver.last_cost, batch)
+        return inverse
+
+    def _observe(self, batch: Any) -> None:
+        """Take a batch into the running average of the method's KFAC, counted."""
+        at = self.problem.inner_loss, self.lam, self.theta, batch
+        self._spend(self.solver.observe(*at), batch)
+
+    @contextmanager
+    def _same_draws(self) -> Iterator[None]:
+        """A place where a loss draws the same random numbers whenever it is evaluated.
+
+        For methods that compare values of a loss, or subtract its gradients: they are of one g.
+        """
+        problem = self.problem
+        self.problem = BilevelProblem(SameDraws(problem.inner_loss), SameDraws(problem.outer_loss))
+        try:
+            yield
+        finally:
+            self.problem = problem
 
     def _move_theta(self, direction: Tensor) -> None:
         """One step of the inner optimiser along a direction."""
@@ -250,9 +383,14 @@ class Method:
         """Descend on g, a batch a step; the loss before the last step."""
         with self.descending():
             for _ in range(steps):
-                loss, grad = self._inner_gradient(self._draw("inner"))
+                loss, grad = self._g_theta(self._draw("inner"))
                 self._move_theta(grad)
         return loss
+
+    @property
+    def _lr(self) -> float:
+        """The inner optimiser's present step size."""
+        return self.inner_optimizer.param_groups[0]["lr"]
 
     # -- what users call
 
@@ -294,7 +432,7 @@ class Method:
             losses = {"inner_loss": inner_loss, "outer_loss": outer_loss}
             variables = {"direction for lam": direction, **self._like_theta(), "lam": self.lam}
             _require_finite({**losses, **variables})
-            for scheduler in self.schedulers.values():
+            for scheduler in filter(None, (self.inner_scheduler, self.outer_scheduler)):
                 plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
                 scheduler.step(*([float(outer_loss)] if plateau else []))
         except BaseException as error:
@@ -304,7 +442,7 @@ class Method:
             raise
         self._commit()
         self.iteration += 1
-        self._last_loss = outer_loss
+        self.last_loss = outer_loss
         return StepInfo(self.iteration, inner_loss, outer_loss, direction, solve, self.gradients)
 
     def _like_theta(self) -> dict[str, Tensor]:
@@ -329,117 +467,74 @@ class Method:
 
     def _where(self) -> str:
         """What a message about divergence says first."""
-        rates = {
-            "inner_lr": self.inner_optimizer.param_groups[0]["lr"],
-            "outer_lr": self.outer_optimizer.param_groups[0]["lr"],
-            **{name: getattr(self, attribute) for name, attribute in self.step_sizes.items()},
-        }
+        rates = {"inner_lr": self._lr, "outer_lr": self.outer_optimizer.param_groups[0]["lr"]}
+        rates |= {name: getattr(self, name) for name in self.step_sizes}
         smaller = ", ".join(f"{k} (now {float(v):.3g})" for k, v in rates.items() if v is not None)
         since = ""
-        if self._last_loss is not None:
-            since = f" (the outer loss was {float(self._last_loss):.3g} one step before)"
+        if self.last_loss is not None:
+            since = f" (the outer loss was {float(self.last_loss):.3g} one step before)"
         return f"{type(self).__name__}, step {self.iteration + 1}{since}, try a smaller {smaller}"
 
+    # -- what is resumed, see `Resumable`
+
+    def _values(self) -> tuple[str, ...]:
+        mine = [name for name in self.remembers if not has_state(getattr(self, name))]
+        return ("gradients", "unit", "last_loss", *mine)
+
+    def _parts(self) -> dict[str, Any]:
+        kinds = ("inner_optimizer", "outer_optimizer", "inner_scheduler", "outer_scheduler")
+        named = {name: getattr(self, name) for name in ("solver", *kinds, *self.remembers)}
+        samplers = {f"{role}_batch": b for role, b in self.batches.items() if hasattr(b, "draw")}
+        return {name: part for name, part in (named | samplers).items() if has_state(part)}
+
+    @property
+    def unit(self) -> int | None:
+        """Number of examples in the batch whose gradient is the unit of cost, None without rows."""
+        return examples(self._unit)
+
+    @unit.setter
+    def unit(self, rows: int | None) -> None:
+        if rows is not None:
+            self._unit = (torch.empty(rows, 0),)  # its length is all that counts
+
+
+document(Method, {}, "")
+
+
+def _declare(cls: type) -> None:
+    """Give a method the constructor of its fields: with gradients on, what is no field refused.
+
+    Raises:
+        TypeError: for a constructor of its own, or an option whose name is taken.
+    """
+    if "__init__" in vars(cls):
+        raise TypeError(
+            f"{cls.__name__}: has an __init__ of its own; declare its options as fields (see "
+            "bilevel_lite.options) and put the rest into __post_init__"
+        )
+    dataclass(eq=False, repr=False)(cls)
+    known = {f.name for f in fields(cls)}
+    for name in sorted(known - {f.name for f in fields(Method)} - {"solver"}):
+        if hasattr(Method, name):
+            raise TypeError(
+                f"{cls.__name__}.{name}: every method has an attribute of this name; call the "
+                "option something else"
+            )
+    build = cls.__init__
+
     @differentiating
-    def state_dict(self) -> dict:
-        """Return everything that the next step depends on, as copies."""
-        return self._state(copies=True)
+    @wraps(build)
+    def __init__(self, *args, **options):
+        unknown = sorted(set(options) - known)
+        if "solver" in unknown:
+            raise TypeError(
+                f"solver: {cls.__name__} takes none (v by: {cls.choices[1]}); leave it out"
+            )
+        if unknown:
+            raise TypeError(f"{', '.join(unknown)}: no argument of {cls.__name__}")
+        build(self, *args, **options)
 
-    def _state(self, copies: bool) -> dict:
-        """The state; without ``copies`` what a step only replaces is not copied."""
-        keep = _copy if copies else (lambda value: value)
-        return {
-            "method": type(self).__name__,
-            "iteration": self.iteration,
-            "gradients": self.gradients,
-            "unit": examples(self._unit),
-            "last_loss": keep(self._last_loss),
-            "lam": self.lam.clone(),
-            "theta": self.theta.clone(),
-            "kinds": self._kinds(),
-            "inner_optimizer": _copy(self.inner_optimizer.state_dict()),
-            "outer_optimizer": _copy(self.outer_optimizer.state_dict()),
-            "schedulers": {
-                level: copy.deepcopy(scheduler.state_dict())
-                for level, scheduler in self.schedulers.items()
-            },
-            "memory": {name: keep(getattr(self, name)) for name in self.remembers},
-            "solver": None if self.solver is None else keep(self.solver.state_dict()),
-            "batches": {
-                role: batch.state_dict()
-                for role, batch in self.batches.items()
-                if _has_state(batch)
-            },
-        }
-
-    def _kinds(self) -> dict[str, str]:
-        """What the state is of: optimisers, schedulers, solver and samplers."""
-        parts = {
-            "inner_optimizer": self.inner_optimizer,
-            "outer_optimizer": self.outer_optimizer,
-            **{f"{level}_scheduler": one for level, one in self.schedulers.items()},
-            **{f"{role}_batch": one for role, one in self.batches.items() if _has_state(one)},
-            "solver": self.solver,
-        }
-        return {key: type(part).__name__ for key, part in parts.items() if part is not None}
-
-    @differentiating
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` returned, as if never interrupted.
-
-        Raises:
-            ValueError: if the state is another method's, of variables of other shapes or dtypes,
-                or of other optimisers, schedulers, samplers or another solver.
-        """
-        name = type(self).__name__
-        if state.get("method") != name:
-            raise ValueError(f"state: is of method {state.get('method')!r}, expected {name!r}")
-        for variable in ("lam", "theta"):
-            here, there = getattr(self, variable), state[variable]
-            if (here.shape, here.dtype) != (there.shape, there.dtype):
-                raise ValueError(
-                    f"state: {variable} has shape {tuple(there.shape)}, expected "
-                    f"{tuple(here.shape)} (and is {there.dtype}, expected {here.dtype})"
-                )
-        here, there = self._kinds(), state["kinds"]
-        for key in sorted(set(here) | set(there)):
-            if here.get(key) != there.get(key):
-                raise ValueError(
-                    f"state: {key} was {there.get(key)}, expected {here.get(key)} as given here"
-                )
-        device = self.theta.device
-        if self.solver is not None:
-            self.solver.load_state_dict(_copy(state["solver"], device))
-        with torch.no_grad():
-            self.lam.copy_(state["lam"])
-            self.theta.copy_(state["theta"])
-        self.iteration, self.gradients = state["iteration"], state["gradients"]
-        self._last_loss = _copy(state["last_loss"])
-        if state["unit"] is not None:
-            self._unit = (torch.empty(state["unit"], 0),)  # its length is all that counts
-        # copies: torch would go on in the given tensors, and the state be good for one load only
-        self.inner_optimizer.load_state_dict(_copy(state["inner_optimizer"]))
-        self.outer_optimizer.load_state_dict(_copy(state["outer_optimizer"]))
-        for level, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(copy.deepcopy(state["schedulers"][level]))
-        for key in self.remembers:
-            setattr(self, key, _copy(state["memory"][key], device))
-        for role, batch in self.batches.items():
-            if _has_state(batch):
-                batch.load_state_dict(state["batches"][role])
-
-    solver = None
-
-
-def _copy(value: Any, device: torch.device | None = None) -> Any:
-    """Copy a remembered value: a tensor, a list or dict of such, a number or None."""
-    if isinstance(value, Tensor):
-        return value.clone() if device is None else value.clone().to(device)
-    if isinstance(value, list):
-        return [_copy(item, device) for item in value]
-    if isinstance(value, dict):
-        return {key: _copy(item, device) for key, item in value.items()}
-    return value
+    cls.__init__ = __init__
 
 
 def _require_finite(named: dict[str, Tensor]) -> None:
@@ -454,67 +549,3 @@ def _look(name: str, value: Tensor) -> None:
     """The same where it costs next to nothing; on a GPU it would stall, and `step` looks once."""
     if looked_at(value) and not torch.isfinite(value.sum()):
         _require_finite({name: value})
-
-
-def _has_state(batch: Any) -> bool:
-    return hasattr(batch, "draw") and hasattr(batch, "state_dict")
-
-
-def _optimizer(level, variable, lr, factory):
-    name = "theta" if level == "inner" else "lam"
-    if factory is None:
-        if lr is None or not lr > 0:
-            raise ValueError(
-                f"{level}_lr: got {lr}, expected a positive step size (or give {level}_optimizer)"
-            )
-        return torch.optim.SGD([variable], lr=lr)
-    optimizer = factory([variable])
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"{level}_optimizer: returned {type(optimizer).__name__}, expected a "
-            "torch.optim.Optimizer"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"{level}_optimizer: LBFGS evaluates the loss by itself (a closure), which a bilevel "
-            "method cannot give it; take another torch.optim.Optimizer"
-        )
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(held) != 1 or held[0] is not variable:
-        raise ValueError(
-            f"{level}_optimizer: the optimiser does not hold the {name} it was given; build it on "
-            "the list that the function receives"
-        )
-    return optimizer
-
-
-def require_positive(name: str, value: float | None) -> None:
-    """Refuse anything but a positive number.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if value is None or not value > 0:
-        raise ValueError(f"{name}: got {value}, expected a positive number")
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Refuse anything but a number from 0 up to, not including, 1.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, expected a number from 0 up to, not including, 1")
-
-
-def require_plain_inner(name: str, common: dict) -> None:
-    """Refuse an inner optimiser where the method is defined for plain gradient descent.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if common.get("inner_optimizer") is not None:
-        raise ValueError(
-            f"inner_optimizer: {name} is defined for plain gradient descent; give inner_lr"
-        )

@@ -1,15 +1,7 @@
 """MRBO: one loop, with recursive momentum (STORM) on both levels."""
 
-from typing import Any
-
-from torch import Tensor
-
-from bilevel_lite.algorithms.aid import require_solver
-from bilevel_lite.algorithms.method import Method, require_fraction
-from bilevel_lite.hypergrad import hypergradient
-from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import theta_gradient
-from bilevel_lite.same_function import SameDraws
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.options import fraction, instance, not_negative
 from bilevel_lite.solvers import Solver
 
 __all__ = ["MRBO"]
@@ -32,22 +24,21 @@ class MRBO(Method):
     authors' code. Memory 0 is the plain single loop.
 
     Args:
-        problem: The two losses.
-        lam: Start of the outer variable; copied.
-        theta: Start of the inner variable, shape (d,); copied.
-        solver: How v is found at each of the two points.
-        inner_memory: From 0 up to, not including, 1.
-        outer_memory: The same for lam.
-        decay: c, or 0 for constants.
         **common: See `bilevel_lite.algorithms.method.Method`; plain gradient steps are meant.
-
-    Raises:
-        TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
     Cost of a step: 2 gradients and 2 hypergradients; half of that at the first step, which has no
     last point.
     Source: Yang, Ji and Liang (2021), arXiv 2106.04692; with KFAC arXiv 2603.29108, our reading.
     """
+
+    solver: Solver = instance(
+        Solver,
+        "a solver such as bilevel_lite.CG(3)",
+        help="How v is found at each of the two points",
+    )
+    inner_memory: float = fraction(0.1, help="Memory of d", search=(0.1, 0.95))
+    outer_memory: float = fraction(0.1, help="Memory of e", search=(0.1, 0.95))
+    decay: float = not_negative(0.0, help="c, or 0 for constants")
 
     choices = (
         "Hessian (or any solver's)",
@@ -57,60 +48,32 @@ class MRBO(Method):
     remembers = ("before", "d", "e")
     roles = ("inner", "outer", "curvature", "cross")
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        lam: Tensor,
-        theta: Tensor,
-        solver: Solver,
-        inner_memory: float = 0.1,
-        outer_memory: float = 0.1,
-        decay: float = 0.0,
-        **common: Any,
-    ):
-        require_solver(solver)
-        require_fraction("inner_memory", inner_memory)
-        require_fraction("outer_memory", outer_memory)
-        if not decay >= 0:
-            raise ValueError(f"decay: got {decay}, expected a number that is zero or positive")
-        super().__init__(problem, lam, theta, **common)
-        self.solver, self.decay = solver, decay
-        self.inner_memory, self.outer_memory = inner_memory, outer_memory
+    def __post_init__(self):
+        super().__post_init__()
         self.before = self.d = self.e = None  # the last point (lam, theta) and directions
 
     def _direction(self):
         inner, outer = self._draw("inner"), self._draw("outer")
-        curvature, cross = self.batches["curvature"], self.batches["cross"]
-        system = (
-            inner if curvature is None else self._draw("curvature"),
-            inner if cross is None else self._draw("cross"),
-        )
+        system = [self._draw_or(role, inner) for role in ("curvature", "cross")]
         drawn = self.solver.state_dict()  # both evaluations make the same draws
-        g, f = SameDraws(self.problem.inner_loss), SameDraws(self.problem.outer_loss)
-        if self.before is not None:
-            _, d_before, _, e_before, _ = self._evaluate(g, f, *self.before, inner, outer, system)
-            self.solver.load_state_dict(drawn)
-        inner_loss, d, outer_loss, e, solve = self._evaluate(
-            g, f, self.lam, self.theta, inner, outer, system
-        )
+        now = [self.lam.clone(), self.theta.clone()]
+        with self._same_draws():
+            if self.before is not None:
+                _, d_before, e_before, _ = self._evaluate(*self.before, inner, outer, system)
+                self.solver.load_state_dict(drawn)
+            inner_loss, d, e, info = self._evaluate(*now, inner, outer, system)
         if self.before is not None:
             d = d + self._memory(self.inner_memory) * (self.d - d_before)
             e = e + self._memory(self.outer_memory) * (self.e - e_before)
-        self.before, self.d, self.e = [self.lam.clone(), self.theta.clone()], d, e
+        self.before, self.d, self.e = now, d, e
         eta = self._eta(self.iteration)
         self._move_theta(eta * d)
-        return inner_loss, outer_loss, eta * e, solve
+        return inner_loss, info.outer_loss, eta * e, info.solve
 
-    def _evaluate(self, g, f, lam, theta, inner, outer, system):
-        """g, its gradient, f, the hypergradient and the diagnosis at one point."""
-        self._spend("gradient", inner)
-        inner_loss, d = theta_gradient(g, lam, theta, inner, "inner_loss")
-        h, info = hypergradient(
-            BilevelProblem(self.problem.inner_loss, f), lam, theta, self._unit, outer, self.solver,
-            cross_batch=system[1], curvature_batch=system[0], return_info=True, diagnose=False,
-        )  # fmt: skip
-        self._spend(info.gradients, self._unit)
-        return inner_loss, d, info.outer_loss, h, info.solve
+    def _evaluate(self, lam, theta, inner, outer, system):
+        """g, its gradient, the hypergradient and what it was made of, at one point."""
+        inner_loss, d = self._g_theta(inner, theta, lam)
+        return inner_loss, d, *self._hypergradient(outer, *system, theta, lam)
 
     def _eta(self, k: int) -> float:
         return (self.decay / (self.decay + k)) ** (1 / 3) if self.decay else 1.0

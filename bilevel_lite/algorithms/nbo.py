@@ -1,14 +1,10 @@
 """NBO: one Hessian serves two systems, the Newton step of theta and the linear system of v."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_positive
-from bilevel_lite.linsolve import at_least, cg
-from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import cross_vp, hvp_operator
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.linsolve import cg, richardson
+from bilevel_lite.options import check, one_of, positive, whole
 
 __all__ = ["NBO"]
 
@@ -33,23 +29,23 @@ class NBO(Method):
     SOBA, but for lam, which moves after theta and v, not with them.
 
     Args:
-        problem: The two losses.
-        lam: Start of the outer variable; copied.
-        theta: Start of the inner variable, shape (d,); copied.
-        solve: ``"gd"``, ``"sgd"`` or ``"cg"``.
-        steps: Further steps on each system after the first.
-        linear_lr: Step size on the systems, in units of 1 / curvature ("gd" and "sgd").
-        warm_up: Gradient steps of ``linear_lr`` on theta before the first iteration: Newton's
-            method is local.
         **common: See `bilevel_lite.algorithms.method.Method`. ``inner_lr`` scales n; 1 by default.
-
-    Raises:
-        TypeError, ValueError: as `Method`; ValueError for an option out of range.
 
     Cost of a step: 1 gradient of g and 2 of f, 2 steps + 1 products (with "cg" 2 (steps + 1) + 1;
     H v is free while v is zero), 1 cross product.
     Source: Dong et al. (2025), arXiv 2505.02101; equations from secondary sources.
     """
+
+    solve: str = one_of("gd", "sgd", "cg", help="How both systems are solved")
+    steps: int = whole(1, least=0, help="Further steps on each system after the first")
+    linear_lr: float | None = positive(
+        None,
+        help="Step on the systems ('gd' and 'sgd') and of the warm-up, in units of 1 / curvature",
+        search=(0.02, 1.0),
+    )
+    warm_up: int = whole(
+        0, least=0, help="Gradient steps on theta before the first iteration: Newton's is local"
+    )
 
     choices = (
         "Hessian, for theta and v",
@@ -58,70 +54,40 @@ class NBO(Method):
     )
     remembers = ("v", "warmed")
     roles = ("inner", "outer", "curvature", "cross")
-    step_sizes = {"linear_lr": "linear_lr"}
+    step_sizes = ("linear_lr",)
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        lam: Tensor,
-        theta: Tensor,
-        solve: str = "gd",
-        steps: int = 1,
-        linear_lr: float | None = None,
-        warm_up: int = 0,
-        **common: Any,
-    ):
-        if solve not in ("gd", "sgd", "cg"):
-            raise ValueError(f"solve: got {solve!r}, expected 'gd', 'sgd' or 'cg'")
-        at_least("steps", steps, 0)
-        at_least("warm_up", warm_up, 0)
-        if solve != "cg" or warm_up:
-            require_positive("linear_lr", linear_lr)
-        if common.get("inner_lr") is None and common.get("inner_optimizer") is None:
-            common["inner_lr"] = 1.0
-        super().__init__(problem, lam, theta, **common)
-        self.solve, self.steps, self.linear_lr, self.warm_up = solve, steps, linear_lr, warm_up
+    def __post_init__(self):
+        if self.inner_lr is None and self.inner_optimizer is None:
+            self.inner_lr = 1.0
+        super().__post_init__()
+        if self.solve != "cg" or self.warm_up:
+            check(self, "linear_lr")
         self.v, self.warmed = torch.zeros_like(self.theta), False
 
     def _direction(self):
-        loss = self.problem.inner_loss
         for _ in range(0 if self.warmed else self.warm_up):
-            self.theta -= self.linear_lr * self._inner_gradient(self._draw("inner"))[1]
+            self.theta -= self.linear_lr * self._g_theta(self._draw("inner"))[1]
         self.warmed = True
 
         inner, outer = self._draw("inner"), self._draw("outer")
-        inner_loss, g_theta = self._inner_gradient(inner)
-        _, _, b = self._outer_gradient(outer)
-        batch = inner if self.batches["curvature"] is None else self._draw("curvature")
-        matvec = self._hessian(batch)
-        r = (matvec(self.v) if bool(self.v.any()) else 0) - b
-        n, w = self._solve_two(matvec, g_theta, r)
+        inner_loss, g_theta = self._g_theta(inner)
+        b = self._f(outer).theta
+        h = self._hessian(self._draw_or("curvature", inner))
+        n, w = self._solve_two(h, g_theta, (h(self.v) if bool(self.v.any()) else 0) - b)
         self._move_theta(n)
         self.v = self.v - w
 
-        outer_loss, direct, _ = self._outer_gradient(outer)
-        cross = inner if self.batches["cross"] is None else self._draw("cross")
-        self._spend("cross", cross)
-        jv = cross_vp(loss, self.lam, self.theta, cross, self.v)
-        return inner_loss, outer_loss, direct - jv, None
+        f = self._f(outer)
+        jv = self._cross(self._draw_or("cross", inner), self.v)
+        return inner_loss, f.value, f.lam - jv, None
 
-    def _hessian(self, batch: Any):
-        """v -> H v at the present point, counted; the graph is kept for all products."""
-        operator = hvp_operator(self.problem.inner_loss, self.lam, self.theta, batch)
-
-        def matvec(v):
-            self._spend("hvp", batch)
-            return operator(v)
-
-        return matvec
-
-    def _solve_two(self, matvec, *rights: Tensor) -> list[Tensor]:
+    def _solve_two(self, h, *rights):
         """H^-1 r for both right-hand sides, from zero."""
         if self.solve == "cg":
-            return [cg(matvec, r, self.steps + 1).solution for r in rights]
-        out = [self.linear_lr * r for r in rights]
-        for _ in range(self.steps):
-            if self.solve == "sgd":
-                matvec = self._hessian(self._draw_curvature())
-            out = [x - self.linear_lr * (matvec(x) - r) for x, r in zip(out, rights, strict=True)]
-        return out
+            return [cg(h, r, self.steps + 1).solution for r in rights]
+
+        def of_both(pair):
+            one = self._hessian(self._draw("curvature")) if self.solve == "sgd" else h
+            return torch.stack([one(v) for v in pair])
+
+        return richardson(of_both, torch.stack(rights), self.steps + 1, self.linear_lr).solution

@@ -1,18 +1,14 @@
 """NHGD: the inner steps' own gradients, kept as an inverse Fisher matrix, stand for H^-1."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from bilevel_lite.algorithms.method import Method, require_fraction, require_positive
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.algorithms.rank_one import rank_one_inverse
 from bilevel_lite.kfac import KFAC
-from bilevel_lite.linsolve import at_least
-from bilevel_lite.problem import BilevelProblem, examples
-from bilevel_lite.products import cross_vp, dot
+from bilevel_lite.options import fraction, instance, one_of, positive, whole
+from bilevel_lite.problem import examples
 
-__all__ = ["NHGD"]
+__all__ = ["NHGD", "rank_one_inverse"]
 
 
 class NHGD(Method):
@@ -41,113 +37,59 @@ class NHGD(Method):
     of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted
     once, with the gradient of the last inner step.
 
-    Args:
-        problem: The two losses.
-        lam: Start of the outer variable; copied.
-        theta: Start of the inner variable, shape (d,); copied.
-        inner_steps: S, steps on theta per outer iteration.
-        beta: Memory of the average, or None for the plain one.
-        initial: F at the start, times the identity.
-        scale: ``"fisher"`` (B) or ``"plain"`` (1). B is the length of the batch's first tensor, 1
-            for a batch that is no tuple, list or dict of such.
-        kfac: The Kronecker variant; ``beta``, ``initial`` and ``scale`` are then without effect.
-        **common: See `bilevel_lite.algorithms.method.Method`.
-
-    Raises:
-        TypeError, ValueError: as `Method`; ValueError for an option out of range, or a matrix of
-            more than 20,000 rows.
-
     Cost of a step: inner_steps + 1 gradients, 1 cross product; M costs 4 d^2 operations an inner
     step, a KFAC with an ema its estimate (about 1 gradient) an inner step.
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
     """
 
+    inner_steps: int = whole(10, help="S, steps on theta per outer iteration")
+    beta: float | None = fraction(
+        0.99, none=True, help="Memory of the average; None: the plain one", search=(0.5, 0.99)
+    )
+    initial: float = positive(1.0, help="F at the start, times the identity")
+    scale: str = one_of("fisher", "plain", help="B (1 for a batch without rows), or 1")
+    kfac: KFAC | None = instance(
+        KFAC, "a bilevel_lite.KFAC", None, help="Stands for F, without beta, initial and scale"
+    )
+
     choices = ("empirical Fisher (or KFAC)", "rank-one updates of the inverse", "double loop")
     remembers = ("m", "updates")
     roles = ("inner", "outer", "cross")
 
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        lam: Tensor,
-        theta: Tensor,
-        inner_steps: int = 10,
-        beta: float | None = 0.99,
-        initial: float = 1.0,
-        scale: str = "fisher",
-        kfac: KFAC | None = None,
-        **common: Any,
-    ):
-        at_least("inner_steps", inner_steps, 1)
-        require_positive("initial", initial)
-        if beta is not None:
-            require_fraction("beta", beta)
-            require_positive("beta", beta)
-        if scale not in ("fisher", "plain"):
-            raise ValueError(f"scale: got {scale!r}, expected 'fisher' or 'plain'")
-        if kfac is not None and not isinstance(kfac, KFAC):
-            raise TypeError(f"kfac: got {kfac!r}, expected a bilevel_lite.KFAC")
-        if kfac is not None and kfac.every > 1:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beta == 0:
+            raise ValueError(f"beta: got {self.beta}, expected a positive number")
+        if self.kfac is not None and self.kfac.every > 1:
             raise ValueError(
-                f"kfac: has every = {kfac.every}, but the average changes at each step; give 1"
+                f"kfac: has every = {self.kfac.every}, but the average changes at each step; give 1"
             )
-        super().__init__(problem, lam, theta, **common)
-        if kfac is None and theta.numel() > 20_000:
+        d = self.theta.numel()
+        if self.kfac is None and d > 20_000:
             raise ValueError(
-                f"theta: has {theta.numel()} entries, so F would have as many rows; give "
+                f"theta: has {d} entries, so F would have as many rows; give "
                 "kfac=KFAC(fisher='empirical', ema=...) instead"
             )
-        self.inner_steps, self.beta, self.scale = inner_steps, beta, scale
-        self.solver, self.updates = kfac, 1
-        self.m = None
-        if kfac is None:
-            self.m = torch.eye(len(theta), dtype=theta.dtype, device=theta.device) / initial
+        self.solver, self.updates, self.m = self.kfac, 1, None
+        if self.kfac is None:
+            self.m = torch.eye(d, dtype=self.theta.dtype, device=self.theta.device) / self.initial
 
     def _direction(self):
-        loss = self.problem.inner_loss
         for step in range(self.inner_steps):
             batch = self._draw("inner")
-            inner_loss, q = self._inner_gradient(batch)
+            inner_loss, q = self._g_theta(batch)
             inverse = self._update(q, batch, last=step == self.inner_steps - 1)
             self._move_theta(q)
-        outer_loss, direct, b = self._outer_gradient(self._draw("outer"))
-        v = self.v = inverse(b)
-        cross = self._draw("cross" if self.batches["cross"] is not None else "inner")
-        self._spend("cross", cross)
-        return inner_loss, outer_loss, direct - cross_vp(loss, self.lam, self.theta, cross, v), None
+        f = self._f(self._draw("outer"))
+        v = self.v = inverse(f.theta)
+        return inner_loss, f.value, f.lam - self._cross(self._draw("cross"), v), None
 
-    def _update(self, q: Tensor, batch: Any, last: bool) -> Callable[[Tensor], Tensor] | None:
+    def _update(self, q, batch, last):
         """Take q into the average; after the last step, return b -> F^-1 b."""
-        at = self.problem.inner_loss, self.lam, self.theta, batch
-        if self.solver is not None and not last:
-            self._spend(self.solver.observe(*at), batch)
-            return None
-        if self.solver is not None:
-            inverse = self.solver.inverse(*at)
-            self._spend(self.solver.last_cost, batch)
-            return inverse
+        if self.kfac is not None:
+            return self._preconditioner(batch) if last else self._observe(batch)
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
         count = examples(batch) if self.scale == "fisher" else None
         self.m = rank_one_inverse(self.m, q, beta, (1 - beta) * (1 if count is None else count))
         return self.m.mv
-
-
-def rank_one_inverse(m: Tensor, q: Tensor, beta: float, weight: float) -> Tensor:
-    r"""(beta M^-1 + weight q q^T)^-1, by Sherman and Morrison.
-
-        M' = (1/beta) [ M - weight M q q^T M / (beta + weight q^T M q) ]
-
-    Args:
-        m: M, symmetric, shape (d, d).
-        q: Shape (d,).
-        beta: Above zero.
-        weight: Not below zero.
-
-    Returns:
-        M', shape (d, d).
-
-    Cost: 4 d^2 operations.
-    """
-    mq = m @ q
-    return (m - torch.outer(mq, mq) * (weight / (beta + weight * dot(q, mq)))) / beta

@@ -187,4 +187,6 @@ def _cost_of_a_step(solver):
     lam, theta = torch.full((1000,), 0.5, dtype=torch.float64), flatten(model) * 0
     train, validation = (x[:1000], y[:1000], torch.arange(1000)), (x[1000:], y[1000:])
     problem = BilevelProblem(risk, WeightedRisk(model))
-    return AID(problem, lam, theta, solver, 10, 1.0, 10.0, train, validation).step().gradients
+    common = {"inner_lr": 1.0, "outer_lr": 10.0, "inner_batch": train, "outer_batch": validation}
+    method = AID(problem, lam, theta, solver, 10, **common)
+    return method.step().gradients

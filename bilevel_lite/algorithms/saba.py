@@ -1,0 +1,98 @@
+"""SABA: SOBA with a table of what each fixed batch last gave, so that the noise vanishes."""
+
+import torch
+
+from bilevel_lite.algorithms.soba import SOBA
+from bilevel_lite.options import instance
+from bilevel_lite.problem import examples, require_batch
+from bilevel_lite.surroundings import ordinary
+
+__all__ = ["SABA"]
+
+
+class SABA(SOBA):
+    r"""SOBA with SAGA's variance reduction: each oracle on a batch is corrected by a table.
+
+        estimate = current(batch i) - table[i] + mean(table),    table[i] <- current(batch i)
+
+    for the five terms grad_theta g, H v, J v (a row for each inner batch) and b, grad_lam f (a row
+    for each outer batch). The noise vanishes as the tables settle, so that constant steps
+    converge. The memory is five tables of (number of batches) x dimension.
+
+    Args:
+        inner_batches: The fixed minibatches of g, a list of batches of one size.
+        outer_batches: Those of f. ``generator`` picks among both.
+        **common: See `bilevel_lite.algorithms.method.Method`, without batches.
+
+    Cost of a step: as SOBA; the first step also fills the tables, one pass over all batches.
+    Source: Dagreou et al. (2022).
+    """
+
+    inner_batches: list
+    outer_batches: list
+    generator: torch.Generator = instance(torch.Generator, "a torch.Generator", help="On the CPU")
+
+    choices = ("Hessian", "one variance-reduced step, warm start", "single loop, SAGA")
+    remembers = ("v", "inner_table", "outer_table", "generator", "counts")
+    needs = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.inner_batch is not None or self.outer_batch is not None:
+            raise ValueError("inner_batch, outer_batch: SABA takes inner_batches, outer_batches")
+        for level in ("inner", "outer"):
+            name = f"{level}_batches"
+            _require_equal(name, getattr(self, name), getattr(self.problem, f"{level}_loss"))
+            setattr(self, name, ordinary(getattr(self, name)))
+        self.counts = [len(self.inner_batches), len(self.outer_batches)]
+        self._unit = self.inner_batches[0]
+        self.inner_table = self.outer_table = None
+        self._rows: list[tuple] = []  # what the tables get once the step is good
+
+    def _direction(self):
+        if self.inner_table is None:
+            rows = [self._inner_oracle(batch)[1:] for batch in self.inner_batches]
+            self.inner_table = [torch.stack(column) for column in zip(*rows, strict=True)]
+            rows = [self._f(batch)[1:] for batch in self.outer_batches]
+            self.outer_table = [torch.stack(column) for column in zip(*rows, strict=True)]
+        i, j = (self._pick(level) for level in ("inner", "outer"))
+        inner_loss, *inner = self._inner_oracle(self.inner_batches[i])
+        g_theta, jv, hv = _saga(self.inner_table, i, inner)
+        outer_loss, *outer = self._f(self.outer_batches[j])
+        direct, b = _saga(self.outer_table, j, outer)
+        self._rows = [(self.inner_table, i, inner), (self.outer_table, j, outer)]
+        self._move_theta(g_theta)
+        self.v = self.v - self.linear_lr * (hv - b)
+        return inner_loss, outer_loss, direct - jv, None
+
+    def _pick(self, level):
+        return int(torch.randint(self.counts[level == "outer"], (1,), generator=self.generator))
+
+    def _commit(self):
+        for table, row, terms in self._rows:
+            for column, term in zip(table, terms, strict=True):
+                column[row] = term
+
+    def load_state_dict(self, state: dict) -> None:
+        """As `Method.load_state_dict`; ValueError, too, if there were other numbers of batches."""
+        if (there := state.get("values", {}).get("counts", self.counts)) != self.counts:
+            raise ValueError(
+                f"state: is of {there} inner and outer batches, expected {self.counts}"
+            )
+        super().load_state_dict(state)
+
+
+def _saga(table, row, current):
+    """Correct each term by its table."""
+    return [now - old[row] + old.mean(0) for old, now in zip(table, current, strict=True)]
+
+
+def _require_equal(name, batches, loss):
+    if not isinstance(batches, list) or not batches:
+        got = "an empty list" if batches == [] else type(batches).__name__
+        raise ValueError(f"{name}: got {got}, expected a list of batches")
+    for i, batch in enumerate(batches):
+        require_batch(f"{name}[{i}]", batch, loss)
+    sizes = sorted({examples(batch) for batch in batches} - {None})
+    if len(sizes) > 1:
+        raise ValueError(f"{name}: sizes are {sizes}, expected one size (means are over batches)")
