@@ -1,27 +1,29 @@
-"""Command line: ``python -m bilevel_lite hyperclean --dataset mnist --model linear ...``."""
+"""Command line: ``python -m bilevel_lite run TASK ...``, ``hyperclean --dataset mnist ...``."""
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-from bilevel_lite import __version__, bench, models
+from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
-from bilevel_lite.experiment import (
-    RunError,
-    collect,
-    figures_folder,
-    in_checkout,
-    stored_names,
-)
-from bilevel_lite.plotting import draw_stored
+from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
+from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
+from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.experiment.supervised import BATCHNORM
+from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import cleaning_comparison, cleaning_run, cleaning_studies, hypercleaning
+from bilevel_lite.tasks import cleaning_comparison, cleaning_studies, hypercleaning
 
 DEVICE = "cpu, cuda, ... (default: CUDA if there)"
 STORAGE = "Optuna's database (default: SQLite in the output folder)"
 
-# the settings of a run, as --help groups them
+# what hyperclean can change beside what it names itself
+OPTIONS = {
+    name: option
+    for name, option in settings.of(hypercleaning.HypercleaningSettings).items()
+    if name not in ("dataset", "model", "method", "seed")
+}
+# the same, as --help groups them
 SETTINGS = {
     "lengths and steps": (
         "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "outer_lr", "evaluate_every",
@@ -46,10 +48,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _defaults(name: str) -> str:
     """What a setting is where it is not given, in words: one value, or one for each dataset."""
-    usual = next(f.default for f in fields(cleaning_run.Settings) if f.name == name)
+    _, usual, _ = OPTIONS[name]
     if usual is None:
         return ""  # the meaning says it
-    values = {data: own.get(name, usual) for data, own in cleaning_run.DEFAULTS.items()}
+    values = {data: own.get(name, usual) for data, own in hypercleaning.DEFAULTS.items()}
     words = {data: f"{v:g}" if isinstance(v, int | float) else v for data, v in values.items()}
     if len(set(words.values())) == 1:
         return f" (default: {words['mnist']})"
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser; every setting of a task is an option with its default shown."""
     script = Path(sys.argv[0]).stem == "bilevel-lite"
     prog = "bilevel-lite" if script else "python -m bilevel_lite"
-    about = "Hypercleaning, its studies, the benchmark, and the figures of their results."
+    about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
     top = argparse.ArgumentParser(prog=prog, description=about)
     top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
@@ -73,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     job = run.add_argument_group("the run")
     job.add_argument(
-        "--dataset", choices=sorted(cleaning_run.DEFAULTS), default="digits", help="what to clean"
+        "--dataset", choices=sorted(hypercleaning.SIZES), default="digits", help="what to clean"
     )
     job.add_argument(
         "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
@@ -81,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--method",
         nargs="+",
-        choices=["all", *sorted(cleaning_run.METHODS)],
+        choices=["all", *sorted(METHODS)],
         default=["aid-cg"],
         metavar="METHOD",
         help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds "
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     for title, names in SETTINGS.items():
         group = run.add_argument_group(title)
         for name in names:
-            kind, meaning = cleaning_run.OPTIONS[name]
+            kind, _, meaning = OPTIONS[name]
             group.add_argument(
                 f"--{name.replace('_', '-')}",
                 type=kind,
@@ -122,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
     job = study.add_argument_group("the study")
     job.add_argument(
-        "--dataset", choices=sorted(cleaning_run.DEFAULTS), default="mnist", help="what to clean"
+        "--dataset", choices=sorted(hypercleaning.SIZES), default="mnist", help="what to clean"
     )
     job.add_argument(
         "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
@@ -155,9 +157,49 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(cleaning_comparison.ROLES),
     )
     same.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    same.add_argument(
-        "--batchnorm", choices=hypercleaning.BATCHNORM, default="batch", help="its statistics"
-    )
+    same.add_argument("--batchnorm", choices=BATCHNORM, default="batch", help="its statistics")
+
+    known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
+    for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
+        one = commands.add_parser(
+            name,
+            help=f"{asks}, whichever it is",
+            description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
+            formatter_class=Help,
+        )
+        one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
+        one.add_argument(
+            "--set", nargs="+", action="extend", metavar="NAME=VALUE",
+            help="settings; `tasks NAME` lists those of a task",
+        )  # fmt: skip
+        one.add_argument("--out", required=True, metavar="DIR", help="output folder")
+        one.add_argument("--device", metavar="NAME", help=DEVICE)
+        if name == "run":
+            one.add_argument(
+                "--method", choices=sorted(METHODS), metavar="METHOD",
+                help="one of %(choices)s (default: the task's)",
+            )  # fmt: skip
+            one.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn")
+            continue
+        one.add_argument(
+            "--method", nargs="+", choices=sorted(METHODS), required=True, metavar="METHOD",
+            help="one search each",
+        )  # fmt: skip
+        one.add_argument(
+            "--over", nargs="+", required=True, metavar="NAME=LOW:HIGH",
+            help="what is searched for, on a logarithmic scale",
+        )  # fmt: skip
+        for word, default, meaning in (
+            ("seeds", 3, "final runs of each"),
+            ("trials", 16, "points tried for each"),
+            ("search-steps", 100, "outer iterations of a trial"),
+            ("outer-steps", 200, "of a final run"),
+            ("looks", 50, "evaluations in a final run"),
+        ):
+            one.add_argument(f"--{word}", type=int, metavar="N", default=default, help=meaning)
+        one.add_argument("--storage", metavar="URL", help=STORAGE)
+    listing = commands.add_parser("tasks", help="list the tasks, or the settings of one")
+    listing.add_argument("task", nargs="?", help="its name, or MODULE:NAME for one of your own")
 
     speed = commands.add_parser(
         "bench",
@@ -207,11 +249,49 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def draw_stored(names: list[str] | None = None, to: str | Path | None = None) -> list[Path]:
+    """Draw ``figures/NAME.svg`` from ``figures/data/NAME.json``.
+
+    A task may draw more than one figure: the study of the noise also gets ``NAME_surest.svg``, the
+    images that each solver is surest are mislabelled.
+
+    Args:
+        names: Which; all that the folder holds by default. A result of the book that the folder
+            does not hold is taken from the package.
+        to: Another folder than the one that `bilevel_lite.experiment.figures_folder` gives.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: for an unknown name, or a result of no task.
+        RunError: if a result was edited, or a file cannot be written.
+    """
+    folder = figures_folder(to)
+    written = []
+    for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
+        result = stored(name, folder)
+        kind = result.get("kind")
+        task = owner(str(kind))
+        if not (task or kind == "bench"):
+            raise ValueError(f"{name}: is of kind {kind!r}; known: bench, {sorted(TASKS)}")
+        figures = task.draw(result) if task else {"": bench.draw_bench(result)}
+        for suffix, fig in figures.items():
+            path = folder / f"{name}{suffix}.svg"
+            # the style's salt makes the file's identifiers always the same
+            with writing(path), plotting.plt.rc_context(plotting.STYLE):
+                folder.mkdir(parents=True, exist_ok=True)
+                fig.savefig(path, metadata={"Date": None})
+            plotting.plt.close(fig)
+            written.append(path)
+    return written
+
+
 def _hyperclean(options: dict) -> None:
     methods = options.pop("method")
     search = {name: options.pop(name) for name in ("seeds", "trials", "search_budget", "storage")}
     if methods == ["all"] or len(methods) > 1:
-        given = [k for k in cleaning_run.OPTIONS if options[k] is not None and k != "budget"]
+        given = [k for k in OPTIONS if options[k] is not None and k != "budget"]
         if given or options["seed"]:
             name = (given or ["seed"])[0].replace("_", "-")
             raise ValueError(f"--{name}: is chosen by the search, or fixed, in a comparison")
@@ -220,7 +300,50 @@ def _hyperclean(options: dict) -> None:
         common = {name: options[name] for name in ("dataset", "model", "out", "device")}
         cleaning_comparison.run(methods=methods, **common, **search, **budget)
     else:
-        cleaning_run.run(method=methods[0], **options)
+        hypercleaning.run(method=methods[0], **options)
+
+
+def first_line(task: type[Task]) -> str:
+    """What a task says of itself in one line."""
+    return (task.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def _run(task: str, method: str | None, seed: int, out: str, device: str | None, **more) -> None:
+    kind = find(task)
+    given = {"seed": seed, **({"method": method} if method else {})}
+    s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"] or [])})
+    job.run(kind, s, out, device)
+
+
+def _search(options: dict) -> None:
+    kind, over = find(options["task"]), {}
+    for word in options["over"]:
+        name, _, ends = word.partition("=")
+        try:
+            low, high = map(float, ends.split(":"))
+        except ValueError:
+            raise ValueError(f"over: got {word!r}, expected NAME=LOW:HIGH") from None
+        if settings.of(kind.Settings).get(name, (None,))[0] is not float or not 0 < low < high:
+            raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+        over[name] = (low, high)
+    variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
+    base = settings.read(kind.Settings, options["set"] or [])
+    trial, final = ({"outer_steps": options[name]} for name in ("search_steps", "outer_steps"))
+    names = ("out", "seeds", "trials", "storage", "device", "looks")
+    rest = {name: options[name] for name in names}
+    config = {"kind": f"{kind.name}_search", "over": over}
+    search.run(kind, config, base, variants, trial, final, **rest)
+
+
+def _tasks(task: str | None) -> None:
+    if task is None:
+        for name, kind in sorted(TASKS.items()):
+            print(f"{name:<12} {first_line(kind)}")
+        return
+    kind = find(task)
+    default = vars(kind.settings())
+    for name, (_, _, meaning) in settings.of(kind.Settings).items():
+        print(f"{name}={default[name]}  {meaning}")
 
 
 def _bench(options: dict) -> None:
@@ -276,6 +399,12 @@ def main(arguments: list[str] | None = None) -> int:
             for name in ("at", "sizes"):
                 options[name] = _settings(name, options[name])
             cleaning_studies.run(**options)
+        elif command == "run":
+            _run(**options)
+        elif command == "search":
+            _search(options)
+        elif command == "tasks":
+            _tasks(options["task"])
         elif command == "bench":
             _bench(options)
         elif command == "collect":

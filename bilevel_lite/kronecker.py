@@ -354,7 +354,7 @@ def _gram(x: Tensor) -> Tensor:
     return out
 
 
-in_numpy = True  # False: torch alone (`bilevel_lite.bench.flops` sees torch's operations only)
+in_numpy = True  # False: torch alone (`experiment.bench.flops` sees torch's operations only)
 
 
 def set_threads(threads: int) -> None:

@@ -10,9 +10,9 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite import kronecker, models
-from bilevel_lite.tasks import cleaning_run
+from bilevel_lite.experiment import methods
+from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.tasks import hypercleaning as hc
-from bilevel_lite.tasks.cleaning_methods import METHODS
 
 # a backend written in Python is new in torch, and its interface private
 module = pytest.importorskip("second_device", exc_type=ImportError)
@@ -40,7 +40,7 @@ def test_the_device_is_another_one():
 def test_methods_give_the_same_numbers(method, tmp_path, capsys):
     def losses(device, out):
         settings = {"outer_steps": 2, "evaluate_every": 1, "baselines": False}
-        result = cleaning_run.run("digits", "linear", method, 0, tmp_path / out, device, **settings)
+        result = hc.run("digits", "linear", method, 0, tmp_path / out, device, **settings)
         return [(row["test_loss"], row["auc"]) for row in result["history"]]
 
     truth = losses("cpu", "cpu")
@@ -52,9 +52,7 @@ def test_methods_give_the_same_numbers(method, tmp_path, capsys):
 def test_a_run_goes_on_there(tmp_path, capsys):
     def run(out, steps, device):
         options = {"outer_steps": steps, "evaluate_every": 1, "baselines": False}
-        return cleaning_run.run(
-            "digits", "linear", "aid-ekfac", 0, tmp_path / out, device, **options
-        )
+        return hc.run("digits", "linear", "aid-ekfac", 0, tmp_path / out, device, **options)
 
     truth = run("whole", 4, "cpu")["history"]
     with second_device() as device, pytest.MonkeyPatch.context() as patch:
@@ -62,9 +60,9 @@ def test_a_run_goes_on_there(tmp_path, capsys):
         def stop(*_):
             raise KeyboardInterrupt
 
-        real = cleaning_run._evaluate
+        real = hc.Hypercleaning.measure
         looks = iter([real, real, stop])
-        patch.setattr(cleaning_run, "_evaluate", lambda *args: next(looks)(*args))
+        patch.setattr(hc.Hypercleaning, "measure", lambda *args: next(looks)(*args))
         with pytest.raises(KeyboardInterrupt):
             run("cut", 4, str(device))
         patch.undo()
@@ -161,13 +159,11 @@ def test_a_forgotten_tensor_is_found():
 @pytest.mark.parametrize("method", METHODS)
 def test_failures_read_the_same(method, tmp_path):
     """Only the end of a step is looked at there; a failed one says what it says on a CPU."""
-    from bilevel_lite.tasks import cleaning_methods
 
     def message(device):
         huge = {"inner_lr": 1e200, "step": 1e200}
-        options = {**cleaning_run.DEFAULTS["digits"], **huge}
-        settings = cleaning_run.Settings("digits", "linear", method, 0, **options)
-        run = cleaning_methods.build(settings, cleaning_run.build_task(settings, device))
+        settings = hc.Hypercleaning.settings(method=method, **huge)
+        run = methods.build(settings, hc.Hypercleaning.make(settings, device))
         with pytest.raises(bl.problem.NotFinite) as failure:
             for _ in range(20):
                 before = run.state_dict()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite import bench, experiment, plotting
+from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import bench
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
         return {**linear, "model": name}
 
     monkeypatch.setattr(bench, "measure_case", measure_case)
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
     words = ["bench", "--models", "linear", "mlp", "--out", "run", "--device", "cpu"]
     assert main(words) == 130
@@ -98,7 +99,7 @@ def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
     case = stored["runs"][0]["cases"][1]
     case["rows"]["curvlinops ekfac-mc"] = {"failed": "a factorisation did not converge"}
     assert "did not converge" in bench.table(case)
-    plotting.plt.close(plotting.draw_bench(stored))
+    plotting.plt.close(bench.draw_bench(stored))
     assert main([*words, "--rounds", "3"]) == 1
     assert "made with other settings" in capsys.readouterr().err
 
@@ -109,7 +110,7 @@ def test_the_record_is_replaced_only_when_asked_and_only_by_all_of_its_models(
     monkeypatch.setattr(
         bench, "measure_case", lambda name, device, budget: {**linear, "model": name}
     )
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path / "book")
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path / "book")
     monkeypatch.chdir(tmp_path)
     record = tmp_path / "book" / "figures"
     words = ["bench", "--device", "cpu"]
@@ -126,7 +127,7 @@ def test_the_record_is_replaced_only_when_asked_and_only_by_all_of_its_models(
 
 
 def test_what_make_bench_does():
-    makefile = (experiment._REPOSITORY / "Makefile").read_text("utf-8")
+    makefile = (experiment.folder._REPOSITORY / "Makefile").read_text("utf-8")
     # with options of one's own nothing is published unless they say so
     assert "bilevel_lite bench $(if $(BENCH),$(BENCH),--publish)" in makefile
 

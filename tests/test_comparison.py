@@ -10,8 +10,10 @@ import torch
 
 from bilevel_lite import plotting
 from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import job, methods, search
 from bilevel_lite.tasks import cleaning_comparison as comparison
-from bilevel_lite.tasks import cleaning_figures, cleaning_methods, cleaning_search, cleaning_studies
+from bilevel_lite.tasks import cleaning_figures, cleaning_studies
+from bilevel_lite.tasks import hypercleaning as hc
 
 optuna = pytest.importorskip("optuna")
 
@@ -40,10 +42,10 @@ def whole(tmp_path_factory):
 
 def test_every_method_has_a_space_and_is_tried_equally_often(whole):
     # dense NHGD keeps a matrix of d x d numbers; KFAC as a preconditioner is for the solvers' study
-    assert set(comparison.SPACES) == set(cleaning_methods.METHODS) - {"nhgd", "aid-pcg"}
+    assert set(comparison.SPACES) == set(methods.METHODS) - {"nhgd", "aid-pcg"}
     for space in comparison.SPACES.values():
-        points = cleaning_search._points(space, 8)
-        assert len(points) == 8 and points == cleaning_search._points(space, 9)[:8]
+        points = search._points(space, 8)
+        assert len(points) == 8 and points == search._points(space, 9)[:8]
         for name, (low, high) in space.items():
             values = [math.log(p[name] / low) / math.log(high / low) for p in points]
             assert all(-1e-3 <= v <= 1.001 for v in values)
@@ -51,7 +53,7 @@ def test_every_method_has_a_space_and_is_tried_equally_often(whole):
             assert sorted(min(7, int(8 * v)) for v in values) == list(range(8))
     result = numbers(whole)
     for row in result["results"]:
-        assert [{k: t[k] for k in row["space"]} for t in row["trials"]] == cleaning_search._points(
+        assert [{k: t[k] for k in row["space"]} for t in row["trials"]] == search._points(
             row["space"], 3
         )
         losses = [t["tuning_loss"] for t in row["trials"] if t["tuning_loss"] is not None]
@@ -64,7 +66,7 @@ def test_every_method_has_a_space_and_is_tried_equally_often(whole):
 @pytest.mark.parametrize("stop_at", [2, 4])
 def test_stopped_anywhere_it_gives_the_same_numbers(whole, tmp_path, monkeypatch, stop_at):
     """Stopped within the search (with a trial under way) and within the final runs."""
-    calls, build = [], cleaning_methods.build
+    calls, build = [], methods.build
 
     def stops(*arguments):
         method = build(*arguments)
@@ -80,10 +82,10 @@ def test_stopped_anywhere_it_gives_the_same_numbers(whole, tmp_path, monkeypatch
             method.step = interrupted
         return method
 
-    monkeypatch.setattr(cleaning_methods, "build", stops)
+    monkeypatch.setattr(methods, "build", stops)
     words = [*WORDS, "--out", str(tmp_path / "run")]
     assert main(words) == 130
-    monkeypatch.setattr(cleaning_methods, "build", build)
+    monkeypatch.setattr(methods, "build", build)
     assert main(words) == 0
     assert numbers(tmp_path / "run") == numbers(whole)
 
@@ -97,7 +99,7 @@ def test_divergence_is_a_result_not_an_end(tmp_path, monkeypatch, capsys):
     row = numbers(tmp_path / "run")["results"][1]
     assert row["runs"] == [] and {t["tuning_loss"] for t in row["trials"]} == {None}
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
-    plotting.plt.close(plotting.draw_hyperclean_methods({"runs": [stored]}))
+    plotting.plt.close(cleaning_figures.draw_hyperclean_methods({"runs": [stored]}))
 
 
 @pytest.mark.parametrize(
@@ -159,9 +161,9 @@ def test_means_over_the_seeds():
         return {"best": {"test_loss": loss, "iteration": iteration, "seconds": seconds}}
 
     row = {"runs": [run(0.25, 10, 20.0), run(0.75, 4, 2.0)]}
-    assert cleaning_search.mean_test_loss(row) == 0.5
-    assert cleaning_search.pace(row, "seconds") == 1.25  # of 2 and 0.5, not 22 / 14
-    assert cleaning_search.mean_test_loss({"runs": []}) == math.inf
+    assert hc.mean_test_loss(row) == 0.5
+    assert search.pace(row, "seconds") == 1.25  # of 2 and 0.5, not 22 / 14
+    assert hc.mean_test_loss({"runs": []}) == math.inf
 
 
 def test_the_pictures_of_the_noise_study():
@@ -283,14 +285,14 @@ def test_a_study_keeps_how_often_cg_met_negative_curvature(tmp_path):
 
 
 def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
-    run_job = cleaning_search.cleaning_run.run_job
+    run_job = job.run_job
 
     def diverges(s, *arguments):
         if s.seed == 1:
-            raise cleaning_search.NotFinite("AID, step 3: theta is not finite")
+            raise search.NotFinite("AID, step 3: theta is not finite")
         return run_job(s, *arguments)
 
-    monkeypatch.setattr(cleaning_search.cleaning_run, "run_job", diverges)
+    monkeypatch.setattr(job, "run_job", diverges)
     words = ["study", "solvers", *SHORT, "--only", "identity", "--out", str(tmp_path / "run")]
     assert main(words) == 0
     (row,) = numbers(tmp_path / "run")["results"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel_lite import cifar10, data
+from bilevel_lite import data
+from bilevel_lite.data import cifar10
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(

@@ -16,9 +16,10 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite import experiment, plotting
-from bilevel_lite.__main__ import main
-from bilevel_lite.experiment import RunError, RunFolder
-from bilevel_lite.tasks import cleaning_figures, cleaning_run
+from bilevel_lite.__main__ import OPTIONS, main
+from bilevel_lite.experiment import RunError, RunFolder, bench, supervised
+from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.tasks import cleaning_figures, hypercleaning
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(
@@ -73,6 +74,12 @@ def test_a_run_writes_all_that_it_promises(whole, capsys):
     assert (whole / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+def test_the_command_for_any_task_is_the_same_run(whole, capsys):
+    words = ["run", "hyperclean", "--device", "cpu", "--set", "outer_steps=30", "evaluate_every=3"]
+    assert main([*words, "--out", str(whole)]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+
+
 def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
     calls = []
 
@@ -81,7 +88,7 @@ def test_the_test_set_chooses_nothing(tmp_path, monkeypatch):
         loss = len(calls) if len(split[1]) == 237 else 1 / len(calls)
         return {"loss": float(loss), "accuracy": 0.5}
 
-    monkeypatch.setattr(cleaning_run.hc, "evaluate", evaluate)
+    monkeypatch.setattr(supervised, "evaluate", evaluate)
     assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
     result, history = numbers(tmp_path / "run")
     assert timeless(result["best"]) == history[0]
@@ -109,7 +116,7 @@ def test_an_edited_result_and_one_of_another_version_are_refused(whole, tmp_path
 
 
 def test_an_edited_stored_result_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     folder = tmp_path / "figures" / "data"
     folder.mkdir(parents=True)
     sealed = experiment.seal({"kind": "bench", "runs": [1.5]})
@@ -286,11 +293,11 @@ def test_help_names_every_setting_once_with_its_true_defaults(capsys, monkeypatc
     with pytest.raises(SystemExit):
         main(["hyperclean", "--help"])
     text = re.sub(r"\n {24}", "  ", capsys.readouterr().out)  # a long name has a line of its own
-    for name in cleaning_run.OPTIONS:
+    for name in OPTIONS:
         (line,) = re.findall(rf"^  --{name.replace('_', '-')} .*$", text, re.MULTILINE)
         settings = {
-            data: getattr(cleaning_run.Settings(data, "", "", 0, **own), name)
-            for data, own in cleaning_run.DEFAULTS.items()
+            data: getattr(hypercleaning.HypercleaningSettings(**own), name)
+            for data, own in hypercleaning.DEFAULTS.items()
         }
         said = re.findall(r"\(default: (.*)\)$", line)
         values = [f"{v:g}" if not isinstance(v, str) else v for v in settings.values() if v != None]  # noqa: E711
@@ -322,7 +329,7 @@ def test_batches_of_size_0_are_whole_sets(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", sorted(set(cleaning_run.METHODS) - {"aid-cg"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"aid-cg"}))
 def test_the_other_methods_run(tmp_path, method):
     short = ["--outer-steps", "3", "--evaluate-every", "3"]
     assert main([*SMALL, *short, "--method", method, "--out", str(tmp_path / "run")]) == 0
@@ -337,7 +344,7 @@ def test_mlp_and_noise_free_run(tmp_path):
 @needs_mnist
 @pytest.mark.slow
 def test_mnist_for_a_few_iterations(tmp_path, monkeypatch):
-    monkeypatch.setattr(cleaning_run, "BASELINE_L2", (1e-4,))
+    monkeypatch.setattr(hypercleaning, "BASELINE_L2", (1e-4,))
     out = tmp_path / "mnist"
     few = ["--outer-steps", "20", "--evaluate-every", "20", "--out", str(out)]
     assert main(["hyperclean", "--dataset", "mnist", "--device", "cpu", *few]) == 0
@@ -353,7 +360,7 @@ def test_mnist_for_a_few_iterations(tmp_path, monkeypatch):
 
 
 def test_stored_results_have_provenance_and_are_drawn(tmp_path):
-    folder = Path(experiment._REPOSITORY) / "figures" / "data"
+    folder = Path(experiment.folder._REPOSITORY) / "figures" / "data"
     for path in sorted(folder.glob("*.json")):
         result = experiment.stored(path.stem)
         for run in result["runs"]:
@@ -362,10 +369,10 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             assert p["command"].startswith("python -m bilevel_lite ") and "/" not in p["device"]
             assert not re.search(r"/(tmp|home|root|work)/", p["command"])
         draw = {
-            "hyperclean": plotting.draw_hyperclean,
-            "hyperclean_methods": plotting.draw_hyperclean_methods,
+            "hyperclean": cleaning_figures.draw_hyperclean,
+            "hyperclean_methods": cleaning_figures.draw_hyperclean_methods,
             "hyperclean_study": cleaning_figures.draw_study,
-            "bench": plotting.draw_bench,
+            "bench": bench.draw_bench,
         }
         plotting.plt.close(draw[result["kind"]](result))
         assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"
@@ -374,7 +381,7 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
 
 
 def test_collect(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     path = experiment.collect([str(whole)], "some")
     assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
     assert experiment.stored("some")["kind"] == "hyperclean"

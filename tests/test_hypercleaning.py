@@ -9,8 +9,9 @@ from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import data, models
+from bilevel_lite.experiment import job, methods
 from bilevel_lite.params import flatten, predict
-from bilevel_lite.tasks import cleaning_figures, cleaning_methods, cleaning_run
+from bilevel_lite.tasks import cleaning_figures
 from bilevel_lite.tasks import hypercleaning as hc
 
 
@@ -55,7 +56,7 @@ def test_the_surest_are_the_lowest_weights_and_among_them_the_highest_losses():
 
 def test_pictures_are_the_images_with_both_labels():
     task = toy()
-    got = cleaning_run.pictures(task, task.lam0, task.theta0, count=5)
+    got = hc.pictures(task, task.lam0, task.theta0, count=5)
     at = hc.surest(task, task.lam0, task.theta0, 5)
     assert got["given"] == task.train[1][at].tolist() and got["true"] == task.y_clean[at].tolist()
     images = torch.from_numpy(cleaning_figures.unpack_images(got).copy()).double()
@@ -63,7 +64,7 @@ def test_pictures_are_the_images_with_both_labels():
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     assert float((images / 255 - (x - low) / (high - low)).abs().max()) <= 0.5 / 255 + 1e-12
     # 48 bytes read as coloured images of 2 x 2: 12 bytes each, channels first
-    three = cleaning_run.pictures(task, task.lam0, task.theta0, count=3)["pixels"]
+    three = hc.pictures(task, task.lam0, task.theta0, count=3)["pixels"]
     coloured = cleaning_figures.unpack_images({"shape": [3, 2, 2], "pixels": three})
     flat = cleaning_figures.unpack_images({"shape": [12], "pixels": three})
     assert coloured.shape == (4, 2, 2, 3)
@@ -110,19 +111,17 @@ def test_frozen_batchnorm_stays_and_an_unknown_kind_is_refused():
     assert torch.equal(task.model[1].running_mean, before)
     with pytest.raises(ValueError, match="batchnorm: got 'train', expected one of"):
         toy(normed(), batchnorm="train")
-    soba = cleaning_run.Settings(
-        "toy", "resnet18", "soba", 0, batch_size=20, curvature_batch_size=20
-    )
+    soba = hc.HypercleaningSettings(method="soba", batch_size=20, curvature_batch_size=20)
     with pytest.raises(ValueError, match="soba cannot use .* 'refresh'"):
-        cleaning_methods.build(soba, toy(normed()))
+        methods.build(soba, toy(normed()))
 
 
 def test_inner_steps_use_batch_statistics_and_the_hypergradient_those_at_theta():
     """One outer iteration by hand, with torch's own training and evaluation modes."""
     values = {"batch_size": 20, "curvature_batch_size": 20, "inner_steps": 2, "outer_lr": 1.0}
-    s = cleaning_run.Settings("toy", "resnet18", "aid-identity", 0, **values)
+    s = hc.HypercleaningSettings(method="aid-identity", **values)
     task = toy(normed())
-    method = cleaning_methods.build(s, task)
+    method = methods.build(s, task)
     method.step()
 
     model, (x, y), lam = normed(), task.train, torch.full((60,), 0.5, requires_grad=True)
@@ -163,12 +162,12 @@ def test_a_model_with_batchnorm_is_cleaned_and_resumed_bit_equal(tmp_path, monke
 
     def run(folder, steps):
         task = toy(normed())
-        s = cleaning_run.Settings(
-            "toy", "resnet18", "aid-kfac", 0, outer_steps=steps, batch_size=20, outer_lr=1.0,
+        s = hc.HypercleaningSettings(
+            model="resnet18", method="aid-kfac", outer_steps=steps, batch_size=20, outer_lr=1.0,
             curvature_batch_size=20, evaluate_every=2, baselines=0,
         )  # fmt: skip
         with bl.experiment.RunFolder(folder, {}) as opened:
-            return cleaning_run.run_job(s, torch.device("cpu"), opened, task)
+            return job.run_job(s, torch.device("cpu"), opened, task)
 
     whole = run(tmp_path / "whole", 6)
     run(tmp_path / "parts", 4)

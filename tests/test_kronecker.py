@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from bilevel_lite import bench, kronecker
+from bilevel_lite import kronecker
+from bilevel_lite.experiment import bench
 from bilevel_lite.kronecker import Columns, Matrix, Spectrum, eigenbasis_inverse, kronecker_inverse
 
 D1, D2, R = 5, 9, 4  # fewer columns than rows: thin bases

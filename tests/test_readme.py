@@ -8,8 +8,7 @@ import pytest
 
 from bilevel_lite import experiment
 from bilevel_lite.tasks.cleaning_comparison import SPACES
-from bilevel_lite.tasks.cleaning_run import BASELINES
-from bilevel_lite.tasks.cleaning_search import mean_test_loss
+from bilevel_lite.tasks.hypercleaning import BASELINES, mean_test_loss
 
 README = (form.ROOT / "README.md").read_text("utf-8")
 

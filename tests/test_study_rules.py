@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite.tasks import cleaning_comparison, cleaning_methods, cleaning_run, cleaning_search
+from bilevel_lite.experiment import job, methods, search
+from bilevel_lite.tasks import cleaning_comparison
+from bilevel_lite.tasks.hypercleaning import Hypercleaning
 
 
 def compared(out, budget=300):
@@ -17,7 +19,7 @@ def compared(out, budget=300):
 
 
 def test_a_budget_ends_a_run_whatever_its_iterations_cost(tmp_path, monkeypatch, capsys):
-    real = cleaning_methods.build
+    real = methods.build
 
     def cheaper(s, task):
         """After four iterations, those by which the cost is told, each counts one gradient."""
@@ -34,7 +36,7 @@ def test_a_budget_ends_a_run_whatever_its_iterations_cost(tmp_path, monkeypatch,
         method.step = counted
         return method
 
-    monkeypatch.setattr(cleaning_methods, "build", cheaper)
+    monkeypatch.setattr(methods, "build", cheaper)
     compared(tmp_path / "out")
     looks = (tmp_path / "out" / "nbo-cg-0" / "log.jsonl").read_text("utf-8").splitlines()
     assert 300 <= json.loads(looks[-1])["gradients"] < 320
@@ -43,17 +45,17 @@ def test_a_budget_ends_a_run_whatever_its_iterations_cost(tmp_path, monkeypatch,
 def test_a_finished_study_is_shown_and_not_rewritten(tmp_path, monkeypatch, capsys):
     first = compared(tmp_path / "out")
     written = (tmp_path / "out" / "result.json").read_bytes()
-    monkeypatch.setattr(cleaning_search, "provenance", None)  # would be called to write
+    monkeypatch.setattr(search, "provenance", None)  # would be called to write
     assert compared(tmp_path / "out")["results"] == first["results"]
     assert (tmp_path / "out" / "result.json").read_bytes() == written
 
 
 def test_kfac_in_amigo_and_mrbo_has_the_given_options():
-    options = {**cleaning_run.DEFAULTS["digits"], "fisher": "empirical", "ema": 0.9, "every": 5}
+    options = {"fisher": "empirical", "ema": 0.9, "every": 5}
     for name in ("amigo-kfac", "amigo-kfac-replace", "mrbo-kfac"):
-        settings = cleaning_run.Settings("digits", "linear", name, 0, **options)
-        task = cleaning_run.build_task(settings, torch.device("cpu"))
-        kfac = cleaning_methods.build(settings, task).solver
+        settings = Hypercleaning.settings(method=name, **options)
+        task = Hypercleaning.make(settings, torch.device("cpu"))
+        kfac = methods.build(settings, task).solver
         assert (kfac.fisher, kfac.ema, kfac.every) == ("empirical", 0.9, 5), name
 
 
@@ -63,7 +65,7 @@ def test_runs_keep_float32_at_its_precision():
     try:
         for flag in flags:
             flag.allow_tf32 = True
-        with cleaning_run.float32():
+        with job.float32():
             assert not any(flag.allow_tf32 for flag in flags)
     finally:
         for flag, value in zip(flags, before, strict=True):
@@ -71,11 +73,9 @@ def test_runs_keep_float32_at_its_precision():
 
 
 def test_a_methods_own_number_is_its_classes_by_default():
-    settings = cleaning_run.Settings(
-        "digits", "linear", "bsg1", 0, **cleaning_run.DEFAULTS["digits"]
-    )
-    task = cleaning_run.build_task(settings, torch.device("cpu"))
-    assert isinstance(method := cleaning_methods.build(settings, task), bl.BSG1)
+    settings = Hypercleaning.settings(method="bsg1")
+    task = Hypercleaning.make(settings, torch.device("cpu"))
+    assert isinstance(method := methods.build(settings, task), bl.BSG1)
     assert method.floor == 1e-4
 
 

@@ -1,8 +1,9 @@
-"""All methods on the hypercleaning job, each with the same search (`cleaning_search`)."""
+"""All methods on the hypercleaning job, each with the same search (`experiment.search`)."""
 
+from bilevel_lite.experiment import search as searching
+from bilevel_lite.experiment.search import Variant
 from bilevel_lite.models import FLAT
-from bilevel_lite.tasks import cleaning_search
-from bilevel_lite.tasks.cleaning_search import Variant
+from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
 
 __all__ = ["MINIBATCHES", "SPACES", "run", "searched"]
 
@@ -103,11 +104,13 @@ def run(
         raise ValueError(
             f"method: got {unknown or methods}, expected 'all' or some of {sorted(SPACES)}"
         )
+    if dataset not in SIZES:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
     variants = [Variant(name, {"method": name}, searched(SPACES[name], model)) for name in methods]
     config = {"kind": "hyperclean_methods", "dataset": dataset, "model": model}
     search, final = {"budget": search_budget}, {"budget": budget}
     # not every method has inner steps that could run with BatchNorm in training mode
     base = {**MINIBATCHES.get(dataset, {}), "batchnorm": "refresh"}
-    return cleaning_search.run(
-        config, base, variants, search, final, out, seeds, trials, storage, device
+    return searching.run(
+        Hypercleaning, config, base, variants, search, final, out, seeds, trials, storage, device
     )

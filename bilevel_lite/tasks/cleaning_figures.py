@@ -1,17 +1,132 @@
-"""Figures of the studies of full-scale hypercleaning, and pictures of rejected images."""
+"""Figures of hypercleaning: runs, the comparison, the studies, pictures of rejected images."""
 
 import base64
 import zlib
+from itertools import accumulate
 from statistics import mean
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bilevel_lite.plotting import COLORS, PALETTE, STYLE
-from bilevel_lite.tasks.cleaning_search import pace
+from bilevel_lite.experiment.search import pace
+from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
-__all__ = ["draw_noise_surest", "draw_study", "draw_surest", "unpack_images"]
+__all__ = [
+    "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study", "draw_surest",
+    "unpack_images",
+]  # fmt: skip
+
+
+def draw_hyperclean(result: dict):
+    """Draw hypercleaning runs: test loss against time and gradients, and the learned weights.
+
+    Args:
+        result: ``{"runs": [...]}`` with the results of one or more seeds of one method.
+
+    Returns:
+        The figure. The histogram is that of the first run.
+    """
+    first = result["runs"][0]
+    shades = {"noisy": PALETTE[1], "validation": PALETTE[7], "clean": PALETTE[2]}
+    with mpl.rc_context(STYLE):
+        fig, axes = figure(3, height=2.9)
+        for ax, key, label in (
+            (axes[0], "seconds", "seconds"),
+            (axes[1], "gradients", "gradient-equivalents"),
+        ):
+            for run in result["runs"]:
+                history = run["history"]
+                ax.plot(
+                    [row[key] for row in history],
+                    [row["test_loss"] for row in history],
+                    color=COLORS["cg"],
+                    label="learned weights" if run is first else None,
+                )
+            for name, fit in first["baselines"].items():  # none if the run was asked for none
+                ax.axhline(
+                    fit["test_loss"], color=shades[name], linestyle="--", linewidth=1.2,
+                    label=f"{name} data",
+                )  # fmt: skip
+            ax.set_xlabel(label)
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(
+                mpl.ticker.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.2, 1.5, 2])
+            )
+            ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+        axes[0].set_ylabel("test loss")
+        axes[0].legend(loc="best")
+        edges = first["weights"]["edges"]
+        for name in ("clean", "corrupted"):
+            counts = first["weights"][name]
+            axes[2].stairs(counts, edges, fill=True, alpha=0.6, color=COLORS[name], label=name)
+        axes[2].set(xlabel="learned weight", ylabel="training examples", yscale="log")
+        axes[2].legend(title="label is", loc="upper center")
+        settings = first["settings"]
+        fig.suptitle(
+            f"Hypercleaning {first.get('source') or settings['dataset']}, "
+            f"{settings['model']} model, {settings['method']}",
+            fontsize=10,
+        )
+    return fig
+
+
+# The methods in the figure of the comparison: those that solve a linear system, and the others.
+IMPLICIT = ("aid", "amigo", "stocbio", "mrbo", "soba", "saba", "nbo", "nsbo", "nhgd")
+
+
+def draw_hyperclean_methods(result: dict):
+    """Draw the comparison of all methods: test loss against gradients and time.
+
+    The test loss is that of the iterate with the lowest tuning loss so far.
+
+    Above the methods with a linear system, below the others; seed 0 of each, KFAC methods green.
+
+    Args:
+        result: ``{"runs": [results of ``hyperclean --method all``, perhaps in parts]}``.
+
+    Returns:
+        The figure.
+    """
+    rows = [row for run in result["runs"] for row in run["results"] if row["runs"]]
+    groups = [[r for r in rows if r["method"].startswith(IMPLICIT)]]
+    groups.append([r for r in rows if r not in groups[0]])
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(2, 2, figsize=(9.0, 7.0), sharey=True, squeeze=False)
+        for line, group in zip(axes, groups, strict=True):
+            colours = iter(plt.get_cmap("tab20").colors)
+            for row in sorted(group, key=lambda r: r["runs"][0]["best"]["test_loss"]):
+                kfac = "kfac" in row["method"]
+                style = {"color": PALETTE[2] if kfac else next(colours), "label": row["method"]}
+                style["linestyle"] = KFAC_LINES.get(row["method"], "-")
+                history = row["runs"][0]["history"]
+                losses = [look["test_loss"] for look in accumulate(history, _better)]
+                for ax, key in zip(line, ("gradients", "seconds"), strict=True):
+                    ax.plot([h[key] for h in history], losses, **style)
+            for ax, label in zip(line, ("gradient-equivalents", "seconds"), strict=True):
+                ax.set(xscale="log", yscale="log", xlabel=label)
+                ax.yaxis.set_major_locator(mpl.ticker.FixedLocator([0.25, 0.3, 0.4, 0.6, 1, 2]))
+                ax.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+                ax.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+            line[0].set_ylabel("test loss of the iterate chosen so far")
+            if group:
+                line[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+        first = result["runs"][0]
+        fig.suptitle(f"Hypercleaning {first['dataset']}, {first['model']} model", fontsize=10)
+    return fig
+
+
+def _better(a: dict, b: dict) -> dict:
+    """The line of a log with the lower tuning loss."""
+    return b if b["tuning_loss"] < a["tuning_loss"] else a
+
+
+KFAC_LINES = {
+    "aid-kfac": "-", "aid-ekfac": "--", "amigo-kfac": "-.", "amigo-kfac-replace": ":",
+    "mrbo-kfac": (0, (1, 1)), "nhgd-kfac": (0, (5, 1, 1, 1, 1, 1)),
+}  # fmt: skip
+
 
 FULL_LENGTH = 1000  # outer iterations, as in the papers; a figure of a shorter study says so
 

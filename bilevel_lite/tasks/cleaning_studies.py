@@ -1,4 +1,4 @@
-"""The studies of full-scale hypercleaning, each a list of variants under `cleaning_search`.
+"""The studies of full-scale hypercleaning, each a list of variants under one search.
 
 After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figure 1), the batch size
 (Figures 3 and 7), factors kept for several iterations (Table 2), the moving average of the factors
@@ -8,11 +8,10 @@ After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figur
 
 from dataclasses import replace
 
-from bilevel_lite.tasks import cleaning_search
+from bilevel_lite.experiment import search
+from bilevel_lite.experiment.search import Variant
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
-from bilevel_lite.tasks.cleaning_run import DEFAULTS
-from bilevel_lite.tasks.cleaning_search import Variant
-from bilevel_lite.tasks.hypercleaning import SIZES
+from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
 
 __all__ = ["STUDIES", "run", "variants"]
 
@@ -123,8 +122,8 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
     """
     if study not in STUDIES:
         raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
-    if dataset not in DEFAULTS:
-        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(DEFAULTS)}")
+    if dataset not in SIZES:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
     found = STUDIES[study][1](dataset, model)
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
 
@@ -205,7 +204,8 @@ def run(
         if unknown := sorted(set(at) - searched_for):
             raise ValueError(f"at: got {unknown}, expected some of {sorted(searched_for)}")
         chosen = [_fixed(variant, at) for variant in chosen]
-    return cleaning_search.run(
+    return search.run(
+        Hypercleaning,
         {
             "kind": "hyperclean_study",
             "study": study,

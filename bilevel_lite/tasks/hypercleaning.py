@@ -6,21 +6,37 @@
 A share of the training labels is redrawn at random; nobody says which.
 """
 
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel_lite import data
-from bilevel_lite.params import flatten, predict
+from bilevel_lite import data, models
+from bilevel_lite.experiment import job, search
+from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.supervised import (
+    BATCHNORM,
+    Supervised,
+    best_fit,
+    evaluate,
+    refresh_batchnorm,
+    train,
+    train_minibatch,
+)
+from bilevel_lite.experiment.task import Column
+from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.tasks.wrong_labels import auc, pictures, precision, surest
 
 __all__ = [
-    "Hypercleaning", "SIZES", "auc", "build", "evaluate", "precision", "project",
-    "refresh_batchnorm", "surest", "train", "train_minibatch",
+    "DEFAULTS", "Hypercleaning", "SIZES", "auc", "build", "compare", "evaluate", "mean_test_loss",
+    "pictures", "precision", "project", "refresh_batchnorm", "run", "surest", "train",
+    "train_minibatch",
 ]  # fmt: skip
 
 # train, validation (outer loss), tuning (hyperparameters, stopping); the test set is its own.
@@ -31,74 +47,251 @@ SIZES = {
     "digits": (1_000, 200, 237),
 }
 
+# what a redrawn label becomes: number of classes -> transition matrix, None is any class
+NOISE = {"uniform": lambda classes: None, "pair": data.pair_flips}
 
-BATCHNORM = ("batch", "refresh", "frozen")
+
+@dataclass(kw_only=True)
+class HypercleaningSettings(Settings):
+    """The numbers of a run, and the task's own; the defaults of a dataset are in `DEFAULTS`."""
+
+    dataset: str = setting("digits", "the data", known=tuple(SIZES))
+    model: str = setting("linear", "the model", known=tuple(models.MODELS))
+    noise: float = setting(0.5, "fraction of training labels redrawn")
+    noise_kind: str = setting(
+        "uniform", "what a redrawn label becomes, any class or the next one", known=tuple(NOISE)
+    )
+    l2: float = setting(1e-5, "coefficient of ||theta||^2 in the inner loss")
+    stem: str = setting("cifar", "first layers of resnet18: cifar or imagenet")
+    batchnorm: str = setting(
+        "batch", "its statistics, taken in inner steps, at each outer iteration, or once",
+        known=BATCHNORM,
+    )  # fmt: skip
 
 
-@dataclass
-class Hypercleaning:
-    """A hypercleaning task, on one device.
+# Chosen on the tuning split (seed 0), never on the test set.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "outer_steps": 400,
+        "outer_lr": 1000.0,
+        "batch_size": 1000,
+        "curvature_batch_size": 2000,
+    },
+    "digits": {
+        "outer_steps": 100,
+        "inner_lr": 0.5,
+        "outer_lr": 20.0,
+        "batch_size": 250,
+        "curvature_batch_size": 1000,
+        "l2": 1e-4,
+    },
+    "cifar10": {
+        "outer_steps": 1000,
+        "inner_lr": 0.02,
+        "outer_lr": 1000.0,
+        "batch_size": 128,
+        "curvature_batch_size": 128,
+        "outer_batch_size": 128,
+        "cross_batch_size": 128,
+        "evaluate_every": 20,
+    },
+}
+
+# The l2 coefficients among which each baseline chooses, on the tuning split.
+BASELINE_L2 = (1e-5, 1e-4, 1e-3)
+
+BASELINES = {
+    "noisy": "noisy training labels + validation set",
+    "validation": "validation set only",
+    "clean": "clean training labels + validation set",
+}
+
+
+@dataclass(kw_only=True)
+class Hypercleaning(Supervised, name="hyperclean"):
+    """Learn one weight per training example from a small clean validation set.
+
+    Batches are (x, y, index), index being positions among the training examples.
 
     Attributes:
-        problem: The two losses, on batches (x, y, index).
-        model: The model; theta holds its parameters.
         lam0: Start of the weights, 0.5 each, shape (N,).
-        theta0: Start of the parameters, shape (d,).
         train: (x, noisy y), N examples.
         index: Their positions in the dataset, shape (N,).
         wrong: Mask of the training labels that are wrong, shape (N,).
         y_clean: The training labels before the noise.
-        validation: (x, y) of the outer loss.
-        tuning: (x, y) for choosing hyperparameters and when to stop.
-        test: (x, y), to be looked at once.
-        num_classes: Number of classes.
         image_shape: (height, width) of a grey input, (3, height, width) of a coloured one.
         l2: Coefficient of ||theta||^2.
-        source: What is to be said beside numbers made from this dataset; empty for the original.
-        batchnorm: ``"batch"``: inner steps use each batch's own statistics, all else those that
-            `refresh` takes at theta; ``"refresh"``: the inner steps do so too; ``"frozen"``: the
-            statistics stay as they were at theta0.
     """
 
-    problem: BilevelProblem
-    model: nn.Module
-    lam0: Tensor
-    theta0: Tensor
-    train: tuple[Tensor, Tensor]
     index: Tensor
     wrong: Tensor
     y_clean: Tensor
-    validation: tuple[Tensor, Tensor]
-    tuning: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    num_classes: int
     image_shape: tuple[int, ...]
     l2: float
-    source: str = ""
-    batchnorm: str = "batch"
 
-    def refresh(self, theta: Tensor) -> None:
-        """Bring BatchNorm's statistics up to date with theta, unless they are to stay frozen."""
-        if self.batchnorm != "frozen":
-            refresh_batchnorm(self.model, theta, self.train[0])
+    Settings: ClassVar[type] = HypercleaningSettings
+    columns: ClassVar[tuple[Column, ...]] = (*Supervised.columns, Column("auc", "AUC", ".3f", 7))
 
-    @property
-    def uses_batches(self) -> bool:
-        """Whether inner steps use a batch's own statistics."""
-        return self.batchnorm == "batch" and bool(batchnorms(self.model))
+    @classmethod
+    def settings(cls, **given: Any) -> HypercleaningSettings:
+        """The settings of a run, those that were not given by the defaults of the dataset.
 
-    @contextmanager
-    def descending(self, theta: Tensor):
-        """Around inner steps: the model in the mode that they need, then statistics at theta."""
-        if not self.uses_batches:
-            yield
-            return
-        self.model.train()
-        try:
-            yield
-        finally:
-            self.model.eval()
-            self.refresh(theta)
+        Raises:
+            ValueError: for a name that is not known, or a value out of range.
+        """
+        own = DEFAULTS.get(given.get("dataset", "digits"), {})
+        s = super().settings(**{**own, **given})
+        train, validation, _ = SIZES[s.dataset]
+        for name, value in vars(s).items():
+            most = validation if name == "outer_batch_size" else train
+            if name.endswith("batch_size") and not 0 <= value <= most:
+                raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
+        return s
+
+    @classmethod
+    def make(cls, s: HypercleaningSettings, device: torch.device) -> "Hypercleaning":
+        """Load the data, split it, redraw labels, build the model: all from the settings' seed."""
+        dataset = data.load(s.dataset)
+        if len(dataset.image_shape) == 3:
+            dataset = data.standardise(dataset)
+        options = {"stem": s.stem} if s.model == "resnet18" else {}
+        with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
+            torch.manual_seed(s.seed)
+            if s.model not in models.FLAT:
+                shape = (*(1,) * (3 - len(dataset.image_shape)), *dataset.image_shape)
+                dataset = dataset._replace(
+                    x=dataset.x.view(-1, *shape), x_test=dataset.x_test.view(-1, *shape)
+                )
+            model = models.build(
+                s.model, tuple(dataset.x.shape[1:]), dataset.num_classes, **options
+            )
+        return build(
+            dataset,
+            model,
+            s.noise,
+            s.l2,
+            torch.Generator().manual_seed(s.seed),
+            device,
+            transition=NOISE[s.noise_kind](dataset.num_classes),
+            batchnorm=s.batchnorm,
+        )
+
+    @classmethod
+    def config(cls, s: HypercleaningSettings) -> dict:
+        """The settings alone, as in the folders of earlier versions."""
+        return vars(s)
+
+    @classmethod
+    def label(cls, s: HypercleaningSettings) -> str:
+        """Dataset and model."""
+        return f"{s.dataset}-{s.model}"
+
+    def project(self, lam: Tensor) -> Tensor:
+        """Clip the weights to [0, 1]."""
+        return project(lam)
+
+    def measure(self, lam: Tensor, theta: Tensor) -> dict[str, float]:
+        """As every classifier, and how well the weights tell wrong labels."""
+        row = super().measure(lam, theta)
+        if 0 < int(self.wrong.sum()) < len(self.wrong):
+            row["auc"] = auc(lam, self.wrong)
+            row["precision"] = precision(lam, self.wrong)
+        return row
+
+    def baselines(self, s: HypercleaningSettings) -> dict[str, Callable[[], dict]]:
+        """Training without weights; l2 and the iterate are chosen on the tuning split."""
+        x, y = self.validation
+
+        def trained(labels: Tensor | None) -> dict:
+            if labels is None:
+                return self._best_fit(s, (x, y))
+            return self._best_fit(s, (torch.cat([self.train[0], x]), torch.cat([labels, y])))
+
+        labels = {"noisy": self.train[1], "validation": None, "clean": self.y_clean}
+        return {name: partial(trained, labels[name]) for name in BASELINES}
+
+    def _best_fit(self, s: HypercleaningSettings, split, weights: Tensor | None = None) -> dict:
+        """Vector models by L-BFGS, once for each l2 of a grid; the others by SGD with the run's."""
+        if s.model in models.FLAT:
+            return best_fit(self, split, s, BASELINE_L2, weights)
+        return best_fit(self, split, s, (s.l2,), weights, minibatch=True)
+
+    def result(self, s: HypercleaningSettings, lam: Tensor, theta: Tensor) -> dict:
+        """Everything that the table and the figure need, and no more."""
+        edges, wrong, weights = torch.linspace(0, 1, 41), self.wrong.cpu(), lam.cpu()
+        out = {
+            "sizes": {
+                "train": len(self.train[1]),
+                "wrong": int(wrong.sum()),
+                "validation": len(self.validation[1]),
+                "tuning": len(self.tuning[1]),
+                "test": len(self.test[1]),
+            },
+            "weights": {
+                "edges": edges.tolist(),
+                "clean": torch.histogram(weights[~wrong], edges).hist.int().tolist(),
+                "corrupted": torch.histogram(weights[wrong], edges).hist.int().tolist(),
+            },
+        }
+        if s.baselines:
+            x, y = (torch.cat(pair) for pair in zip(self.train, self.validation, strict=True))
+            ones = torch.ones_like(self.validation[1], dtype=lam.dtype)
+            out["retrained"] = self._best_fit(s, (x, y), torch.cat([lam, ones]))
+        return {**out, "surest": pictures(self, lam, theta)}
+
+    @classmethod
+    def keep(cls, result: dict, given: dict[str, Any]) -> dict:
+        """The pictures, in a study of the noise and on seed 0."""
+        pictured = result["settings"]["seed"] == 0 and "noise" in given
+        return {"surest": result["surest"]} if pictured else {}
+
+    @classmethod
+    def table(cls, result: dict) -> str:
+        """Baselines, the learned weights, and what was learned about labels, as text."""
+        known = result["baselines"]
+        rows = [(text, known[name]) for name, text in BASELINES.items() if name in known]
+        rows.append(("learned weights, as trained", result["best"]))
+        if "retrained" in result:
+            rows.append(("learned weights + validation, retrained", result["retrained"]))
+        lines = [f"{'trained on':<42} test loss  test accuracy"]
+        for text, row in rows:
+            lines.append(
+                f"{text:<42} {row['test_loss']:9.4f}  {100 * row['test_accuracy']:10.2f} %"
+            )
+        best, s = result["best"], result["settings"]
+        lines.append(
+            f"{s['method']} on {s['dataset']}, seed {s['seed']}: best tuning loss "
+            f"{best['tuning_loss']:.4f} at iteration {best['iteration']}, after "
+            f"{best['gradients']:.0f} gradients and {best['seconds']:.0f} s"
+        )
+        if "auc" in best:
+            lines.append(
+                f"corrupted or clean, told by the weight: AUC {best['auc']:.4f}, precision at the "
+                f"noise rate {best['precision']:.4f}"
+            )
+        if result["source"]:
+            lines.append(f"data: {result['source']}")
+        return "\n".join(lines)
+
+    @classmethod
+    def draw(cls, stored: dict) -> dict[str, Any]:
+        """The figure of runs, of the comparison of methods, or of a study.
+
+        The study of the noise has a second one: what each solver is surest is mislabelled.
+        """
+        from bilevel_lite.tasks import cleaning_figures as figures
+
+        drawers = {
+            "hyperclean": figures.draw_hyperclean,
+            "hyperclean_methods": figures.draw_hyperclean_methods,
+            "hyperclean_study": figures.draw_study,
+        }
+        if stored["kind"] not in drawers:
+            return super().draw(stored)
+        out = {"": drawers[stored["kind"]](stored)}
+        if stored["runs"][0].get("study") == "noise":
+            out["_surest"] = figures.draw_noise_surest(stored)
+        return out
 
 
 def build(
@@ -176,220 +369,46 @@ def project(lam: Tensor) -> Tensor:
     return lam.clamp(0, 1)
 
 
-def batchnorms(model: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers of a model."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def mean_test_loss(row: dict) -> float:
+    """Mean over the seeds of the test loss at the chosen iterate; infinite if all diverged."""
+    return search.mean_best(row, "test_loss")
 
 
-@torch.no_grad()
-def refresh_batchnorm(model: nn.Module, theta: Tensor, x: Tensor, examples: int = 256) -> None:
-    """Set the running statistics of every BatchNorm layer to those of some examples at theta.
-
-    The statistics are then constants: an example's loss depends on that example and theta alone, as
-    the hypergradient and every curvature here suppose.
-
-    Args:
-        model: The model; without BatchNorm nothing happens. Left in evaluation mode.
-        theta: Parameters, shape (d,).
-        x: Inputs, of which the first ``examples`` are used.
-        examples: How many.
-
-    Cost: a forward pass on them.
-    """
-    norms = batchnorms(model)
-    if not norms:
-        return
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()  # 0 times the old ones is not 0 where they are NaN
-        norm.momentum = 1.0  # the new statistics replace the old ones
-    model.train()
-    predict(model, theta, x[:examples])
-    model.eval()
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
+def compare(rows: list[dict]) -> str:
+    """The results of a comparison or a study as text, the lowest test loss first."""
+    return search.table(rows, Hypercleaning.columns)
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, theta: Tensor, split: tuple[Tensor, Tensor], chunk: int = 5_000
-) -> dict[str, float]:
-    """Mean cross-entropy and accuracy (from 0 to 1) on a split (x, y), ``chunk`` at a time."""
-    logits = torch.cat([predict(model, theta, part) for part in split[0].split(chunk)])
-    return {
-        "loss": float(F.cross_entropy(logits, split[1])),
-        "accuracy": float((logits.argmax(1) == split[1]).to(logits.dtype).mean()),
-    }
-
-
-def auc(lam: Tensor, wrong: Tensor) -> float:
-    """How well low weights point at wrong labels: the area under the ROC curve.
-
-    The probability that a random wrong example weighs less than a random right one (ties count
-    one half): 0.5 is chance, 1 is perfect.
+def run(
+    dataset: str,
+    model: str,
+    method: str,
+    seed: int,
+    out: str,
+    device: str | None = None,
+    **options: Any,
+) -> dict:
+    """Learn one weight per training example; write log, checkpoints, result and figure to ``out``.
 
     Args:
-        lam: Weights, shape (N,).
-        wrong: Mask, shape (N,).
+        dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
+        model: A key of `bilevel_lite.models.MODELS`.
+        method: A key of `bilevel_lite.experiment.methods.METHODS`.
+        seed: Of the split, the noise, the initial parameters and the batches.
+        out: The output folder, see `bilevel_lite.experiment.job.run`.
+        device: Such as ``"cpu"``; CUDA if there, by default.
+        **options: Further settings; None means the dataset's default.
+
+    Returns:
+        The result, as written to ``result.json``.
 
     Raises:
-        ValueError: if no label, or every label, is wrong.
+        ValueError: for an unknown name or a setting out of range.
+        DataError: if the dataset cannot be had.
+        RunError: if the folder cannot be used.
     """
-    from sklearn.metrics import roc_auc_score
-
-    if bool(wrong.all()) or not bool(wrong.any()):
-        raise ValueError("wrong: needs at least one wrong and one right example")
-    return float(roc_auc_score(wrong.cpu().numpy(), -lam.detach().cpu().numpy()))
-
-
-def precision(lam: Tensor, wrong: Tensor) -> float:
-    """Share of wrong labels among the lowest weights, as many as there are wrong labels.
-
-    "Precision at the noise rate": of the examples that one would throw away knowing how many are
-    wrong, but not which. Many weights are exactly 0 or 1; ties are broken at random, and the
-    expectation over that is returned.
-
-    Args:
-        lam: Weights, shape (N,).
-        wrong: Mask, shape (N,).
-
-    Raises:
-        ValueError: if no label is wrong.
-    """
-    count = int(wrong.sum())
-    if count == 0:
-        raise ValueError("wrong: needs at least one wrong example")
-    lam, wrong = lam.detach().cpu(), wrong.cpu()
-    edge = lam.sort().values[count - 1]  # the weight at which the count is reached
-    below, tied = lam < edge, lam == edge
-    share = (count - int(below.sum())) / int(tied.sum())
-    return (int((wrong & below).sum()) + share * int((wrong & tied).sum())) / count
-
-
-@torch.no_grad()
-def surest(task: Hypercleaning, lam: Tensor, theta: Tensor, count: int = 24) -> Tensor:
-    """The training examples that the learned weights are surest are mislabelled.
-
-    Lowest weight first; among equal weights (many are 0) the highest loss under theta first.
-
-    Args:
-        task: The task.
-        lam: Weights, shape (N,).
-        theta: Parameters, shape (d,).
-        count: How many.
-
-    Returns:
-        Positions among the training examples, shape (count,).
-    """
-    x, y = task.train
-    parts = zip(x.split(5_000), y.split(5_000), strict=True)
-    loss = torch.cat(
-        [F.cross_entropy(predict(task.model, theta, a), b, reduction="none") for a, b in parts]
-    )
-    by_loss = loss.argsort(descending=True, stable=True)
-    return by_loss[lam[by_loss].argsort(stable=True)][:count]
-
-
-def train(
-    model: nn.Module,
-    split: tuple[Tensor, Tensor],
-    theta: Tensor,
-    tuning: tuple[Tensor, Tensor],
-    l2: float = 0.0,
-    iters: int = 100,
-    weights: Tensor | None = None,
-    patience: int = 3,
-) -> Tensor:
-    """Train with fixed weights by L-BFGS and return the iterate that is best on ``tuning``.
-
-    For the baselines (the same model on noisy, on validation, on clean data) and for training
-    anew with learned weights.
-
-    Args:
-        model: The model.
-        split: (x, y) to train on.
-        theta: Start, shape (d,).
-        tuning: (x, y) that chooses the iterate.
-        l2: Coefficient of ||theta||^2.
-        iters: L-BFGS iterations at most; ``tuning`` is looked at every ten.
-        weights: One per example of ``split``, shape (n,); all ones by default.
-        patience: Stop after this many looks without a lower loss on ``tuning``.
-
-    Returns:
-        theta, shape (d,).
-
-    Cost: about 1.25 gradients on ``split`` an iteration.
-    """
-    # the weights take the place of lam, so that the loss is the same weighted risk
-    lam = torch.ones_like(split[1], dtype=theta.dtype) if weights is None else weights
-    risk = WeightedRisk(model, weight=lambda lam, batch: lam, l2=l2)
-    theta = theta.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=10, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = risk(lam, theta, split)
-        value.backward()
-        return value
-
-    best, best_loss, looks = theta.detach().clone(), float("inf"), 0
-    for _ in range(iters // 10):
-        optimizer.step(closure)
-        loss, looks = evaluate(model, theta, tuning)["loss"], looks + 1
-        if loss < best_loss:
-            best, best_loss, looks = theta.detach().clone(), loss, 0
-        if looks == patience:
-            break
-    return best
-
-
-def train_minibatch(
-    task: Hypercleaning,
-    split: tuple[Tensor, Tensor],
-    l2: float,
-    lr: float,
-    steps: int,
-    batch_size: int,
-    generator: torch.Generator,
-    weights: Tensor | None = None,
-    momentum: float = 0.9,
-    looks: int = 50,
-) -> Tensor:
-    """As `train`, by minibatch SGD: for models and sets that are too large for it.
-
-    Args:
-        task: Gives model, start and tuning split.
-        split: (x, y) to train on.
-        l2: Coefficient of ||theta||^2.
-        lr: Step size.
-        steps: Number of steps.
-        batch_size: Examples of a step.
-        generator: CPU generator of the batches.
-        weights: One per example of ``split``, shape (n,); all ones by default.
-        momentum: Of SGD.
-        looks: How often the tuning split is looked at.
-
-    Returns:
-        theta, shape (d,).
-
-    Cost: one gradient a step.
-    """
-    lam = torch.ones_like(split[1], dtype=task.theta0.dtype) if weights is None else weights
-    risk = WeightedRisk(task.model, weight=lambda lam, batch: lam[batch[2]], l2=l2)
-    theta = task.theta0.clone().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr, momentum)
-    batches = data.Batches(*split, batch_size, generator)
-    best, best_loss, every = task.theta0.clone(), float("inf"), max(1, steps // looks)
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        task.model.train(task.uses_batches)
-        risk(lam, theta, batches.draw()).backward()
-        optimizer.step()
-        if step % every == 0:
-            task.refresh(theta)
-            loss = evaluate(task.model, theta, task.tuning)["loss"]
-            if loss < best_loss:
-                best, best_loss = theta.detach().clone(), loss
-    task.model.eval()
-    task.refresh(best)
-    return best
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {"dataset": dataset, "model": model, "method": method, "seed": seed}
+    return job.run(Hypercleaning, Hypercleaning.settings(**named, **given), out, device)

@@ -6,14 +6,16 @@ A record of the original is one label byte and 3,072 pixel bytes, channels x row
 
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from bilevel_lite.data import DataError
+from bilevel_lite.data.files import DataError, Dataset, find
 
-__all__ = ["ARCHIVE", "PACK_SOURCE", "is_pack", "read_archive", "read_pack", "read_records"]
+__all__ = ["ARCHIVE", "PACK_SOURCE", "is_pack", "load", "read_archive", "read_pack", "read_records"]
 
 # file name, sha256, hosts
 ARCHIVE = (
@@ -32,6 +34,26 @@ PACK = {
     "test.jpegs": "90983a768ba9275b95beeb294504c3e7e588ad71f4fb7c347404177f904a8625",
     "test_index.npz": "c1c077805be46f1c0e471524479a742eadfda37b20e5c325c0b5f8c76123886b",
 }
+
+
+def load(dtype: torch.dtype, download: bool) -> Dataset:
+    """Load CIFAR-10, see `bilevel_lite.data.load`."""
+    local = os.environ.get("BILEVEL_LITE_DATA")
+    pack = Path(local) / "cifar10" if local else None
+    if pack and is_pack(pack):
+        arrays, source = read_pack(pack), PACK_SOURCE
+    else:
+        name, sha256, hosts = ARCHIVE
+        path = find("cifar10", name, sha256, hosts, download)
+        arrays, source = read_archive(path), ""
+    return Dataset(
+        "cifar10",
+        **{key: torch.from_numpy(arrays[key]).to(dtype).div_(255) for key in ("x", "x_test")},
+        **{key: torch.from_numpy(arrays[key]).long() for key in ("y", "y_test")},
+        num_classes=10,
+        image_shape=(3, 32, 32),
+        source=source,
+    )
 
 
 def read_records(content: bytes) -> tuple[np.ndarray, np.ndarray]:

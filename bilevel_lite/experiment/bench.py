@@ -31,7 +31,7 @@ from bilevel_lite.algorithms.aid import AID
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import Batches
 from bilevel_lite.ekfac import EKFAC
-from bilevel_lite.experiment import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance
 from bilevel_lite.hypergrad import implicit
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import cg
@@ -42,7 +42,7 @@ from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.session import no_tf32
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
-__all__ = ["CASES", "MODELS", "run"]
+__all__ = ["CASES", "MODELS", "draw_bench", "run"]
 
 DAMPING = 1e-3
 CG_DAMPING = 10.0  # no negative curvature at random parameters, so no early stop
@@ -373,7 +373,8 @@ def _peak_in_fresh_process(name: str, row: str, device: torch.device) -> int | N
     if device.type == "cpu" and not sys.platform.startswith("linux"):
         return None
     code = (
-        "import sys, torch; from bilevel_lite import bench, kronecker; kronecker.set_threads(1); "
+        "import sys, torch; from bilevel_lite import kronecker; "
+        "from bilevel_lite.experiment import bench; kronecker.set_threads(1); "
         "print(bench.peak_memory(sys.argv[1], sys.argv[2], torch.device(sys.argv[3])))"
     )
     done = subprocess.run(
@@ -450,6 +451,65 @@ def table(result: dict) -> str:
         )
     same = ", ".join(f"{name} {value:.0e}" for name, value in result["agreement"].items())
     return "\n".join([*lines, f"relative difference to curvlinops: {same}", ""])
+
+
+# row of the benchmark -> (its name in the figure, the curvlinops row that does the same work)
+BENCH_ROWS = {
+    "hvp": ("Hessian product", "curvlinops hvp"),
+    "ggn": ("GGN product", "curvlinops ggn"),
+    "identity": ("identity", None),
+    "cg-3": ("CG, 3 steps", "curvlinops cg-3"),
+    "cg-10": ("CG, 10 steps", None),
+    "neumann-10": ("Neumann, 10 terms", None),
+    "kfac-mc": ("KFAC", "curvlinops kfac-mc"),
+    "kfac-mc, first factor kept": ("KFAC, first A kept", None),
+    "ekfac-mc": ("EKFAC", "curvlinops ekfac-mc"),
+    "ekfac-mc, first factor kept": ("EKFAC, first A kept", None),
+    "aid step, kfac-mc": ("outer iteration, KFAC", "aid step, curvlinops kfac-mc"),
+}
+
+
+def draw_bench(result: dict):
+    """Draw the benchmark: cost of each row in gradients, beside curvlinops and the operation count.
+
+    Args:
+        result: ``{"runs": [one run of ``python -m bilevel_lite bench``]}``.
+
+    Returns:
+        The figure, an axis per model.
+    """
+    # here, so that the processes whose memory is measured load no matplotlib
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    from bilevel_lite.plotting import PALETTE, STYLE
+
+    (run,) = result["runs"]
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(
+            1, len(run["cases"]), figsize=(9.0, 3.3), sharey=True, squeeze=False
+        )
+        heights = range(len(BENCH_ROWS))
+        for ax, case in zip(axes[0], run["cases"], strict=True):
+            for y, (row, (_, other)) in zip(heights, BENCH_ROWS.items(), strict=True):
+                ours = case["rows"][row]
+                theirs = case["rows"].get(other, {}).get("ratio")
+                if theirs is not None:
+                    ax.plot([ours["ratio"], theirs], [y, y], color="0.8", zorder=1)
+                    ax.plot(theirs, y, "o", color=PALETTE[1], mfc="white", label="curvlinops")
+                ax.plot(ours["flops"], y, "|", color="0.3", ms=9, label="operations counted")
+                ax.plot(ours["ratio"], y, "o", color=PALETTE[2], label="bilevel_lite")
+            ax.set(xscale="log", xlabel="gradients")
+            ax.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+            ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+            size = f"N = {case['examples']}, gradient {case['gradient_ms']:.3g} ms"
+            ax.set_title(f"{case['model']}\n{size}", fontsize=8)
+        axes[0, 0].set_yticks(heights, [name for name, _ in BENCH_ROWS.values()])
+        axes[0, 0].invert_yaxis()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        fig.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3)
+    return fig
 
 
 def run(

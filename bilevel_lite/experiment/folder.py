@@ -25,8 +25,9 @@ __all__ = ["RunError", "RunFolder", "collect", "figures_folder", "provenance", "
 
 FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
 RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
-_REPOSITORY = Path(__file__).resolve().parent.parent
-_SHIPPED = Path(__file__).parent / "_results"  # of the book; only an installed package has them
+_PACKAGE = Path(__file__).resolve().parent.parent
+_REPOSITORY = _PACKAGE.parent
+_SHIPPED = _PACKAGE / "_results"  # of the book; only an installed package has them
 
 
 class RunError(RuntimeError):

@@ -1,19 +1,16 @@
-"""Every method of the package on the hypercleaning job, by its command-line name."""
+"""Every method of the package by its command-line name, built from a run's settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel_lite import algorithms as alg
-from bilevel_lite import data
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
-from bilevel_lite.tasks import hypercleaning as hc
 
 __all__ = ["METHODS", "build"]
 
@@ -28,7 +25,7 @@ class Parts:
         batches: Batches for g and f.
         system: Batches of their own for H and J.
         outer: Step size of lam and the projection.
-        fixed: Function (train or validation) -> a list of fixed minibatches.
+        fixed: A function that gives lists of fixed minibatches, of g and of f.
     """
 
     s: Any
@@ -36,7 +33,7 @@ class Parts:
     batches: dict
     system: dict
     outer: dict
-    fixed: Callable[[str], list]
+    fixed: Callable[[], tuple[list, list]]
 
     @property
     def momentum(self) -> dict:
@@ -99,9 +96,7 @@ def _nbo(solve) -> Callable[[Parts], Method]:
 def _saba(p: Parts) -> Method:
     generator = torch.Generator().manual_seed(p.s.seed)
     common = {**p.outer, "inner_lr": p.s.inner_lr}
-    return alg.SABA(
-        *p.start, p.s.step, p.fixed("train"), p.fixed("validation"), generator, **common
-    )
+    return alg.SABA(*p.start, p.s.step, *p.fixed(), generator, **common)
 
 
 def _sama(p: Parts) -> Method:
@@ -158,49 +153,28 @@ METHODS: dict[str, Callable[[Parts], Method]] = {
 }
 
 
-def build(s: Any, task: hc.Hypercleaning) -> Method:
+def build(s: Any, task: Any) -> Method:
     """Put a run's method together.
 
     Args:
-        s: The run's settings (`bilevel_lite.tasks.cleaning_run.Settings`).
-        task: The task.
+        s: The run's settings (`bilevel_lite.experiment.settings.Settings`).
+        task: The task (`bilevel_lite.experiment.task.Task`).
 
     Raises:
-        ValueError: as the method says of its settings.
+        ValueError: for an unknown method, and as the method says of its settings.
     """
-
-    def batches(size: int, salt: int, split: tuple[Tensor, Tensor]):
-        generator = torch.Generator().manual_seed(1_000_003 * (salt + 1) + s.seed)
-        return data.Batches(*split, size or len(split[1]), generator, task.num_classes)
-
-    def fixed(split: str) -> list:
-        # a remainder smaller than a batch is left out, and its weights never move
-        size = s.batch_size if split == "train" else s.outer_batch_size
-        sampler = batches(size, 5, getattr(task, split))
-        return [sampler.draw() for _ in range(len(sampler.x) // sampler.batch_size)]
-
-    def role(size: int, salt: int, split: tuple[Tensor, Tensor]):
-        sampler = batches(size, salt, split)
-        return sampler if size else sampler.all()
-
-    outer = role(s.outer_batch_size, 3, task.validation)
-    parts = Parts(
-        s,
-        (task.problem, task.lam0, task.theta0),
-        {"inner_batch": batches(s.batch_size, 0, task.train), "outer_batch": outer},
-        {
-            "curvature_batch": batches(s.curvature_batch_size, 1, task.train),
-            "cross_batch": role(s.cross_batch_size, 2, task.train),
-        },
-        {"outer_lr": s.outer_lr, "projection": hc.project},
-        fixed,
+    if s.method not in METHODS:
+        raise ValueError(f"method: got {s.method!r}, expected one of {sorted(METHODS)}")
+    roles = task.batches(s)
+    method = METHODS[s.method](
+        Parts(
+            s,
+            (task.problem, task.lam0, task.theta0),
+            {name: roles[name] for name in ("inner_batch", "outer_batch")},
+            {name: roles[name] for name in ("curvature_batch", "cross_batch")},
+            {"outer_lr": s.outer_lr, "projection": task.project},
+            lambda: task.fixed_batches(s),
+        )
     )
-    method = METHODS[s.method](parts)
-    if task.uses_batches:
-        if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1):
-            raise ValueError(
-                f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "
-                "expected 'refresh' or 'frozen'"
-            )
-        method.descending = lambda: task.descending(method.theta)
+    task.attach(method, s)
     return method

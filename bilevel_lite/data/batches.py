@@ -1,0 +1,79 @@
+"""Batches from tensors that stay on one device."""
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.problem import check_labels
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """A sampler of batches (x, y, index) from tensors that stay on one device.
+
+    Each pass visits the examples in a new random order; a remainder smaller than a batch is left
+    out of that pass, so that every batch has the same size.
+
+    Args:
+        x: Inputs, shape (n, ...).
+        y: Labels or targets, shape (n, ...).
+        batch_size: Examples per batch, from 1 to n.
+        generator: CPU generator, so that every device sees the same batches.
+        num_classes: If given, labels are checked to be 0 .. num_classes-1 once, here.
+
+    Raises:
+        ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
+            label is out of range.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+        num_classes: int | None = None,
+    ):
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} rows and y has {len(y)}; expected the same number")
+        if not isinstance(batch_size, int) or not 1 <= batch_size <= len(x):
+            raise ValueError(f"batch_size: got {batch_size!r}, expected 1 to {len(x)}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"x: {int((~torch.isfinite(x)).sum())} entries are NaN or infinite")
+        if num_classes is not None:
+            check_labels(y, num_classes)
+        self.x, self.y, self.batch_size, self.generator = x, y, batch_size, generator
+        self._start_pass()
+
+    def _start_pass(self):
+        self._before = self.generator.get_state()  # enough to replay this pass when resuming
+        self._order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+        self._position = 0
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the next batch: x[index], y[index], index."""
+        if self._position + self.batch_size > len(self.x):
+            self._start_pass()
+        index = self._order[self._position : self._position + self.batch_size]
+        self._position += self.batch_size
+        # the same rows as x[index], several times sooner on a CPU
+        return self.x.index_select(0, index), self.y.index_select(0, index), index
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the whole set as one batch, in order."""
+        return self.x, self.y, torch.arange(len(self.x), device=self.x.device)
+
+    def state_dict(self) -> dict:
+        """Return the place in the current pass, and what replays it."""
+        return {
+            "generator": self._before,
+            "position": self._position,
+            "now": self.generator.get_state(),  # elsewhere, if other samplers draw from it too
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` returned, with the same batches to come."""
+        self.generator.set_state(state["generator"].cpu())
+        self._start_pass()
+        self._position = state["position"]
+        self.generator.set_state(state["now"].cpu())

@@ -1,0 +1,111 @@
+"""Random splits, redrawn labels, standardised inputs."""
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.data.files import Dataset
+from bilevel_lite.problem import check_labels
+
+__all__ = ["corrupt_labels", "pair_flips", "split", "standardise"]
+
+
+def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
+    """Draw disjoint random index sets from range(n).
+
+    Args:
+        n: Number of examples.
+        sizes: Size of each set; their sum is at most ``n``.
+        generator: CPU generator.
+
+    Returns:
+        One int64 tensor per size, shape (size,).
+
+    Raises:
+        ValueError: if the sizes are negative or do not fit.
+    """
+    if min(sizes) < 0 or sum(sizes) > n:
+        raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
+    order = torch.randperm(n, generator=generator)
+    return list(order[: sum(sizes)].split(list(sizes)))
+
+
+def corrupt_labels(
+    y: Tensor,
+    rate: float,
+    num_classes: int,
+    generator: torch.Generator,
+    transition: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Redraw a fraction of the labels, uniformly over all classes or by a matrix.
+
+    A label redrawn uniformly is right by luck with probability 1 / num_classes: of ten classes with
+    rate 0.5, about 45 % of all labels end up wrong.
+
+    Args:
+        y: Labels, shape (n,).
+        rate: Fraction redrawn, from 0 to 1.
+        num_classes: C; labels are 0 .. C-1.
+        generator: CPU generator.
+        transition: Class-dependent noise, shape (C, C): row c holds the probabilities of what a
+            redrawn label c becomes (`pair_flips` is one). Uniform by default.
+
+    Returns:
+        The noisy labels, shape (n,), and a mask of those that are now *wrong*, shape (n,), bool.
+
+    Raises:
+        ValueError: if the rate or a label is out of range, or ``transition`` has another shape,
+            negative entries, or rows that do not add up to 1.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
+    check_labels(y, num_classes)
+    chosen = torch.randperm(len(y), generator=generator)[: round(rate * len(y))].to(y.device)
+    noisy = y.clone()
+    if transition is None:
+        drawn = torch.randint(num_classes, (len(chosen),), generator=generator)
+    else:
+        _check_transition(transition, num_classes)
+        rows = transition.detach().cpu()[y[chosen].cpu()]
+        # the class where the cumulated probabilities pass a uniform number
+        uniform = torch.rand(len(chosen), 1, generator=generator, dtype=rows.dtype)
+        drawn = (rows.cumsum(1) <= uniform).sum(1).clamp(max=num_classes - 1)
+    noisy[chosen] = drawn.to(y)
+    return noisy, noisy != y
+
+
+def pair_flips(num_classes: int) -> Tensor:
+    """Return the transition matrix that turns every label c into the next one, (c + 1) mod C."""
+    return torch.eye(num_classes).roll(1, 1)
+
+
+def _check_transition(transition: Tensor, num_classes: int) -> None:
+    if tuple(transition.shape) != (num_classes, num_classes):
+        raise ValueError(
+            f"transition: got shape {tuple(transition.shape)}, expected "
+            f"({num_classes}, {num_classes})"
+        )
+    off = float((transition.sum(1) - 1).abs().max())
+    if not (off < 1e-5 and float(transition.min()) >= 0):
+        raise ValueError(
+            f"transition: rows must be probabilities; the smallest entry is "
+            f"{float(transition.min()):.3g}, a row's sum differs from 1 by {off:.3g}"
+        )
+
+
+def standardise(dataset: Dataset) -> Dataset:
+    """Shift and scale a dataset to mean 0 and variance 1, each colour by its training pixels.
+
+    Args:
+        dataset: With ``image_shape`` of a coloured image (a grey one has a single colour).
+
+    Returns:
+        The same dataset with other ``x`` and ``x_test``.
+    """
+    channels = dataset.image_shape[0] if len(dataset.image_shape) == 3 else 1
+    x = dataset.x.view(len(dataset.x), channels, -1)
+    mean, std = x.mean((0, 2))[:, None], x.std((0, 2))[:, None]
+
+    def scaled(values):
+        return ((values.view(len(values), channels, -1) - mean) / std).view_as(values)
+
+    return dataset._replace(x=scaled(dataset.x), x_test=scaled(dataset.x_test))

@@ -1,0 +1,160 @@
+"""One run of any task: baselines, iterations, log, the chosen iterate, a result; resumable."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bilevel_lite.experiment import methods
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
+from bilevel_lite.experiment.task import Task
+from bilevel_lite.session import no_tf32, pick_device, progress
+
+__all__ = ["float32", "no_memory", "run", "run_job"]
+
+
+def run(kind: type[Task], s: Any, out: str, device: str | None = None) -> dict:
+    """Run a task; write log, checkpoints, result and figure to ``out``, and print the table.
+
+    Args:
+        kind: The task.
+        s: Its settings, from `Task.settings`.
+        out: The output folder. If it holds an unfinished run with the same settings, that run is
+            resumed; if it holds a finished one, its result is shown again.
+        device: Such as ``"cpu"``; CUDA if there, by default.
+
+    Returns:
+        The result, as written to ``result.json``.
+
+    Raises:
+        ValueError: for a setting out of range.
+        DataError: if the data cannot be had.
+        RunError: if the folder cannot be used, or the device is out of memory.
+    """
+    place = pick_device(device)
+    with float32(), RunFolder(out, kind.config(s)) as folder:
+        if (folder.path / "result.json").exists():
+            result = folder.read_result()
+            print(f"{folder.path} holds the finished run:")
+        else:
+            result = run_job(s, place, folder, kind.make(s, place))
+        if s.baselines:
+            _draw(kind, result, folder.path)
+    print(kind.table(result))
+    return result
+
+
+@contextmanager
+def float32():
+    """Hold the default dtype at float32, whatever a notebook has set: layers draw in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    no_tf32()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run_job(s: Any, device: torch.device, folder: RunFolder, task: Task) -> dict:
+    """Run or resume the job in its folder, and put the result together.
+
+    Raises:
+        ValueError: for a setting out of range.
+        RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
+    """
+    method = methods.build(s, task)
+    state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
+    if state["method"] is not None:
+        try:
+            method.load_state_dict(state["method"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{folder.path} was left by a version whose checkpoints this one cannot resume "
+                f"({type(error).__name__}: {error}); use another folder, or remove its "
+                "checkpoint.pt to start anew"
+            ) from error
+        print(f"resuming {folder.path} after iteration {method.iteration}")
+    clock = Clock(state["seconds"], device)
+
+    def save():
+        mine = {"seconds": clock.seconds, "method": method.state_dict()}
+        folder.checkpoint({"baselines": state["baselines"], "best": state["best"], **mine})
+
+    for name, train in (task.baselines(s) if s.baselines else {}).items():
+        if name not in state["baselines"]:
+            with no_memory(s, task):
+                state["baselines"][name] = train()
+            save()
+
+    steps = range(method.iteration, s.outer_steps)
+    if 0 < s.budget <= method.gradients:
+        steps = range(0)
+    for _ in progress(
+        steps, initial=method.iteration, total=None if s.budget else s.outer_steps, desc=s.method
+    ):
+        with clock, no_memory(s, task):
+            task.refresh(method.theta)
+            info = method.step()
+        last = info.iteration == s.outer_steps or 0 < s.budget <= info.gradients
+        if info.iteration % s.evaluate_every == 0 or last:
+            task.refresh(method.theta)
+            row = {
+                "iteration": info.iteration,
+                "seconds": clock.seconds,
+                "gradients": info.gradients,
+                "inner_loss": float(info.inner_loss),
+                "outer_loss": float(info.outer_loss),
+                "negative_curvature": info.solve is not None and info.solve.negative_curvature,
+                **task.measure(method.lam, method.theta),
+            }
+            folder.log(row)
+            best = state["best"]
+            if best is None or row[task.criterion] < best["row"][task.criterion]:
+                at = {"lam": method.lam.cpu().clone(), "theta": method.theta.cpu().clone()}
+                state["best"] = {"row": row, **at}
+            save()
+        if last:
+            break
+
+    best = state["best"]
+    lam, theta = best["lam"].to(task.lam0), best["theta"].to(task.theta0)
+    result = {
+        "kind": task.name,
+        "settings": vars(s),
+        "source": task.source,
+        "baselines": state["baselines"],
+        "best": best["row"],
+        **task.result(s, lam, theta),
+        "history": folder.rows(),
+        "provenance": provenance(device, s.seed, clock.seconds),
+    }
+    folder.finish(result)
+    return result
+
+
+@contextmanager
+def no_memory(s: Any, task: Task):
+    """Turn a GPU's refusal into a sentence that names the largest batch."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        sizes = {name: size for name, size in vars(s).items() if name.endswith("batch_size")}
+        for name in (name for name, size in sizes.items() if not size):
+            split = task.validation if name == "outer_batch_size" else task.train
+            sizes[name] = len(split[1]) if split else 0
+        name = max(sizes, key=sizes.get)
+        now = getattr(s, name) or "the whole set"
+        raise RunError(
+            f"the device is out of memory: lower --{name.replace('_', '-')} (now {now}); the last "
+            "checkpoint is kept"
+        ) from error
+
+
+def _draw(kind: type[Task], result: dict, path) -> None:
+    from bilevel_lite.plotting import plt
+
+    for suffix, figure in kind.draw({"kind": kind.name, "runs": [result]}).items():
+        with writing(path / f"figure{suffix}.png"):
+            figure.savefig(path / f"figure{suffix}.png", dpi=150)
+        plt.close(figure)

@@ -1,0 +1,103 @@
+"""Settings of a run: declared once, as fields with their meaning; checked, read from words."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+__all__ = ["Settings", "check", "of", "read", "setting"]
+
+
+def setting(default: Any, meaning: str, least: float | None = None, known: tuple = ()) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: Its default.
+        meaning: One line, for the command line.
+        least: The smallest value that it may have, if there is one.
+        known: The values that it may have, if they are a few.
+    """
+    return field(default=default, metadata={"meaning": meaning, "least": least, "known": known})
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Every number that a run's result depends on; a task adds its own in a subclass.
+
+    How long, on which batches, by which method; the methods' own numbers follow.
+    """
+
+    method: str = setting("aid-cg", "the method, see bilevel_lite.experiment.methods.METHODS")
+    seed: int = setting(0, "of splits, initial values and batches")
+    outer_steps: int = setting(100, "outer iterations", least=1)
+    inner_steps: int = setting(10, "inner steps per outer iteration")
+    inner_lr: float = setting(0.1, "inner step size")
+    inner_momentum: float = setting(0.9, "inner momentum")
+    outer_lr: float = setting(1.0, "outer step size")
+    batch_size: int = setting(0, "inner batch; 0 is the whole training set")
+    curvature_batch_size: int = setting(0, "batch of the Hessian; 0 is the whole training set")
+    outer_batch_size: int = setting(0, "batch of f; 0 is the whole validation set")
+    cross_batch_size: int = setting(0, "batch of J; 0 is the whole training set")
+    iters: int = setting(3, "CG, AmIGO or NBO steps on the linear system, or Neumann terms")
+    damping: float = setting(0.1, "added to the curvature; NHGD: the start of its Fisher")
+    step: float = setting(0.1, "step on the linear system, of the identity, or of BOME's copy")
+    strength: float | None = setting(
+        None,
+        "the method's own number: MRBO's memory, SAMA's alpha, BSG-1's floor, BOME's eta, BVFSM's "
+        "nu and slack, F2SA's penalty, NHGD's beta; by default as the method's class has it",
+    )
+    curvature: str = setting("hessian", "H of CG and Neumann", known=("hessian", "ggn"))
+    fisher: str = setting("mc", "gradients of KFAC and EKFAC", known=("empirical", "exact", "mc"))
+    ema: float = setting(0.0, "memory of KFAC's factors, 0 is none")
+    every: int = setting(1, "outer iterations for which KFAC's factors are kept")
+    evaluate_every: int = setting(
+        10, "outer iterations between evaluations and checkpoints", least=1
+    )
+    baselines: int = setting(1, "also train what the task compares with; 0 does not")
+    budget: float = setting(0.0, "stop after so many gradients (of one inner batch), 0: no limit")
+
+
+def of(kind: type) -> dict[str, tuple[type, Any, str]]:
+    """The settings of a dataclass by name: type, default, meaning (with the known values)."""
+    types = get_type_hints(kind)
+    out = {}
+    for f in fields(kind):
+        # `float | None` is read as a float
+        plain = next(
+            (t for t in getattr(types[f.name], "__args__", ()) if t is not type(None)), None
+        )
+        known = f.metadata.get("known")
+        meaning = f.metadata.get("meaning", "") + (f": {', '.join(known)}" if known else "")
+        out[f.name] = (plain or types[f.name], f.default, meaning)
+    return out
+
+
+def check(s: Any) -> None:
+    """Refuse the first setting that is out of its range.
+
+    Raises:
+        ValueError: naming it, what came and what was expected.
+    """
+    for f in fields(s):
+        value, least, known = getattr(s, f.name), f.metadata.get("least"), f.metadata.get("known")
+        if known and value not in known:
+            raise ValueError(f"{f.name}: got {value!r}, expected {sorted(known)}")
+        if least is not None and not value >= least:
+            raise ValueError(f"{f.name}: got {value}, expected at least {least}")
+
+
+def read(kind: type, words: list[str]) -> dict[str, Any]:
+    """Read ``name=value`` words as settings of a dataclass.
+
+    Raises:
+        ValueError: for a name that it does not have, or a value of another type.
+    """
+    known, out = of(kind), {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in known:
+            raise ValueError(f"set: got {word!r}, expected NAME=VALUE, NAME one of {sorted(known)}")
+        to = known[name][0]
+        try:
+            out[name] = {"0": False, "1": True}[text] if to is bool else to(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{name}: got {text!r}, expected {to.__name__}") from None
+    return out

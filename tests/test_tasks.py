@@ -1,0 +1,199 @@
+"""The protocol of a task, on each one of the book and on a stranger's of forty lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+import stranger  # registers its task
+import torch
+
+import bilevel_lite as bl
+import bilevel_lite.tasks  # registers those of the book
+from bilevel_lite import plotting
+from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import RunFolder, job, methods, search
+from bilevel_lite.experiment.task import TASKS, find, owner
+from bilevel_lite.tasks import long_tail
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def float32():
+    with job.float32():
+        yield
+
+
+def timeless(folder):
+    """The numbers of a finished run."""
+    result = json.loads((folder / "result.json").read_text())
+    for row in [result["best"], *result["history"]]:
+        del row["seconds"]
+    return {k: v for k, v in result.items() if k not in ("provenance", "sha256")}
+
+
+def test_a_strangers_task_is_short_and_known_by_its_name(capsys):
+    assert len(Path(stranger.__file__).read_text().splitlines()) <= 50
+    assert find("ridge") is find("stranger:ridge") is TASKS["ridge"] is stranger.Ridge
+    assert main(["tasks"]) == 0
+    out = capsys.readouterr().out
+    assert "ridge        Learn one penalty for each feature of ridge regression\n" in out
+    assert "hyperclean   Learn one weight per training example from a small clean" in out
+    assert main(["tasks", "ridge"]) == 0
+    out = capsys.readouterr().out
+    assert "rows=60  training examples\n" in out and "outer_steps=20  outer iterations\n" in out
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_task_keeps_the_protocol(name, float32):
+    kind = find(name)
+    s = kind.settings()
+    task = kind.make(s, CPU)
+    method = methods.build(s, task)
+    task.refresh(method.theta)
+    method.step()
+    task.refresh(method.theta)
+    row = task.measure(method.lam, method.theta)
+    assert task.judge(method.lam, method.theta) == row[kind.criterion]
+    assert all(isinstance(value, float) for value in row.values())
+    assert torch.equal(task.project(method.lam), method.lam)
+    assert {column.key for column in kind.columns} <= set(row)
+    assert list(task.batches(s)) == [
+        "inner_batch", "outer_batch", "curvature_batch", "cross_batch",
+    ]  # fmt: skip
+    json.dumps(kind.config(s))
+    assert owner(name) is owner(f"{name}_search") is kind
+
+
+@pytest.mark.parametrize("name", ["longtail", "stranger:ridge"])
+def test_stopped_and_resumed_it_gives_the_same_numbers(name, tmp_path, monkeypatch, capsys):
+    words = ["run", name, "--method", "soba", "--device", "cpu", "--seed", "1"]
+    words += ["--set", "outer_steps=9", "evaluate_every=2", "--set", "batch_size=25"]
+    words += ["outer_batch_size=40", "outer_lr=0.1", "inner_lr=0.05", "step=0.05"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    step = bl.SOBA.step
+
+    def stops(self):
+        if self.iteration == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(bl.SOBA, "step", stops)
+    assert main([*words, "--out", str(tmp_path / "cut")]) == 130
+    monkeypatch.setattr(bl.SOBA, "step", step)
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "cut")]) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert [row["iteration"] for row in timeless(tmp_path / "cut")["history"]] == [2, 4, 6, 8, 9]
+    assert (tmp_path / "whole" / "figure.png").stat().st_size > 5_000
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+    words = ["run", "ridge", "--device", "cpu", "--out", str(tmp_path), "--set", "outer_steps=9"]
+    assert main(words) == 0
+    fresh = timeless(tmp_path)
+    (tmp_path / "result.json").unlink()
+    state = torch.load(tmp_path / "checkpoint.pt")
+    del state["method"]["theta"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    capsys.readouterr()
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "by a version whose checkpoints this one cannot resume" in error
+    assert "remove its checkpoint.pt to start anew" in error and error.count("\n") == 1
+    (tmp_path / "checkpoint.pt").unlink()  # the way out that it names
+    assert main(words) == 0
+    assert timeless(tmp_path) == fresh
+
+
+def test_the_outer_problem_of_the_stranger_is_solved(tmp_path):
+    """Against ridge in closed form, its penalties found by another optimiser."""
+    words = ["run", "ridge", "--device", "cpu", "--set", "outer_steps=100", "outer_lr=30"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    with job.float32():
+        task = stranger.Ridge.make(stranger.Ridge.settings(), CPU)
+    (x, y), validation = task.train, task.validation
+
+    def phi(lam):
+        theta = torch.linalg.solve(x.T @ x / 60 + torch.diag(lam.exp()) / 10, x.T @ y / 60)
+        return task.problem.outer_loss(lam, theta, validation)
+
+    lam = task.lam0.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([lam], max_iter=50, line_search_fn="strong_wolfe")
+    optimizer.step(lambda: (optimizer.zero_grad(), (value := phi(lam)).backward(), value)[-1])
+    first, lowest = float(phi(task.lam0)), float(phi(lam.detach()))
+    last = timeless(tmp_path)["history"][-1]["outer_loss"]
+    assert lowest - 1e-3 < last < lowest + 0.3 * (first - lowest)
+
+
+def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    words = ["search", "ridge", "--method", "soba", "aid-cg", "--over", "inner_lr=0.01:0.1"]
+    words += ["outer_lr=0.1:2", "--trials", "3", "--seeds", "2", "--search-steps", "4"]
+    words += ["--outer-steps", "6", "--looks", "3", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(words) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["method"] for row in result["results"]] == ["soba", "aid-cg"]
+    for row in result["results"]:
+        assert [{k: t[k] for k in row["space"]} for t in row["trials"]] == search._points(
+            row["space"], 3
+        )
+        lowest = min(row["trials"], key=lambda trial: trial["criterion"])
+        assert row["chosen"] == {k: lowest[k] for k in row["space"]}
+        assert [look["iteration"] for look in row["runs"][0]["history"]] == [2, 4, 6]
+        assert len(row["runs"]) == 2
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "holds the finished study" in capsys.readouterr().out
+    assert main([word.replace("0.1:2", "0.1:3") for word in words]) == 1
+    assert "was made with other settings (over: " in capsys.readouterr().err
+    (fig,) = owner(result["kind"]).draw({"kind": result["kind"], "runs": [result]}).values()
+    assert [line.get_label() for line in fig.axes[0].lines] == ["soba", "aid-cg"]
+    plotting.plt.close(fig)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "rigde"], "there is no task 'rigde'; known: ["),
+        (["run", "nowhere:ridge"], "there is no module 'nowhere' with a task"),
+        (["run", "ridge", "--set", "row=3"], "set: got 'row=3', expected NAME=VALUE"),
+        (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected int"),
+        (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected at least 1"),
+        (["run", "ridge", "--set", "fisher=all"], "fisher: got 'all', expected ['empirical'"),
+        (["run", "ridge", "--set", "method=sgd"], "method: got 'sgd', expected one of"),
+        (["run", "longtail", "--set", "ratio=0"], "ratio: got 0.0, expected above 0.006"),
+        (["search", "ridge", "--method", "soba", "--over", "inner_lr=1"], "over: got 'inner_lr=1'"),
+        (["search", "ridge", "--method", "soba", "--over", "rows=1:9"], "expected a real setting"),
+    ],
+)
+def test_bad_input(tmp_path, words, message, capsys):
+    assert main([*words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_another_tasks_folder_is_refused(tmp_path, capsys):
+    stranger_config = stranger.Ridge.config(stranger.Ridge.settings())
+    RunFolder(tmp_path, stranger_config).close()
+    assert main(["run", "longtail", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_long_tailed_classes_have_the_sizes_of_the_rule(float32):
+    task = long_tail.LongTail.make(long_tail.LongTail.settings(ratio=0.1, seed=3), CPU)
+    counts = [round(80 * 0.1 ** (c / 9)) for c in range(10)]
+    assert task.counts.tolist() == counts and (counts[0], counts[9]) == (80, 8)
+    for _, y in (task.validation, task.tuning):
+        assert torch.bincount(y).tolist() == [20] * 10
+    rows = torch.cat([split[0] for split in (task.train, task.validation, task.tuning)])
+    assert len(torch.unique(rows, dim=0)) == len(rows)  # no image twice
+    lam = torch.arange(10.0).requires_grad_()
+    x, y = task.train
+    loss = task.problem.inner_loss(lam, task.theta0, (x, y, torch.arange(len(y))))
+    each = torch.nn.functional.cross_entropy(task.model(x), y, reduction="none")
+    l2 = 1e-4 * task.theta0.square().sum()
+    torch.testing.assert_close(loss, (lam[y] * each).mean() + l2)
