@@ -51,7 +51,7 @@ html: setup ## render the book from the stored outputs, without running anything
 	$(BIN)/python chapters/book/book.py html
 
 # A process for each core, at most eight of them (a gigabyte each); conftest.py says what goes where.
-WORKERS := -n auto --maxprocesses 8
+WORKERS := -n auto --maxprocesses 8 --max-worker-restart 0
 
 test: setup ## everything: the package's tests, and every chapter compared with its stored outputs
 	$(BIN)/python -m pytest --nbval $(WORKERS)

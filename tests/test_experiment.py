@@ -199,7 +199,7 @@ def test_stopped_by_the_keyboard(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--seed", "1"], "was made with other settings (seed: 0 there, 1 here)"),
-        (["--outer-lr", "7"], "outer_lr: 20.0 there, 7.0 here"),
+        (["--outer-lr", "7"], "outer_lr: 60.0 there, 7.0 here"),
         (["--model", "mlp"], "model: 'linear' there, 'mlp' here"),
     ],
 )
@@ -333,6 +333,24 @@ def test_batches_of_size_0_are_whole_sets(tmp_path):
 def test_the_other_methods_run(tmp_path, method):
     short = ["--outer-steps", "3", "--evaluate-every", "3"]
     assert main([*SMALL, *short, "--method", method, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
+def test_the_quickest_command_shows_the_method_working(tmp_path):
+    readme = (Path(experiment._REPOSITORY) / "README.md").read_text("utf-8")
+    said = re.search(r"test loss is ([\d., and]+), against ([\d., and]+) of\s", readme)
+    losses = [[float(x) for x in re.findall(r"0\.\d+", text)] for text in said.groups()]
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        words = ["hyperclean", "--dataset", "digits", "--device", "cpu", "--seed", str(seed)]
+        assert main([*words, "--out", str(out)]) == 0
+        result, _ = numbers(out)
+        there = result["baselines"]["validation"]
+        assert result["best"]["test_loss"] == pytest.approx(losses[0][seed], abs=0.005)
+        assert there["test_loss"] == pytest.approx(losses[1][seed], abs=0.005)
+        for here in (result["best"], result["retrained"]):
+            assert here["test_loss"] < there["test_loss"]
+            assert here["test_accuracy"] > there["test_accuracy"]
 
 
 def test_mlp_and_noise_free_run(tmp_path):

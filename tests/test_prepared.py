@@ -1,4 +1,4 @@
-"""One prepared point serves several solves and J v; what changes meanwhile is followed or refused."""
+"""A prepared point serves several solves and J v; what changes meanwhile is followed or refused."""
 
 import pytest
 import torch

@@ -69,7 +69,7 @@ class HypercleaningSettings(Settings):
     )  # fmt: skip
 
 
-# Chosen on the tuning split (seed 0), never on the test set.
+# Chosen on the tuning split (of seed 0, but for digits), never on the test set.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mnist": {
         "outer_steps": 400,
@@ -77,10 +77,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 1000,
         "curvature_batch_size": 2000,
     },
+    # The lowest tuning loss (mean of seeds 10 to 14, 400 outer steps), one setting after the other:
+    # outer_lr of 20, 60, 100, 200 (0.257, 0.243, 0.245, 0.345; 10 inner steps), l2 of 1e-5, 1e-4,
+    # 1e-3 (0.258, 0.243, 0.358), inner_steps of 5, 10, 20 (0.242, 0.243, 0.243). The rest is older.
     "digits": {
-        "outer_steps": 100,
+        "outer_steps": 400,
+        "inner_steps": 5,
         "inner_lr": 0.5,
-        "outer_lr": 20.0,
+        "outer_lr": 60.0,
         "batch_size": 250,
         "curvature_batch_size": 1000,
         "l2": 1e-4,
