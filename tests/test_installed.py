@@ -125,7 +125,26 @@ def test_bench_stores_and_draws_what_it_measured(site, tmp_path):
     assert drawing.read_text().count('id="axes_') == 1
 
 
+@pytest.mark.slow
+def test_the_other_commands_write_into_their_folder_only(site, tmp_path):
+    short = ["--seeds", "1", "--outer-steps", "2"]
+    over = ["--method", "aid-identity", "--over", "outer_lr=1:10"]
+    done = run(
+        site,
+        tmp_path,
+        ["tasks"],
+        ["run", "longtail", "--method", "aid-cg", "--set", "outer_steps=2", "--out", "r2"],
+        ["study", "solvers", "--dataset", "digits", "--only", "identity", *short, "--at",
+         "inner_lr=0.1", "outer_lr=10", "--out", "r3"],
+        ["search", "longtail", *over, *short, "--trials", "1", "--search-steps", "2",
+         "--out", "r4"],
+    )  # fmt: skip
+    assert [code for code, _, _ in done] == [0] * 4, done
+    assert {path.name for path in tmp_path.iterdir()} == {"r2", "r3", "r4"}
+
+
 def test_the_console_script(site, tmp_path):
+    assert (site / "bilevel_lite" / "py.typed").is_file()
     script = site / "bin" / "bilevel-lite"
     done = subprocess.run(
         [sys.executable, str(script), "--version"],
