@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.blocks import Block, DiagonalBlock, kfac_operator, layers_of
-from bilevel_lite.curvature import require_fisher, require_risk
+from bilevel_lite.curvature import require_risk
 from bilevel_lite.factors import Estimate, estimate, kfac_factors
 from bilevel_lite.kronecker import (
     FORMS,
@@ -43,8 +43,9 @@ from bilevel_lite.kronecker import (
 from bilevel_lite.linsolve import SolveInfo, richardson
 from bilevel_lite.options import flag, fraction, instance, not_negative, one_of, positive, whole
 from bilevel_lite.params import trainable
-from bilevel_lite.problem import BilevelProblem, NotFinite, versions
+from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
+from bilevel_lite.refuse import NotFinite, require_fisher, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.tape import Layer

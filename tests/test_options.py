@@ -12,7 +12,7 @@ import bilevel_lite as bl
 from bilevel_lite import algorithms, data, linsolve
 from bilevel_lite.algorithms.method import METHODS, Method
 from bilevel_lite.options import check, fraction, one_of, options_of, positive, whole
-from bilevel_lite.problem import NotFinite
+from bilevel_lite.refuse import NotFinite
 
 OURS = dict(METHODS)
 

@@ -6,7 +6,8 @@ import torch
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import one_of, whole
-from bilevel_lite.problem import evaluate, require_as_drawn, versions
+from bilevel_lite.problem import evaluate
+from bilevel_lite.refuse import require_as_drawn, versions
 from bilevel_lite.unroll import unrolled_hypergradient
 
 __all__ = ["ITD"]

@@ -25,18 +25,16 @@ from bilevel_lite.options import (
     positive,
     whole,
 )
-from bilevel_lite.problem import (
-    BilevelProblem,
+from bilevel_lite.problem import BilevelProblem, examples, relative_size
+from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
+from bilevel_lite.refuse import (
     NotFinite,
     every_look,
-    examples,
     looked_at,
-    relative_size,
     require_batch,
     require_problem,
     require_variable,
 )
-from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
 from bilevel_lite.same_function import SameDraws
 from bilevel_lite.solvers import SolveInfo
 from bilevel_lite.surroundings import differentiating, ordinary
