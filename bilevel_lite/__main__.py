@@ -8,7 +8,7 @@ from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
-from bilevel_lite.experiment.methods import METHODS
+from bilevel_lite.experiment.methods import METHODS, OWN
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
@@ -30,9 +30,8 @@ SETTINGS = {
         "budget",
     ),
     "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
-    "the linear system": (
-        "iters", "damping", "step", "curvature", "fisher", "ema", "every", "strength",
-    ),
+    "the linear system": ("iters", "damping", "step", "curvature", "fisher", "ema", "every"),
+    "the methods' own numbers": tuple(sorted(OWN)),
     "the task": ("noise", "noise_kind", "l2", "stem", "batchnorm", "baselines"),
 }  # fmt: skip
 

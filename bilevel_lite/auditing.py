@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.hypergrad import hypergradient
-from bilevel_lite.problem import BilevelProblem, require_variable
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.refuse import require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
 from bilevel_lite.surroundings import differentiating
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.curvature import Operator
-from bilevel_lite.factors import Estimate, arrange, estimate, require_bias
+from bilevel_lite.factors import Estimate, arrange, estimate
 from bilevel_lite.kronecker import Solve
+from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
 from bilevel_lite.tape import Call, Layer, along, output_columns, places_of, split_parameters
 
@@ -19,7 +20,6 @@ __all__ = [
     "block_operator",
     "kfac_operator",
     "layers_of",
-    "require_rest",
 ]
 
 
@@ -146,12 +146,6 @@ def block_operator(
         return out + 2 * risk.l2 * v
 
     return Operator(matvec, theta)
-
-
-def require_rest(rest: str) -> None:
-    """Refuse an unknown way to treat parameters without a Kronecker block."""
-    if rest not in ("diagonal", "damping", "drop"):
-        raise ValueError(f"rest: got {rest!r}, expected 'diagonal', 'damping' or 'drop'")
 
 
 def layers_of(

@@ -16,14 +16,9 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.hypergrad import HypergradientInfo, hypergradient
-from bilevel_lite.problem import (
-    BilevelProblem,
-    evaluate,
-    require_batch,
-    require_problem,
-    require_variable,
-)
+from bilevel_lite.problem import BilevelProblem, evaluate
 from bilevel_lite.products import cross_differences, cross_vp, dot, theta_gradient
+from bilevel_lite.refuse import require_batch, require_problem, require_variable
 from bilevel_lite.solvers import Direct, Solver
 from bilevel_lite.surroundings import differentiating, ordinary
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot
-from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import hvp_operator
+from bilevel_lite.refuse import NotFinite, require_fisher
 from bilevel_lite.risk import (
     SumOfRisks,
     Term,
@@ -64,7 +64,6 @@ __all__ = [
     "sample_weights",
 ]
 
-FISHERS = ("exact", "mc", "empirical")
 LARGEST = 2**28  # numbers that the exact probes may hold where labels have positions
 
 
@@ -404,20 +403,6 @@ def _require_finite_outputs(outputs: Tensor) -> None:
             "their curvature is undefined; look for NaN in theta and in the batch, or a step size "
             "too large"
         )
-
-
-def require_fisher(fisher: str, samples: int) -> None:
-    """Refuse an unknown Fisher variant or number of samples.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher: got {fisher!r}, expected 'mc', 'exact' or 'empirical'")
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: got {samples!r}, expected an integer of at least 1")
-    if fisher != "mc" and samples != 1:
-        raise ValueError(f"samples: got {samples} with fisher={fisher!r}, which draws none")
 
 
 def _exact_columns(outputs, p):

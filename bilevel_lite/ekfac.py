@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.blocks import Block, block_operator, require_rest
+from bilevel_lite.blocks import Block, block_operator
 from bilevel_lite.curvature import Operator
-from bilevel_lite.factors import Estimate, estimate, require_bias
+from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
+from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
 

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.curvature import OutputSide, output_side, require_fisher, require_risk
+from bilevel_lite.curvature import OutputSide, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
+from bilevel_lite.refuse import require_bias, require_fisher
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import (
@@ -351,9 +352,3 @@ def kfac_factors(
     )
     factors = {layer.name: (done.a(layer), done.b(layer)) for layer in done.layers}
     return {name: (a and a.dense(), b.dense()) for name, (a, b) in factors.items()}
-
-
-def require_bias(bias: str) -> None:
-    """Refuse an unknown way to treat biases."""
-    if bias not in ("joint", "separate"):
-        raise ValueError(f"bias: got {bias!r}, expected 'joint' or 'separate'")

@@ -10,20 +10,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from bilevel_lite.problem import (
-    BilevelProblem,
+from bilevel_lite.problem import BilevelProblem, relative_size
+from bilevel_lite.products import (
+    COST,
+    cross_and_route,
+    gradient,
+)
+from bilevel_lite.refuse import (
     NotFinite,
-    relative_size,
     require_batch,
     require_problem,
     require_unwritten,
     require_variable,
     versions,
-)
-from bilevel_lite.products import (
-    COST,
-    cross_and_route,
-    gradient,
 )
 from bilevel_lite.risk import only_reads
 from bilevel_lite.solvers import Direct, SolveInfo, Solver

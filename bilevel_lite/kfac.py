@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.blocks import Block, DiagonalBlock, kfac_operator, layers_of
-from bilevel_lite.curvature import require_fisher, require_risk
+from bilevel_lite.curvature import require_risk
 from bilevel_lite.factors import Estimate, estimate, kfac_factors
 from bilevel_lite.kronecker import (
     FORMS,
@@ -43,8 +43,9 @@ from bilevel_lite.kronecker import (
 from bilevel_lite.linsolve import SolveInfo, richardson
 from bilevel_lite.options import flag, fraction, instance, not_negative, one_of, positive, whole
 from bilevel_lite.params import trainable
-from bilevel_lite.problem import BilevelProblem, NotFinite, versions
+from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
+from bilevel_lite.refuse import NotFinite, require_fisher, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.tape import Layer
@@ -206,17 +207,17 @@ class KFAC(Solver):
     Source: Martens and Grosse (2015); as a hypergradient solver arXiv 2603.29108.
     """
 
-    damping: float = not_negative(1e-3)
-    fisher: str = one_of("mc", "exact", "empirical")
-    samples: int = whole(1)
-    ema: float = fraction(0.0)
-    every: int = whole(1)
-    damping_rule: str = one_of(*RULES)
-    bias: str = one_of("joint", "separate")
-    rest: str = one_of("diagonal", "damping", "drop")
-    fixed_batch: bool = flag(False)
-    generator: torch.Generator | None = instance(torch.Generator, "a torch.Generator", None)
-    seed: int = whole(0, least=0)
+    damping: float = not_negative(default=1e-3)
+    fisher: str = one_of("mc", "exact", "empirical", default="mc")
+    samples: int = whole(default=1)
+    ema: float = fraction(default=0.0)
+    every: int = whole(default=1)
+    damping_rule: str = one_of(*RULES, default="heuristic")
+    bias: str = one_of("joint", "separate", default="joint")
+    rest: str = one_of("diagonal", "damping", "drop", default="diagonal")
+    fixed_batch: bool = flag(default=False)
+    generator: torch.Generator | None = instance(torch.Generator, "a torch.Generator", default=None)
+    seed: int = whole(default=0, least=0)
 
     _keeps_gradients = False
 
@@ -527,11 +528,11 @@ class KFACRichardson(Solver):
     Source: our reading of AmIGO (arXiv 2111.14580) with KFAC, as arXiv 2603.29108 suggests it.
     """
 
-    iters: int = whole(1)
+    iters: int = whole(default=1)
     kfac: KFAC | None = None
-    step: float = positive(1.0)
-    damping: float = not_negative(0.0)
-    warm_start: bool = flag(True)
+    step: float = positive(default=1.0)
+    damping: float = not_negative(default=0.0)
+    warm_start: bool = flag(default=True)
 
     def __post_init__(self):
         super().__post_init__()

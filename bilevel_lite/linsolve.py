@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import COST, dot
+from bilevel_lite.refuse import NotFinite, at_least
 
 __all__ = [
     "DivergenceWarning",
@@ -121,11 +121,6 @@ def _sizes(residual: float, b_norm: float) -> tuple[float, float]:
 def _require_finite(what: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise NotFinite(f"{what} is not finite, or too large for its norm")
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
 
 
 def cg(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,28 @@ def flag(default: bool, **more: Any) -> Any:
     return option("True or False", lambda v: isinstance(v, bool), default, **more)
 
 
-def one_of(*known: str, **more: Any) -> Any:
+def one_of(*known: str, default: str | None = None, **more: Any) -> Any:
     """One of some words, by default the first."""
     *others, last = map(repr, known)
-    return option(f"{', '.join(others)} or {last}", lambda v: v in known, known[0], **more)
+    expected = f"{', '.join(others)} or {last}"
+    return option(expected, lambda v: v in known, known[0] if default is None else default, **more)
 
 
 def instance(kind: type, expected: str, default: Any = MISSING, **more: Any) -> Any:
     """An object of a kind; TypeError for others."""
     return option(expected, lambda v: isinstance(v, kind), default, error=TypeError, **more)
+
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Callable[[type], type]:
+        """Tell type checkers that subclasses become dataclasses; Python 3.10 has none of it.
+
+        They take a default for one where it is given by name.
+        """
+        return lambda cls: cls
 
 
 def options_of(declared: Any) -> dict[str, Option]:

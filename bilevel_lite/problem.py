@@ -5,43 +5,18 @@ tasks it is a tuple (x, y, index), where ``index`` holds the examples' positions
 set: that is how a weight finds its entry of lam.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial
-from inspect import isclass, isroutine
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "evaluate", "examples"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
-
-_every_look: ContextVar[bool] = ContextVar("every_look", default=False)
-
-
-@contextmanager
-def every_look():
-    """Check intermediate values on a GPU too, where each check waits for the device."""
-    token = _every_look.set(True)
-    try:
-        yield
-    finally:
-        _every_look.reset(token)
-
-
-def looked_at(value: Tensor) -> bool:
-    """True where intermediate values are checked: on a CPU, and within `every_look`."""
-    return value.device.type == "cpu" or _every_look.get()
-
-
-class NotFinite(ValueError):
-    """A loss or a derivative came out as NaN or infinite."""
 
 
 class BilevelProblem:
@@ -108,109 +83,6 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
     return value
 
 
-def require_variable(name: str, value: Tensor) -> None:
-    """Refuse a lam or theta that cannot be differentiated.
-
-    Raises:
-        TypeError: if ``value`` is not a floating-point tensor.
-    """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
-
-
-def versions(value: Any) -> Any:
-    """How often each tensor was written into, in a tuple, list or dict too; torch's own count.
-
-    It does not count for tensors of ``inference_mode``, nor what NumPy writes.
-    """
-    if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [versions(part) for part in value] if isinstance(value, tuple | list) else None
-
-
-def require_as_drawn(name: str, batch: Any, before: Any) -> None:
-    """Refuse a batch that was written into since ``before = versions(batch)``.
-
-    Raises:
-        ValueError: naming the argument and the way out.
-    """
-    if versions(batch) != before:
-        raise ValueError(
-            f"{name}: a batch was changed in place after it was drawn, but it is needed again; "
-            "draw new tensors each time"
-        )
-
-
-def require_unwritten(name: str, before: list[int], after: list[int]) -> None:
-    """Refuse a loss that wrote into lam or theta: their `versions` before and after.
-
-    Raises:
-        ValueError: naming the loss, the variable and the way out.
-    """
-    for variable, was, now in zip(("lam", "theta"), before, after, strict=True):
-        if was != now:
-            raise ValueError(
-                f"{name}: changes {variable} in place, so it is no function of it (an embedding "
-                "with max_norm does: give max_norm=None, or project after each step)"
-            )
-
-
-def require_problem(problem: Any) -> None:
-    """Refuse what is no bilevel problem.
-
-    Raises:
-        TypeError: naming the argument.
-    """
-    if not (hasattr(problem, "inner_loss") and hasattr(problem, "outer_loss")):
-        raise TypeError(
-            f"problem: got {type(problem).__name__}, expected a bilevel_lite.BilevelProblem"
-        )
-
-
-_NOT_A_BATCH = (
-    (DataLoader, "its batches are next(iter(loader)) and so on"),
-    (Dataset, "put its tensors into a tuple"),
-    (Iterator, "it can be read only once: take a batch from it, next(iterator)"),
-    (str | bytes, "load the data first, bilevel_lite.data.load"),
-)
-
-
-def require_batch(name: str, batch: Any, loss: Any = None, sampler: bool = False) -> None:
-    """Refuse what is no batch, before a loss stumbles over it.
-
-    A batch is whatever the losses take, but it is evaluated more than once, so it cannot be
-    something that is used up; a `WeightedRisk` needs a tuple (x, y, ...).
-
-    Args:
-        name: What the message calls it.
-        batch: The batch, or with ``sampler`` something that draws batches.
-        loss: The loss that will take it.
-        sampler: Whether a sampler may be given.
-
-    Raises:
-        TypeError: naming the argument, what came, what was expected and the way out.
-    """
-    draws = callable(getattr(batch, "draw", None)) and not isclass(batch)
-    if sampler and draws:
-        return
-    reasons = [hint for kind, hint in _NOT_A_BATCH if isinstance(batch, kind)]
-    if draws:
-        reasons = ["it is a sampler: give a batch of it, sampler.draw()"]
-    if isroutine(batch) or isclass(batch) or isinstance(batch, partial):
-        reasons = ["call it first"]
-    if reasons:
-        or_sampler = " or a sampler with draw(), such as bilevel_lite.data.Batches" * sampler
-        got = type(batch).__name__
-        raise TypeError(
-            f"{name}: got {got}, expected a batch such as (x, y, index){or_sampler}; {reasons[0]}"
-        )
-    if hasattr(loss, "require_batch"):
-        loss.require_batch(batch, name)
-
-
 def examples(batch: Any) -> int | None:
     """Number of examples: rows of the first tensor of a tuple, list or dict; None for others."""
     parts = list(batch.values()) if isinstance(batch, dict) else batch
@@ -245,15 +117,3 @@ def _culprit(lam, theta, batch) -> str:
             if bad:
                 return f"{name} has {bad} entries that are NaN or infinite"
     return "lam, theta and batch are finite, so the loss itself overflowed (a step size too large?)"
-
-
-def check_labels(y: Tensor, num_classes: int) -> None:
-    """Refuse labels outside 0..num_classes-1.
-
-    Raises:
-        ValueError: naming the offending label.
-    """
-    low, high = torch.aminmax(y)
-    if low < 0 or high >= num_classes:
-        bad = int(low) if low < 0 else int(high)
-        raise ValueError(f"labels: found {bad}, expected integers from 0 to {num_classes - 1}")

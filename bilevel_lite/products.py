@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bilevel_lite.exact import exactly
 from bilevel_lite.params import dot
-from bilevel_lite.problem import Loss, evaluate, looked_at
+from bilevel_lite.problem import Loss, evaluate
+from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (

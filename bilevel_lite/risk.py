@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
-from bilevel_lite.problem import NotFinite, check_labels, looked_at
+from bilevel_lite.refuse import NotFinite, check_labels, looked_at
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import (
     differentiating,

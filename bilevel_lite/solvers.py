@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
 from bilevel_lite.linsolve import SolveInfo
-from bilevel_lite.options import check, flag, not_negative, one_of, positive, whole
+from bilevel_lite.options import (
+    check,
+    dataclass_transform,
+    flag,
+    fraction,
+    instance,
+    not_negative,
+    one_of,
+    positive,
+    whole,
+)
 from bilevel_lite.products import (
     SecondDerivatives,
     cross_and_route,
@@ -134,6 +144,9 @@ def _dear(loss: Any) -> bool:
     return has_slopes(loss) and any(isinstance(m, convolution) for m in loss.model.modules())
 
 
+@dataclass_transform(
+    field_specifiers=(positive, not_negative, fraction, whole, flag, one_of, instance)
+)
 @dataclass(eq=False, repr=False)
 class Solver:
     """Base of the solvers. A subclass declares its options as fields and writes ``_solve``.
@@ -261,9 +274,9 @@ class Direct(Solver):
     Cost: d products (2 d gradients) and a factorisation.
     """
 
-    damping: float = not_negative(0.0)
-    curvature: str = one_of("hessian", "ggn")
-    max_dim: int = whole(4000)
+    damping: float = not_negative(default=0.0)
+    curvature: str = one_of("hessian", "ggn", default="hessian")
+    max_dim: int = whole(default=4000)
 
     def limit(self) -> None:
         """Return None: it is exact."""
@@ -316,8 +329,8 @@ class Neumann(Solver):
 
     terms: int = whole()
     step: float = positive()
-    damping: float = not_negative(0.0)
-    curvature: str = one_of("hessian", "ggn")
+    damping: float = not_negative(default=0.0)
+    curvature: str = one_of("hessian", "ggn", default="hessian")
 
     def _solve(self, at, b):
         return linsolve.neumann(at.matvec, b, self.terms, self.step, self.damping)
@@ -346,10 +359,10 @@ class CG(Solver):
     """
 
     iters: int = whole()
-    tol: float = not_negative(1e-10)
-    damping: float = not_negative(0.0)
-    curvature: str = one_of("hessian", "ggn")
-    warm_start: bool = flag(False)
+    tol: float = not_negative(default=1e-10)
+    damping: float = not_negative(default=0.0)
+    curvature: str = one_of("hessian", "ggn", default="hessian")
+    warm_start: bool = flag(default=False)
     precondition: Any = None
 
     def __post_init__(self):
@@ -407,10 +420,10 @@ class CGNormal(Solver):
     """
 
     iters: int = whole()
-    tol: float = not_negative(1e-10)
-    damping: float = not_negative(0.0)
-    curvature: str = one_of("hessian", "ggn")
-    warm_start: bool = flag(False)
+    tol: float = not_negative(default=1e-10)
+    damping: float = not_negative(default=0.0)
+    curvature: str = one_of("hessian", "ggn", default="hessian")
+    warm_start: bool = flag(default=False)
 
     def _solve(self, at, b):
         x0 = self._v if self.warm_start else None

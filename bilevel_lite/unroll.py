@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.hypergrad import require_finite
-from bilevel_lite.problem import (
-    BilevelProblem,
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_operator, update_vjp
+from bilevel_lite.refuse import (
     require_as_drawn,
     require_batch,
     require_problem,
     require_variable,
     versions,
 )
-from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_operator, update_vjp
 from bilevel_lite.same_function import SameDraws
 from bilevel_lite.surroundings import differentiating, ordinary
 

@@ -164,7 +164,7 @@ def test_failures_read_the_same(method, tmp_path):
         huge = {"inner_lr": 1e200, "step": 1e200}
         settings = hc.Hypercleaning.settings(method=method, **huge)
         run = methods.build(settings, hc.Hypercleaning.make(settings, device))
-        with pytest.raises(bl.problem.NotFinite) as failure:
+        with pytest.raises(bl.refuse.NotFinite) as failure:
             for _ in range(20):
                 before = run.state_dict()
                 run.step()

@@ -15,7 +15,7 @@ from bilevel_lite import algorithms, data
 from bilevel_lite.algorithms.nhgd import rank_one_inverse
 from bilevel_lite.algorithms.sama import adaptation
 from bilevel_lite.kfac import kfac_factors
-from bilevel_lite.problem import NotFinite
+from bilevel_lite.refuse import NotFinite
 
 # ------------------------------------------------------------------ problems and dense truths
 

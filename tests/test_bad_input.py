@@ -296,12 +296,12 @@ def test_solver_state_of_another_solver():
 ])  # fmt: skip
 def test_a_right_hand_side_or_product_that_is_not_finite(solve):
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 2.0])
-    with pytest.raises(bl.problem.NotFinite, match="b: the right-hand side is not finite"):
+    with pytest.raises(bl.refuse.NotFinite, match="b: the right-hand side is not finite"):
         solve(lambda v: 2 * v, bad)
-    with pytest.raises(bl.problem.NotFinite, match="b: .* too large for its norm"):
+    with pytest.raises(bl.refuse.NotFinite, match="b: .* too large for its norm"):
         solve(lambda v: 2 * v, 1e200 * good)
     for factor in (float("nan"), float("inf")):
-        with pytest.raises(bl.problem.NotFinite, match="matvec|step"):
+        with pytest.raises(bl.refuse.NotFinite, match="matvec|step"):
             solve(lambda v, factor=factor: factor * v, good)
 
 
@@ -350,7 +350,7 @@ def test_out_of_memory_is_not_taken_for_a_wrong_shape():
 
 
 def test_a_matrix_or_directions_that_do_not_fit():
-    with pytest.raises(bl.problem.NotFinite, match="H: has entries that are NaN"):
+    with pytest.raises(bl.refuse.NotFinite, match="H: has entries that are NaN"):
         linsolve.direct(torch.full((2, 2), float("nan")), torch.ones(2))
     problem = bl.BilevelProblem(
         lambda lam, theta, _: (theta - lam).square().sum(), lambda lam, theta, _: theta.sum()

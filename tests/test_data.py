@@ -126,8 +126,8 @@ def test_idx_is_read_row_major_and_refused_when_damaged():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(idx((2, 3))), "is damaged: its content has sha256"),
-        (gzip.compress(idx((2, 3)))[:-9], "is damaged: it does not unzip"),
+        (gzip.compress(idx((2, 3)), mtime=0), "is damaged: its content has sha256"),
+        (gzip.compress(idx((2, 3)), mtime=0)[:-9], "is damaged: it does not unzip"),
         (b"<html>sign in to continue</html>", "is damaged: it does not unzip"),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_download_that_is_cut_short_is_refused(tmp_path, monkeypatch):
     import pooch
 
     def cut_short(url, output_file, *args, **kwargs):
-        Path(output_file).write_bytes(gzip.compress(idx((2, 3)))[:-9])
+        Path(output_file).write_bytes(gzip.compress(idx((2, 3)), mtime=0)[:-9])
 
     monkeypatch.setattr(pooch, "HTTPDownloader", lambda **kwargs: cut_short)
     with pytest.raises(data.DataError, match="sent a file that is damaged or not the original"):

@@ -337,7 +337,7 @@ def test_the_other_methods_run(tmp_path, method):
 
 @pytest.mark.slow
 def test_the_quickest_command_shows_the_method_working(tmp_path):
-    readme = (Path(experiment._REPOSITORY) / "README.md").read_text("utf-8")
+    readme = (Path(experiment.folder._REPOSITORY) / "README.md").read_text("utf-8")
     said = re.search(r"test loss is ([\d., and]+), against ([\d., and]+) of\s", readme)
     losses = [[float(x) for x in re.findall(r"0\.\d+", text)] for text in said.groups()]
     for seed in range(3):

@@ -12,7 +12,7 @@ import bilevel_lite as bl
 from bilevel_lite import algorithms, data, linsolve
 from bilevel_lite.algorithms.method import METHODS, Method
 from bilevel_lite.options import check, fraction, one_of, options_of, positive, whole
-from bilevel_lite.problem import NotFinite
+from bilevel_lite.refuse import NotFinite
 
 OURS = dict(METHODS)
 
@@ -340,7 +340,7 @@ def test_richardson_is_its_formula_and_from_zero_a_neumann_series():
     [
         ({"steps": 0}, "steps: got 0, expected an integer of at least 1"),
         ({"step": 0.0}, "step: got 0.0, expected a positive number"),
-        ({"damping": -1.0}, "damping: got -1.0, expected a finite number that is zero or positive"),
+        ({"damping": -1.0}, "damping: got -1.0, expected a number that is zero or positive"),
     ],
 )
 def test_richardson_refuses(options, message):

@@ -104,7 +104,7 @@ def test_a_repeated_step_that_succeeds_still_raises_what_failed_first(monkeypatc
     before = run.lam.clone(), run.theta.clone()
     # as on a GPU, where only the end of a step is looked at
     monkeypatch.setattr("bilevel_lite.algorithms.method.looked_at", lambda value: False)
-    with pytest.raises(bl.problem.NotFinite):
+    with pytest.raises(bl.refuse.NotFinite):
         run.step()
     assert batches.drawn == 3  # the repeated step had a good batch
     assert run.iteration == 1

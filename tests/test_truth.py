@@ -387,9 +387,9 @@ def test_neumann_says_that_no_step_helps_against_negative_curvature():
     with pytest.warns(bl.DivergenceWarning, match="from -0.5 to 0.25 was met.* no step converges"):
         done = linsolve.neumann(lambda v: mu * v, b, 3, step=1.0)
     assert done.negative_curvature
-    with pytest.raises(bl.problem.NotFinite, match="from -0.5 to 0.25 was met.* no step converges"):
+    with pytest.raises(bl.refuse.NotFinite, match="from -0.5 to 0.25 was met.* no step converges"):
         linsolve.neumann(lambda v: mu * v, b, 4000, step=1.0)
-    with pytest.raises(bl.problem.NotFinite, match="matvec: H b is not finite"):
+    with pytest.raises(bl.refuse.NotFinite, match="matvec: H b is not finite"):
         linsolve.neumann(lambda v: v / 0, b, 4, step=1.0)
 
 

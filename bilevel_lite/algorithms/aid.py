@@ -19,8 +19,10 @@ class AID(Method):
     """
 
     solver: Solver = instance(Solver, "a solver such as bilevel_lite.CG(3)", help="How v is found")
-    inner_steps: int = whole(10, help="Steps on theta per outer iteration")
-    cross_mode: str = one_of("auto", "double_backward", help="See `bilevel_lite.hypergradient`")
+    inner_steps: int = whole(default=10, help="Steps on theta per outer iteration")
+    cross_mode: str = one_of(
+        "auto", "double_backward", default="auto", help="See `bilevel_lite.hypergradient`"
+    )
 
     choices = ("any solver's", "any solver", "double loop")
     roles = ("inner", "outer", "curvature", "cross")

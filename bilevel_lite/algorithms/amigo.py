@@ -28,17 +28,19 @@ class AmIGO(Method):
     Source: Arbel and Mairal (2022), arXiv 2111.14580; with KFAC arXiv 2603.29108, our readings.
     """
 
-    inner_steps: int = whole(10, help="T, steps on theta per outer iteration")
-    linear_steps: int = whole(10, help="N, steps on v per outer iteration")
+    inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")
+    linear_steps: int = whole(default=10, help="N, steps on v per outer iteration")
     linear_lr: float | None = positive(
-        None,
+        default=None,
         help="Step on v, in units of 1 / curvature (about 1 with a preconditioner)",
         search=(0.02, 1.0),
     )
     kfac: KFAC | None = instance(
-        KFAC, "a bilevel_lite.KFAC", None, help="The preconditioner, or what replaces H"
+        KFAC, "a bilevel_lite.KFAC", default=None, help="The preconditioner, or what replaces H"
     )
-    reading: str = one_of("precondition", "replace", help="What a kfac is for")
+    reading: str = one_of(
+        "precondition", "replace", default="precondition", help="What a kfac is for"
+    )
 
     choices = ("Hessian (KFAC as option)", "gradient steps, warm start", "double loop")
     remembers = ("v",)

@@ -29,12 +29,14 @@ class BOME(Method):
     Source: Ye et al. (2022), arXiv 2209.08709.
     """
 
-    copy_steps: int = whole(10, help="T, steps of the copy's descent")
+    copy_steps: int = whole(default=10, help="T, steps of the copy's descent")
     copy_lr: float | None = positive(
-        None, help="Step of the copy's descent, inner_lr for None", search=(0.02, 1.0)
+        default=None, help="Step of the copy's descent, inner_lr for None", search=(0.02, 1.0)
     )
-    eta: float = positive(0.5, help="Of phi", search=(0.01, 1.0))
-    barrier: str = one_of("squared", "gap", help="phi: eta ||grad q||^2 (the theory), or eta q")
+    eta: float = positive(default=0.5, help="Of phi", search=(0.01, 1.0))
+    barrier: str = one_of(
+        "squared", "gap", default="squared", help="phi: eta ||grad q||^2 (the theory), or eta q"
+    )
 
     choices = ("none: the value of g", "none", "loop over a copy, multiplier")
     remembers = ("multiplier",)

@@ -25,8 +25,8 @@ class BSG1(Method):
     Source: Giovannelli, Kent and Vicente (2021), arXiv 2110.00604.
     """
 
-    inner_steps: int = whole(1, help="Steps on theta per outer iteration")
-    floor: float = not_negative(1e-4, help="Added to the denominator", search=(1e-6, 1e-2))
+    inner_steps: int = whole(default=1, help="Steps on theta per outer iteration")
+    floor: float = not_negative(default=1e-4, help="Added to the denominator", search=(1e-6, 1e-2))
 
     choices = ("rank-one gradient product", "one division", "double loop")
 

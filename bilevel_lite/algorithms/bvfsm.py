@@ -6,8 +6,8 @@ import torch
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import not_negative, positive, whole
-from bilevel_lite.problem import NotFinite
 from bilevel_lite.products import dot
+from bilevel_lite.refuse import NotFinite
 
 __all__ = ["BVFSM"]
 
@@ -34,11 +34,11 @@ class BVFSM(Method):
     Source: Liu et al. (2021), arXiv 2106.07991 and 2110.04974.
     """
 
-    inner_steps: int = whole(10, help="Steps on z, and on theta")
-    mu: float = not_negative(0.0, help="Weight of ||z||^2 at the start; 0 for a strongly convex g")
-    nu: float = positive(0.1, help="Weight of the barrier at the start", search=(0.01, 1.0))
-    slack: float = positive(0.1, help="At the start", search=(0.01, 1.0))
-    decay: float = not_negative(0.5, help="Power with which the three shrink")
+    inner_steps: int = whole(default=10, help="Steps on z, and on theta")
+    mu: float = not_negative(default=0.0, help="Weight of ||z||^2; 0 for a strongly convex g")
+    nu: float = positive(default=0.1, help="Weight of the barrier at the start", search=(0.01, 1.0))
+    slack: float = positive(default=0.1, help="At the start", search=(0.01, 1.0))
+    decay: float = not_negative(default=0.5, help="Power with which the three shrink")
 
     choices = ("none: the value of g", "none", "double loop, barrier")
     remembers = ("z",)

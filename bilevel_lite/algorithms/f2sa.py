@@ -22,9 +22,9 @@ class F2SA(Method):
     Source: Kwon et al. (2023), arXiv 2301.10945.
     """
 
-    inner_steps: int = whole(10, help="T, steps on z, which starts at theta, and on theta")
-    penalty: float = positive(1.0, help="c at the start", search=(0.1, 10.0))
-    growth: float = not_negative(0.1, help="Added to c after each outer iteration")
+    inner_steps: int = whole(default=10, help="T, steps on z, which starts at theta, and on theta")
+    penalty: float = positive(default=1.0, help="c at the start", search=(0.1, 10.0))
+    growth: float = not_negative(default=0.1, help="Added to c after each outer iteration")
 
     choices = ("none: a penalty", "none", "double loop, two inner problems")
     remembers = ("z", "penalty")

@@ -6,7 +6,8 @@ import torch
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import one_of, whole
-from bilevel_lite.problem import evaluate, require_as_drawn, versions
+from bilevel_lite.problem import evaluate
+from bilevel_lite.refuse import require_as_drawn, versions
 from bilevel_lite.unroll import unrolled_hypergradient
 
 __all__ = ["ITD"]
@@ -28,9 +29,13 @@ class ITD(Method):
     Source: Maclaurin et al. (2015); Franceschi et al. (2017); truncated: Shaban et al. (2019).
     """
 
-    inner_steps: int = whole(10, help="T, steps on theta per outer iteration")
-    truncate: int | None = whole(None, help="Differentiate the last steps only; None means all")
-    mode: str = one_of("reverse", "forward", help="See `bilevel_lite.unrolled_hypergradient`")
+    inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")
+    truncate: int | None = whole(
+        default=None, help="Differentiate the last steps only; None means all"
+    )
+    mode: str = one_of(
+        "reverse", "forward", default="reverse", help="See `bilevel_lite.unrolled_hypergradient`"
+    )
 
     choices = ("what T steps see of it", "unrolling", "double loop")
     plain_inner = True

@@ -11,19 +11,30 @@ from torch import Tensor
 
 from bilevel_lite.algorithms.resume import Resumable, has_state
 from bilevel_lite.hypergrad import HypergradientInfo, implicit
-from bilevel_lite.options import Option, check, document, options_of, positive
-from bilevel_lite.problem import (
-    BilevelProblem,
+from bilevel_lite.options import (
+    Option,
+    check,
+    dataclass_transform,
+    document,
+    flag,
+    fraction,
+    instance,
+    not_negative,
+    one_of,
+    options_of,
+    positive,
+    whole,
+)
+from bilevel_lite.problem import BilevelProblem, examples, relative_size
+from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
+from bilevel_lite.refuse import (
     NotFinite,
     every_look,
-    examples,
     looked_at,
-    relative_size,
     require_batch,
     require_problem,
     require_variable,
 )
-from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
 from bilevel_lite.same_function import SameDraws
 from bilevel_lite.solvers import SolveInfo
 from bilevel_lite.surroundings import differentiating, ordinary
@@ -71,6 +82,9 @@ def draw(batch: Any) -> Any:
     return ordinary(batch.draw() if hasattr(batch, "draw") else batch)
 
 
+@dataclass_transform(
+    field_specifiers=(positive, not_negative, fraction, whole, flag, one_of, instance)
+)
 @dataclass(eq=False, repr=False)
 class Method(Resumable):
     r"""Base of the methods; a subclass says how one iteration finds its direction for lam.
@@ -129,14 +143,14 @@ class Method(Resumable):
     theta: Tensor
     _: KW_ONLY
     inner_lr: float | None = positive(
-        None,
-        "a positive step size (or give inner_optimizer)",
+        default=None,
+        expected="a positive step size (or give inner_optimizer)",
         help="Step size of plain gradient descent on theta",
         search=(0.02, 1.0),
     )
     outer_lr: float | None = positive(
-        None,
-        "a positive step size (or give outer_optimizer)",
+        default=None,
+        expected="a positive step size (or give outer_optimizer)",
         help="The same for lam, in whose units it is: the task says where to search",
     )
     inner_batch: Any = None

@@ -36,9 +36,9 @@ class MRBO(Method):
         "a solver such as bilevel_lite.CG(3)",
         help="How v is found at each of the two points",
     )
-    inner_memory: float = fraction(0.1, help="Memory of d", search=(0.1, 0.95))
-    outer_memory: float = fraction(0.1, help="Memory of e", search=(0.1, 0.95))
-    decay: float = not_negative(0.0, help="c, or 0 for constants")
+    inner_memory: float = fraction(default=0.1, help="Memory of d", search=(0.1, 0.95))
+    outer_memory: float = fraction(default=0.1, help="Memory of e", search=(0.1, 0.95))
+    decay: float = not_negative(default=0.0, help="c, or 0 for constants")
 
     choices = (
         "Hessian (or any solver's)",

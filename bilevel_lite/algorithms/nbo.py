@@ -36,15 +36,17 @@ class NBO(Method):
     Source: Dong et al. (2025), arXiv 2505.02101; equations from secondary sources.
     """
 
-    solve: str = one_of("gd", "sgd", "cg", help="How both systems are solved")
-    steps: int = whole(1, least=0, help="Further steps on each system after the first")
+    solve: str = one_of("gd", "sgd", "cg", default="gd", help="How both systems are solved")
+    steps: int = whole(default=1, least=0, help="Further steps on each system after the first")
     linear_lr: float | None = positive(
-        None,
+        default=None,
         help="Step on the systems ('gd' and 'sgd') and of the warm-up, in units of 1 / curvature",
         search=(0.02, 1.0),
     )
     warm_up: int = whole(
-        0, least=0, help="Gradient steps on theta before the first iteration: Newton's is local"
+        default=0,
+        least=0,
+        help="Gradient steps on theta before the first iteration: Newton's is local",
     )
 
     choices = (

@@ -42,14 +42,16 @@ class NHGD(Method):
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
     """
 
-    inner_steps: int = whole(10, help="S, steps on theta per outer iteration")
+    inner_steps: int = whole(default=10, help="S, steps on theta per outer iteration")
     beta: float | None = fraction(
-        0.99, none=True, help="Memory of the average; None: the plain one", search=(0.5, 0.99)
+        default=0.99, none=True, help="Memory of the average; None: plain", search=(0.5, 0.99)
     )
-    initial: float = positive(1.0, help="F at the start, times the identity")
-    scale: str = one_of("fisher", "plain", help="B (1 for a batch without rows), or 1")
+    initial: float = positive(default=1.0, help="F at the start, times the identity")
+    scale: str = one_of(
+        "fisher", "plain", default="fisher", help="B (1 for a batch without rows), or 1"
+    )
     kfac: KFAC | None = instance(
-        KFAC, "a bilevel_lite.KFAC", None, help="Stands for F, without beta, initial and scale"
+        KFAC, "a bilevel_lite.KFAC", default=None, help="For F, without beta, initial and scale"
     )
 
     choices = ("empirical Fisher (or KFAC)", "rank-one updates of the inverse", "double loop")

@@ -4,7 +4,8 @@ import torch
 
 from bilevel_lite.algorithms.soba import SOBA
 from bilevel_lite.options import instance
-from bilevel_lite.problem import examples, require_batch
+from bilevel_lite.problem import examples
+from bilevel_lite.refuse import require_batch
 from bilevel_lite.surroundings import ordinary
 
 __all__ = ["SABA"]

@@ -28,9 +28,9 @@ class SAMA(Method):
     Source: Choe et al. (2023), arXiv 2310.05674.
     """
 
-    inner_steps: int = whole(10, help="Steps on theta per outer iteration")
+    inner_steps: int = whole(default=10, help="Steps on theta per outer iteration")
     alpha: float = positive(
-        0.1, help="Length of the finite difference in theta", search=(0.03, 3.0)
+        default=0.1, help="Length of the finite difference in theta", search=(0.03, 3.0)
     )
 
     choices = ("inner optimiser's diagonal", "one diagonal product", "double loop")

@@ -24,10 +24,10 @@ class StocBiO(Method):
     Source: Ji, Yang and Liang (2021), arXiv 2010.07962.
     """
 
-    inner_steps: int = whole(10, help="T, steps on theta per outer iteration")
-    terms: int = whole(4, help="Summands of the series, one more than products")
+    inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")
+    terms: int = whole(default=4, help="Summands of the series, one more than products")
     linear_lr: float = positive(
-        0.1, help="Step of the series, below 2 / largest curvature", search=(0.02, 1.0)
+        default=0.1, help="Step of the series, below 2 / largest curvature", search=(0.02, 1.0)
     )
 
     choices = ("Hessian, a batch a factor", "Neumann series", "double loop")

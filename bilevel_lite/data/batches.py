@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bilevel_lite.problem import check_labels
+from bilevel_lite.refuse import check_labels
 
 __all__ = ["Batches"]
 

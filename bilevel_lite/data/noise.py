@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.data.files import Dataset
-from bilevel_lite.problem import check_labels
+from bilevel_lite.refuse import check_labels
 
 __all__ = ["corrupt_labels", "pair_flips", "split", "standardise"]
 

@@ -1,7 +1,8 @@
-"""Every method of the package by its command-line name, built from a run's settings."""
+"""Every method of the package by its command-line name, put together from a run's settings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,147 +11,123 @@ from bilevel_lite import algorithms as alg
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.kfac import KFAC
+from bilevel_lite.options import Option
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
-__all__ = ["METHODS", "build"]
+__all__ = ["METHODS", "OWN", "build"]
 
 
-@dataclass
-class Parts:
-    """What a method is put together from.
+@dataclass(frozen=True)
+class Recipe:
+    """One method by name.
 
     Attributes:
-        s: The run's settings.
-        start: problem, lam, theta.
-        batches: Batches for g and f.
-        system: Batches of their own for H and J.
-        outer: Step size of lam and the projection.
-        fixed: A function that gives lists of fixed minibatches, of g and of f.
+        cls: The method.
+        inner: How theta moves: by SGD with ``"momentum"``, by ``"plain"`` descent, or None where
+            the method says it by itself.
+        options: Option -> what it is here, or a function of the settings that it is read from. Its
+            other options are its own: settings of their own names.
+        tied: Own option -> the own option that it follows where it is not given.
+        more: (settings, task) -> further arguments, in place of batches.
     """
 
-    s: Any
-    start: tuple
-    batches: dict
-    system: dict
-    outer: dict
-    fixed: Callable[[], tuple[list, list]]
+    cls: type[Method]
+    inner: str | None = "momentum"
+    options: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    more: Callable[[Any, Any], dict] | None = None
 
     @property
-    def momentum(self) -> dict:
-        """Common arguments with SGD and momentum on theta."""
-        s = self.s
-        inner = {"inner_optimizer": lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum)}
-        return {**self.batches, **self.outer, **inner}
-
-    @property
-    def plain(self) -> dict:
-        """Common arguments with plain gradient descent on theta."""
-        return {**self.batches, **self.outer, "inner_lr": self.s.inner_lr}
+    def own(self) -> dict[str, Option]:
+        """The options that are settings of their own: single numbers."""
+        common = alg.method.Method.options()
+        return {
+            name: one
+            for name, one in self.cls.options().items()
+            if name not in {**common, **self.options} and isinstance(one.default, int | float)
+        }
 
 
-def _aid(solver) -> Callable[[Parts], Method]:
-    def build(p: Parts) -> Method:
-        steps = p.s.inner_steps
-        return alg.AID(*p.start, solver(p.s), steps, **p.momentum, **p.system)
-
-    return build
+def _kfac(kind: type[KFAC]) -> Callable[[Any], KFAC]:
+    return lambda s: kind(s.damping, s.fisher, ema=s.ema, every=s.every, seed=s.seed)
 
 
-def _own(s: Any, *names: str) -> dict[str, float]:
-    """``strength`` under the names that the method has for it, if it was given."""
-    return {} if s.strength is None else dict.fromkeys(names, s.strength)
+def _aid(solver: Callable) -> Recipe:
+    return Recipe(alg.AID, options={"solver": solver, "inner_steps": STEPS})
 
 
-def _kfac(kind: type[KFAC], s: Any) -> KFAC:
-    return kind(s.damping, s.fisher, ema=s.ema, every=s.every, seed=s.seed)
+def _amigo(**options: Any) -> Recipe:
+    usual = {"inner_steps": STEPS, "linear_steps": ITERS, "linear_lr": STEP}
+    return Recipe(alg.AmIGO, options={**usual, **options})
 
 
-def _amigo(**options) -> Callable[[Parts], Method]:
-    def build(p: Parts) -> Method:
-        s, kfac = p.s, None
-        if options:
-            kfac = _kfac(KFAC, s)
-        return alg.AmIGO(
-            *p.start, s.inner_steps, s.iters, s.step, kfac, **options, **p.momentum, **p.system
-        )
-
-    return build
+def _mrbo(solver: Callable) -> Recipe:
+    return Recipe(alg.MRBO, "plain", {"solver": solver}, tied={"outer_memory": "inner_memory"})
 
 
-def _mrbo(solver) -> Callable[[Parts], Method]:
-    def build(p: Parts) -> Method:
-        memory = _own(p.s, "inner_memory", "outer_memory")
-        return alg.MRBO(*p.start, solver(p.s), **memory, **p.plain, **p.system)
-
-    return build
+def _nbo(solve: str) -> Recipe:
+    options = {"solve": solve, "steps": ITERS, "linear_lr": STEP, "warm_up": STEPS}
+    return Recipe(alg.NBO, None, options)
 
 
-def _nbo(solve) -> Callable[[Parts], Method]:
-    def build(p: Parts) -> Method:
-        s, common = p.s, {**p.batches, **p.outer, **p.system}
-        return alg.NBO(*p.start, solve, s.iters, s.step, s.inner_steps, **common)
-
-    return build
+def _nhgd(**options: Any) -> Recipe:
+    return Recipe(alg.NHGD, options={"inner_steps": STEPS, "initial": DAMPING, **options})
 
 
-def _saba(p: Parts) -> Method:
-    generator = torch.Generator().manual_seed(p.s.seed)
-    common = {**p.outer, "inner_lr": p.s.inner_lr}
-    return alg.SABA(*p.start, p.s.step, *p.fixed(), generator, **common)
+def _averaged(s: Any) -> KFAC:
+    """The KFAC whose average stands for NHGD's own."""
+    beta = alg.NHGD.options()["beta"].default if s.beta is None else s.beta
+    return KFAC(s.damping, "empirical", ema=beta, seed=s.seed)
 
 
-def _sama(p: Parts) -> Method:
-    return alg.SAMA(*p.start, p.s.inner_steps, **_own(p.s, "alpha"), **p.momentum)
+def _tables(s: Any, task: Any) -> dict:
+    """SABA's fixed minibatches."""
+    g, f = task.fixed_batches(s)
+    generator = torch.Generator().manual_seed(s.seed)
+    return {"inner_batches": g, "outer_batches": f, "generator": generator}
 
 
-def _nhgd(kronecker: bool) -> Callable[[Parts], Method]:
-    def build(p: Parts) -> Method:
-        s = p.s
-        beta = {"beta": 0.99, **_own(s, "beta")}
-        kfac = KFAC(s.damping, "empirical", ema=beta["beta"], seed=s.seed) if kronecker else None
-        common = {**p.momentum, "cross_batch": p.system["cross_batch"]}
-        return alg.NHGD(*p.start, s.inner_steps, initial=s.damping, kfac=kfac, **beta, **common)
-
-    return build
-
-
-# name -> the method; `iters`, `step`, `damping` and `strength` mean what the help text says
-METHODS: dict[str, Callable[[Parts], Method]] = {
+STEPS, ITERS, STEP, DAMPING = map(attrgetter, ("inner_steps", "iters", "step", "damping"))
+METHODS: dict[str, Recipe] = {
     "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature)),
     "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping, curvature=s.curvature)),
     "aid-neumann": _aid(
         lambda s: Neumann(s.iters, s.step, damping=s.damping, curvature=s.curvature)
     ),
     "aid-identity": _aid(lambda s: Identity(s.step)),
-    "aid-kfac": _aid(lambda s: _kfac(KFAC, s)),
-    "aid-ekfac": _aid(lambda s: _kfac(EKFAC, s)),
+    "aid-kfac": _aid(_kfac(KFAC)),
+    "aid-ekfac": _aid(_kfac(EKFAC)),
     "aid-pcg": _aid(
-        lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature, precondition=_kfac(KFAC, s))
+        lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature, precondition=_kfac(KFAC)(s))
     ),
     "amigo": _amigo(),
-    "amigo-kfac": _amigo(reading="precondition"),
-    "amigo-kfac-replace": _amigo(reading="replace"),
-    "stocbio": lambda p: alg.StocBiO(
-        *p.start, p.s.inner_steps, p.s.iters, p.s.step, **p.momentum, **p.system
+    "amigo-kfac": _amigo(kfac=_kfac(KFAC), reading="precondition"),
+    "amigo-kfac-replace": _amigo(kfac=_kfac(KFAC), reading="replace"),
+    "stocbio": Recipe(
+        alg.StocBiO, options={"inner_steps": STEPS, "terms": ITERS, "linear_lr": STEP}
     ),
     "mrbo": _mrbo(lambda s: Neumann(s.iters, s.step)),
-    "mrbo-kfac": _mrbo(lambda s: _kfac(KFAC, s)),
-    "soba": lambda p: alg.SOBA(*p.start, p.s.step, **p.plain),
-    "saba": _saba,
-    "itd": lambda p: alg.ITD(*p.start, p.s.inner_steps, **p.plain),
+    "mrbo-kfac": _mrbo(_kfac(KFAC)),
+    "soba": Recipe(alg.SOBA, "plain", {"linear_lr": STEP}),
+    "saba": Recipe(alg.SABA, "plain", {"linear_lr": STEP}, more=_tables),
+    "itd": Recipe(alg.ITD, "plain", {"inner_steps": STEPS}),
     "nbo-gd": _nbo("gd"),
     "nbo-cg": _nbo("cg"),
     "nsbo-sgd": _nbo("sgd"),
-    "nhgd": _nhgd(False),
-    "nhgd-kfac": _nhgd(True),
-    "sama": _sama,
-    "bsg1": lambda p: alg.BSG1(*p.start, p.s.inner_steps, **_own(p.s, "floor"), **p.momentum),
-    "bome": lambda p: alg.BOME(
-        *p.start, p.s.inner_steps, p.s.step, barrier="gap", **_own(p.s, "eta"), **p.plain
-    ),
-    "bvfsm": lambda p: alg.BVFSM(*p.start, p.s.inner_steps, **_own(p.s, "nu", "slack"), **p.plain),
-    "f2sa": lambda p: alg.F2SA(*p.start, p.s.inner_steps, **_own(p.s, "penalty"), **p.plain),
+    "nhgd": _nhgd(),
+    "nhgd-kfac": _nhgd(kfac=_averaged),
+    "sama": Recipe(alg.SAMA, options={"inner_steps": STEPS}),
+    "bsg1": Recipe(alg.BSG1, options={"inner_steps": STEPS}),
+    "bome": Recipe(alg.BOME, "plain", {"copy_steps": STEPS, "copy_lr": STEP, "barrier": "gap"}),
+    "bvfsm": Recipe(alg.BVFSM, "plain", {"inner_steps": STEPS}, tied={"slack": "nu"}),
+    "f2sa": Recipe(alg.F2SA, "plain", {"inner_steps": STEPS}),
 }
+
+# own option -> {method that has it: what is known of it}
+OWN: dict[str, dict[str, Option]] = {}
+for _name, _recipe in METHODS.items():
+    for _option, _known in _recipe.own.items():
+        OWN.setdefault(_option, {})[_name] = _known
 
 
 def build(s: Any, task: Any) -> Method:
@@ -161,20 +138,33 @@ def build(s: Any, task: Any) -> Method:
         task: The task (`bilevel_lite.experiment.task.Task`).
 
     Raises:
-        ValueError: for an unknown method, and as the method says of its settings.
+        ValueError: for an unknown method, an option that it does not have, and as it says itself.
     """
     if s.method not in METHODS:
         raise ValueError(f"method: got {s.method!r}, expected one of {sorted(METHODS)}")
-    roles = task.batches(s)
-    method = METHODS[s.method](
-        Parts(
-            s,
-            (task.problem, task.lam0, task.theta0),
-            {name: roles[name] for name in ("inner_batch", "outer_batch")},
-            {name: roles[name] for name in ("curvature_batch", "cross_batch")},
-            {"outer_lr": s.outer_lr, "projection": task.project},
-            lambda: task.fixed_batches(s),
-        )
-    )
+    recipe, roles = METHODS[s.method], task.batches(s)
+    options = {name: v(s) if callable(v) else v for name, v in recipe.options.items()}
+    options |= _own(recipe, s)
+    options |= {"outer_lr": s.outer_lr, "projection": task.project}
+    if recipe.inner == "momentum":
+        options["inner_optimizer"] = lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum)
+    elif recipe.inner == "plain":
+        options["inner_lr"] = s.inner_lr
+    if recipe.more is None:
+        options |= {name: roles[name] for name in (f"{role}_batch" for role in recipe.cls.roles)}
+    else:
+        options |= recipe.more(s, task)
+    method = recipe.cls(task.problem, task.lam0, task.theta0, **options)
     task.attach(method, s)
     return method
+
+
+def _own(recipe: Recipe, s: Any) -> dict[str, float]:
+    """The method's own options that were given, by name."""
+    given = {name: value for name in OWN if (value := getattr(s, name)) is not None}
+    for name in given:
+        if name not in recipe.own:
+            known = ", ".join(OWN[name])
+            raise ValueError(f"{name}: is no option of {s.method}; it is one of {known}")
+    tied = {name: given[other] for name, other in recipe.tied.items() if other in given}
+    return {**tied, **given}

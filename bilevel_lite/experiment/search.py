@@ -22,7 +22,7 @@ from bilevel_lite.experiment import job, methods
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance
 from bilevel_lite.experiment.task import Column, Task
-from bilevel_lite.problem import NotFinite
+from bilevel_lite.refuse import NotFinite
 from bilevel_lite.session import pick_device, progress
 
 __all__ = ["Variant", "mean_best", "pace", "run", "table"]

@@ -1,7 +1,9 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
+
+from bilevel_lite.experiment.methods import OWN
 
 __all__ = ["Settings", "check", "of", "read", "setting"]
 
@@ -19,11 +21,8 @@ def setting(default: Any, meaning: str, least: float | None = None, known: tuple
 
 
 @dataclass(kw_only=True)
-class Settings:
-    """Every number that a run's result depends on; a task adds its own in a subclass.
-
-    How long, on which batches, by which method; the methods' own numbers follow.
-    """
+class Common:
+    """How long, on which batches, by which method; `Settings` adds the methods' own options."""
 
     method: str = setting("aid-cg", "the method, see bilevel_lite.experiment.methods.METHODS")
     seed: int = setting(0, "of splits, initial values and batches")
@@ -39,11 +38,6 @@ class Settings:
     iters: int = setting(3, "CG, AmIGO or NBO steps on the linear system, or Neumann terms")
     damping: float = setting(0.1, "added to the curvature; NHGD: the start of its Fisher")
     step: float = setting(0.1, "step on the linear system, of the identity, or of BOME's copy")
-    strength: float | None = setting(
-        None,
-        "the method's own number: MRBO's memory, SAMA's alpha, BSG-1's floor, BOME's eta, BVFSM's "
-        "nu and slack, F2SA's penalty, NHGD's beta; by default as the method's class has it",
-    )
     curvature: str = setting("hessian", "H of CG and Neumann", known=("hessian", "ggn"))
     fisher: str = setting("mc", "gradients of KFAC and EKFAC", known=("empirical", "exact", "mc"))
     ema: float = setting(0.0, "memory of KFAC's factors, 0 is none")
@@ -53,6 +47,20 @@ class Settings:
     )
     baselines: int = setting(1, "also train what the task compares with; 0 does not")
     budget: float = setting(0.0, "stop after so many gradients (of one inner batch), 0: no limit")
+
+
+def _own(name: str) -> tuple[str, Any, Any]:
+    """A method's own option as a field: None is what the method's class has."""
+    which = OWN[name]
+    one = next(iter(which.values()))
+    usual = ", ".join(dict.fromkeys(f"{known.default:g}" for known in which.values()))
+    meaning = f"{', '.join(which)}: {one.help[0].lower()}{one.help[1:]}; by default {usual}"
+    kind = float if isinstance(one.default, float) else int
+    return name, kind | None, setting(None, meaning)
+
+
+class Settings(make_dataclass("Own", map(_own, sorted(OWN)), bases=(Common,), kw_only=True)):
+    """Every number that a run's result depends on; a task adds its own in a subclass."""
 
 
 def of(kind: type) -> dict[str, tuple[type, Any, str]]:

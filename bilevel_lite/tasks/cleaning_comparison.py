@@ -1,6 +1,7 @@
 """All methods on the hypercleaning job, each with the same search (`experiment.search`)."""
 
 from bilevel_lite.experiment import search as searching
+from bilevel_lite.experiment.methods import OWN
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.models import FLAT
 from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
@@ -13,8 +14,9 @@ DAMPING = {"damping": (1e-3, 1.0)}
 STEP = {"step": (0.02, 1.0)}
 
 
-def _memory(low: float, high: float) -> dict:
-    return {"strength": (low, high)}
+def _own(method: str, name: str) -> dict:
+    """Where the method itself says that one of its options is searched."""
+    return {name: OWN[name][method].search}
 
 
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
@@ -28,20 +30,20 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "amigo-kfac": {**BOTH, **DAMPING, "step": (0.05, 2.0)},
     "amigo-kfac-replace": {**BOTH, **DAMPING},
     "stocbio": {**BOTH, **STEP},
-    "mrbo": {**BOTH, **STEP, **_memory(0.1, 0.95)},
-    "mrbo-kfac": {**BOTH, **DAMPING, **_memory(0.1, 0.95)},
+    "mrbo": {**BOTH, **STEP, **_own("mrbo", "inner_memory")},
+    "mrbo-kfac": {**BOTH, **DAMPING, **_own("mrbo-kfac", "inner_memory")},
     "soba": {**BOTH, **STEP},
     "saba": {**BOTH, **STEP},
     "itd": {**BOTH},
     "nbo-gd": {"outer_lr": BOTH["outer_lr"], **STEP},
     "nbo-cg": {"outer_lr": BOTH["outer_lr"], **STEP},  # the step of its warm-up
     "nsbo-sgd": {"outer_lr": BOTH["outer_lr"], **STEP},
-    "nhgd-kfac": {**BOTH, **DAMPING, **_memory(0.5, 0.99)},
-    "sama": {**BOTH, **_memory(0.03, 3.0)},
-    "bsg1": {**BOTH, **_memory(1e-6, 1e-2)},
-    "bome": {**BOTH, **STEP, **_memory(0.01, 1.0)},
-    "bvfsm": {**BOTH, **_memory(0.01, 1.0)},
-    "f2sa": {**BOTH, **_memory(0.1, 10.0)},
+    "nhgd-kfac": {**BOTH, **DAMPING, **_own("nhgd-kfac", "beta")},
+    "sama": {**BOTH, **_own("sama", "alpha")},
+    "bsg1": {**BOTH, **_own("bsg1", "floor")},
+    "bome": {**BOTH, **STEP, **_own("bome", "eta")},
+    "bvfsm": {**BOTH, **_own("bvfsm", "nu")},
+    "f2sa": {**BOTH, **_own("f2sa", "penalty")},
 }
 
 # Convolutional networks have a steeper loss: smaller steps on theta and on the linear system.
