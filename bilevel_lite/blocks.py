@@ -1,5 +1,6 @@
 """What acts on one layer's part of a vector, and KFAC's whole matrix as an operator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +11,6 @@ from torch import Tensor
 from bilevel_lite.curvature import Operator
 from bilevel_lite.factors import Estimate, arrange, estimate
 from bilevel_lite.kronecker import Solve
-from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
 from bilevel_lite.tape import Call, Layer, along, output_columns, places_of, split_parameters
 
@@ -55,9 +55,8 @@ class Block:
         one, layer = done.only(self.layer)
         (call,), (g,) = one.tape.calls[layer.name], one.own[layer.name]
         columns = None if g is None or self.columns is None else output_columns(call.module, g)
-        if (
-            columns is not None and columns.shape[1] == self.columns.shape[1]
-        ):  # no mask left one out
+        # as many as A has: no mask left one out
+        if columns is not None and columns.shape[1] == self.columns.shape[1]:
             weight, bias = self.layer.read(b)
             z = self.weight.along(weight, self.columns)
             z = z if bias is None else z + self.bias(bias)
@@ -118,15 +117,15 @@ def kfac_operator(
 
     Cost: a product costs B V A per layer; the build costs what `kfac_factors` costs.
     """
-    require_bias(bias)
-    require_rest(rest)
     done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
-    blocks = []
-    for layer in done.layers:
-        a, b = done.a(layer), done.b(layer).dense()
-        weight = None if a is None else partial(_sandwich, b, a.dense())
-        blocks.append(Block(layer, weight, partial(torch.matmul, b)))
-    return block_operator(blocks, done, risk, theta)
+    return block_operator(_kronecker, done, risk, theta)
+
+
+def _kronecker(done: Estimate, layer: Layer) -> Block:
+    """V -> B V A, and v -> B v for a separate bias."""
+    a, b = done.a(layer), done.b(layer).dense()
+    weight = None if a is None else partial(_sandwich, b, a.dense())
+    return Block(layer, weight, partial(torch.matmul, b))
 
 
 def _sandwich(b: Tensor, a: Tensor, v: Tensor) -> Tensor:
@@ -134,15 +133,16 @@ def _sandwich(b: Tensor, a: Tensor, v: Tensor) -> Tensor:
 
 
 def block_operator(
-    blocks: list["Block"], done: Estimate, risk: WeightedRisk, theta: Tensor
+    block: Callable[[Estimate, Layer], Block], done: Estimate, risk: WeightedRisk, theta: Tensor
 ) -> Operator:
-    """Layers' blocks, the diagonals of an estimate, and 2 l2 I, as one `Operator`."""
-    diagonals = [DiagonalBlock(name, done.rest[name], d) for name, d in done.diagonal.items()]
+    """A block a layer, the diagonals of an estimate, and 2 l2 I, as one `Operator`."""
+    blocks: list[Any] = [block(done, layer) for layer in done.layers]
+    blocks += [DiagonalBlock(name, done.rest[name], d) for name, d in done.diagonal.items()]
 
     def matvec(v):
         out = torch.zeros_like(v)
-        for block in [*blocks, *diagonals]:
-            block(v, out)
+        for one in blocks:
+            one(v, out)
         return out + 2 * risk.l2 * v
 
     return Operator(matvec, theta)

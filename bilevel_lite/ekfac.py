@@ -23,7 +23,6 @@ from bilevel_lite.curvature import Operator
 from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
-from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
 
@@ -183,19 +182,19 @@ def ekfac_operator(
 
     Cost: as an `EKFAC` solve.
     """
-    require_bias(bias)
-    require_rest(rest)
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True
     )
-    blocks = []
-    for layer in done.layers:
-        a = None if layer.weight is None else done.a(layer).spectrum()
-        b = done.b(layer).spectrum()
-        weight, bias = _corrected(done, layer, a, b)
-        if weight is not None:
-            weight = partial(in_basis, a, b, weight)
-        if bias is not None:
-            bias = partial(in_basis, None, b, bias[:, None])
-        blocks.append(Block(layer, weight, bias))
-    return block_operator(blocks, done, risk, theta)
+    return block_operator(_undamped, done, risk, theta)
+
+
+def _undamped(done: Estimate, layer: Layer) -> Block:
+    """V -> U_B [ (U_B^T V U_A) E ] U_A^T for one layer."""
+    a = None if layer.weight is None else done.a(layer).spectrum()
+    b = done.b(layer).spectrum()
+    weight, bias = _corrected(done, layer, a, b)
+    return Block(
+        layer,
+        None if weight is None else partial(in_basis, a, b, weight),
+        None if bias is None else partial(in_basis, None, b, bias[:, None]),
+    )

@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel_lite.curvature import OutputSide, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
-from bilevel_lite.refuse import require_bias, require_fisher
+from bilevel_lite.refuse import require_bias, require_fisher, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import (
@@ -33,7 +33,7 @@ from bilevel_lite.tape import (
     squared_gradients,
 )
 
-__all__ = ["Estimate", "arrange", "estimate", "kfac_factors", "require_bias"]
+__all__ = ["Estimate", "arrange", "estimate", "kfac_factors"]
 
 
 @dataclass
@@ -163,6 +163,8 @@ def estimate(
     """
     require_risk(risk, "KFAC")
     require_fisher(fisher, samples)
+    require_bias(bias)
+    require_rest(rest)
     terms = same_terms(risk, lam.detach(), batch)
     passes = []
     for term in terms:
@@ -346,7 +348,6 @@ def kfac_factors(
     Source: Martens and Grosse (2015); Grosse and Martens (2016); the weights: arXiv 2603.29108,
     app. A.2.
     """
-    require_bias(bias)
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False
     )

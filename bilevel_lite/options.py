@@ -1,6 +1,6 @@
 """An option is said once, where a class declares it: default, range, meaning, where to search.
 
-    penalty: float = positive(1.0, help="c at the start", search=(0.1, 10.0))
+    penalty: float = positive(default=1.0, help="c at the start", search=(0.1, 10.0))
 
 in a dataclass serves the constructor, messages (`check`), docstrings (`document`), command lines
 and searches (`options_of`).

@@ -24,7 +24,7 @@ from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
 from bilevel_lite.refuse import NotFinite, check_labels, looked_at
-from bilevel_lite.same_function import same_twice
+from bilevel_lite.same_function import due, same_twice, was_the_same
 from bilevel_lite.surroundings import (
     differentiating,
     require_twice,
@@ -831,13 +831,16 @@ def is_structured(loss: Any) -> bool:
 
 
 def same_terms(risk: "WeightedRisk | SumOfRisks", lam: Tensor, batch: Any) -> list[Term]:
-    """`WeightedRisk.terms`, refused where weights or inputs are another function at each call.
+    """`WeightedRisk.terms`, refused where weight, inputs or mask is another function at each call.
 
-    Cost: that of the weights once more; see `bilevel_lite.same_function.same_twice`.
+    Cost: nothing but at the 1st, 2nd, 4th, 8th ... use, where weights, inputs and masks are
+    evaluated twice; see `bilevel_lite.same_function.same_twice`.
     """
     risks = risk.risks if isinstance(risk, SumOfRisks) else [risk]
-    hooks = [h for r in risks for h in (r.weight, r.inputs) if h is not None]
-    if not hooks:
+    hooks = [h for r in risks for h in (r.weight, r.inputs, r.mask) if h is not None]
+    of, what = (hooks[0] if len(hooks) == 1 else risk), "weight, inputs or mask"
+    if not (hooks and due(of)):
+        was_the_same(of)
         return risk.terms(lam, batch)
 
     def read(terms):
@@ -848,9 +851,10 @@ def same_terms(risk: "WeightedRisk | SumOfRisks", lam: Tensor, batch: Any) -> li
             if t.risk.weight is not None:
                 losses = lam.new_ones(len(t.batch[1])) if t.risk.reads_losses else None
                 made.append(t.risk.weights(lam, t.batch, losses))
+            if t.risk.mask is not None:
+                made.append(t.risk.unpadded(t.batch))
         return torch.cat([part.detach().reshape(-1).to(lam.dtype) for part in made])
 
-    of, what = (hooks[0] if len(hooks) == 1 else risk), "weight or inputs"
     with same_twice(what, lam, lambda: read(risk.terms(lam, batch)), of, every=True) as watch:
         terms = risk.terms(lam, batch)
         watch.value = read(terms)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,11 +21,13 @@ from bilevel_lite.trust import known_code, low_precision, still
 
 __all__ = [
     "SameDraws",
+    "due",
     "note",
     "random_state",
     "require_same",
     "restore_random_state",
     "same_twice",
+    "was_the_same",
 ]
 
 
@@ -70,10 +73,10 @@ class SameDraws:
             self.state = before
         if not self.compared:
             self.compared = True
-            if (moved := watch.moved()) or _due(self.loss):
+            if (moved := watch.moved()) or due(self.loss):
                 again = partial(self._replayed, lam, theta, batch)
                 require_same("loss", [value.detach(), *watch.evaluate(again, 1)], moved)
-            _was_the_same(self.loss)
+            was_the_same(self.loss)
         return value
 
     def _replayed(self, lam, theta, batch):
@@ -186,6 +189,12 @@ def _same_part(was: Any, now: Any) -> bool:
     return was is now or (type(was) is type(now) and isinstance(was, int | str) and was == now)
 
 
+_SPECTRAL = (
+    nn.utils.parametrizations._SpectralNorm,
+    import_module("torch.nn.utils.spectral_norm").SpectralNorm,  # a function hides the module
+)
+
+
 def _require_still_norms(model: nn.Module) -> None:
     """Refuse spectral normalisation that goes on with its power iteration at each pass.
 
@@ -193,12 +202,8 @@ def _require_still_norms(model: nn.Module) -> None:
     right, but the second is not.
     """
     for name, module in model.named_modules():
-        hooks = list(module._forward_pre_hooks.values())
-        parts = [module, *(h for h in hooks if module.training)]
-        if any(
-            type(p).__name__.lstrip("_") == "SpectralNorm" and getattr(p, "training", True)
-            for p in parts
-        ):
+        parts = [module, *module._forward_pre_hooks.values()]  # the new form, and the old one
+        if module.training and any(isinstance(part, _SPECTRAL) for part in parts):
             raise ValueError(
                 f"model: {name or type(model).__name__} is under spectral_norm in training mode, "
                 "whose power iteration goes on at each forward pass, so b, H and J would each "
@@ -212,7 +217,7 @@ def _require_still_norms(model: nn.Module) -> None:
 _uses: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _due(of: Any) -> bool:
+def due(of: Any) -> bool:
     """True at the 1st, 2nd, 4th, 8th ... use, and until a comparison has come out well."""
     if of is None or isinstance(of, SameDraws):  # it compares for itself
         return False
@@ -225,7 +230,8 @@ def _due(of: Any) -> bool:
     return uses & (uses - 1) == 0
 
 
-def _was_the_same(of: Any) -> None:
+def was_the_same(of: Any) -> None:
+    """Count a use that was compared and came out well, or that was not due."""
     with suppress(TypeError):
         _uses[of] = _uses.get(of, 0) + 1
 
@@ -261,8 +267,8 @@ def same_twice(
         yield watch
     drew = not _equal(before, random_state(like))
     moved = watch.moved()
-    if not (_due(of) or drew or moved):
-        return _was_the_same(of)
+    if not (due(of) or drew or moved):
+        return was_the_same(of)
     values = [] if watch.value is None else [watch.value.detach()]
     values += watch.evaluate(again, 4 if drew else 2 - len(values))
     if drew and not all(torch.equal(values[-1], value) for value in values[-4:]):
@@ -272,10 +278,10 @@ def same_twice(
             "and put what was drawn into the batch"
         )
     require_same(what, values, moved)
-    _was_the_same(of)
+    was_the_same(of)
 
 
-def require_same(what: str, values: list[Tensor], moved: list[str] = ()) -> None:
+def require_same(what: str, values: list[Tensor], moved: list[str]) -> None:
     """Refuse values of one function at one point that differ by more than rounding.
 
     Raises:

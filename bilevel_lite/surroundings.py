@@ -88,59 +88,49 @@ def lock_of_modules() -> Any:
 # ------------------------------------------------------------------ kernels
 
 
-class _NoFastPath:
-    """Attention's fast path off: what it gives at padded positions is another function.
+class _Switch:
+    """A setting of the whole process that several threads, and calls in calls, may hold at once.
 
-    Torch takes it where nothing inside needs a gradient (a frozen encoder): b and H would differ.
+    Args:
+        on: Makes the setting and returns a function that takes it back.
     """
 
-    holders, was = 0, False
+    def __init__(self, on: Callable[[], Callable[[], None]]):
+        self.on, self.holders = on, 0
 
     def __enter__(self):
         with _guard:
             self.holders += 1
             if self.holders == 1:
-                self.was = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
+                self.back = self.on()
 
     def __exit__(self, *error):
         with _guard:
             self.holders -= 1
             if not self.holders:
-                torch.backends.mha.set_fastpath_enabled(self.was)
+                self.back()
 
 
-_no_fast_path = _NoFastPath()
+def _no_fast_path() -> Callable[[], None]:
+    """Attention's fast path off: what it gives at padded positions is another function.
+
+    Torch takes it where nothing inside needs a gradient (a frozen encoder): b and H would differ.
+    """
+    mha = torch.backends.mha
+    was = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    return lambda: mha.set_fastpath_enabled(was)
 
 
-class _SecondOrder:
-    """A switch of the whole process that several threads may hold at once."""
-
-    def __init__(self):
-        self.holders = 0
-
-    def __enter__(self):
-        with _guard:
-            self.holders += 1
-            if self.holders > 1:
-                return
-            self.before = [(put, get()) for get, put in _kernels()]
-            for put, _ in self.before:
-                put(put is torch.backends.cuda.enable_math_sdp)
-            self.stance = None
-            if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-                self.stance = torch.compiler.set_stance("force_eager")  # compiled: no second order
-                self.stance.__enter__()
-
-    def __exit__(self, *error):
-        with _guard:
-            self.holders -= 1
-            if self.holders:
-                return
-            if self.stance is not None:
-                self.stance.__exit__(None, None, None)
-            for put, was in self.before:
-                put(was)
+def _math_alone() -> Callable[[], None]:
+    """Attention by torch's math kernel, and nothing compiled: neither has second derivatives."""
+    stack = ExitStack()
+    for get, put in _kernels():
+        stack.callback(put, get())
+        put(put is torch.backends.cuda.enable_math_sdp)
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack.close
 
 
 def _kernels() -> list[tuple[Callable, Callable]]:
@@ -156,7 +146,7 @@ def _kernels() -> list[tuple[Callable, Callable]]:
     return pairs
 
 
-_second_order = _SecondOrder()
+_fast_path_off, _second_order = _Switch(_no_fast_path), _Switch(_math_alone)
 
 
 def second_order() -> Any:
@@ -174,47 +164,46 @@ _HOOKS = "bilevel_lite: no hooks on saved tensors"
 _local = threading.local()
 
 
-class _NoCheckpoints:
-    """Within it, in this thread, reentrant checkpointing is an error.
+def _no_checkpoints() -> Callable[[], None]:
+    """Where this thread refuses it, reentrant checkpointing is an error.
 
     Torch only warns where its inputs have no gradient, and what is inside then gets none at all.
     """
+    module = torch.utils.checkpoint
+    was = module.check_backward_validity
 
-    def __init__(self):
-        self.holders, self.validity = 0, None
-
-    def __enter__(self):
-        _local.refusing = getattr(_local, "refusing", 0) + 1
-        with _guard:
-            self.holders += 1
-            if self.holders == 1:
-                self.validity = torch.utils.checkpoint.check_backward_validity
-                torch.utils.checkpoint.check_backward_validity = self.check
-
-    def __exit__(self, *error):
-        _local.refusing -= 1
-        with _guard:
-            self.holders -= 1
-            if not self.holders:
-                torch.utils.checkpoint.check_backward_validity = self.validity
-
-    def check(self, inputs):
+    def check(inputs):
         if getattr(_local, "refusing", 0):
             raise RuntimeError(_HOOKS)
-        self.validity(inputs)
+        was(inputs)
+
+    def back():
+        module.check_backward_validity = was
+
+    module.check_backward_validity = check
+    return back
 
 
-_no_checkpoints = _NoCheckpoints()
+_checkpoints_watched = _Switch(_no_checkpoints)
+
+
+@contextmanager
+def _refusing_checkpoints() -> Iterator[None]:
+    with _checkpoints_watched:
+        _local.refusing = getattr(_local, "refusing", 0) + 1
+        try:
+            yield
+        finally:
+            _local.refusing -= 1
 
 
 @contextmanager
 def nothing_again(what: str) -> Iterator[None]:
-    """One forward pass with other parameters than the module's: no fast path, and no second pass.
+    """A forward pass with other parameters than the module's: it is not to be run again.
 
-    Activation checkpointing is refused.
-
-    What the backward pass runs again, it would run with the module's own parameters and not with
-    theta: the gradient would be of neither. Attention's fast path is off.
+    Activation checkpointing is refused: what the backward pass runs again, it would run with the
+    module's own parameters and not with theta, and the gradient would be of neither. Attention's
+    fast path is off, see `_no_fast_path`.
 
     Raises:
         ValueError: naming ``what`` and the way out.
@@ -222,9 +211,9 @@ def nothing_again(what: str) -> Iterator[None]:
     with ExitStack() as stack:
         with suppress(RuntimeError):  # the caller has hooks of his own around all of it
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
-        stack.enter_context(_no_fast_path)
+        stack.enter_context(_fast_path_off)
         if torch.is_grad_enabled():
-            stack.enter_context(_no_checkpoints)
+            stack.enter_context(_refusing_checkpoints())
         try:
             yield
         except RuntimeError as error:

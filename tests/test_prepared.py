@@ -140,6 +140,21 @@ def counting(kind):
     return {"inputs": noisy} if kind == "inputs" else {"weight": hooks[kind]}
 
 
+def test_a_mask_that_is_another_at_each_call():
+    """It leaves positions out of A, and of nothing else."""
+    c, calls = case("positions"), []
+
+    def mask(batch):
+        calls.append(1)
+        real = batch[1] != -100
+        real[1, 3] = len(calls) % 2 == 0  # has no loss term: real or padding, both may be said
+        return real
+
+    c.risk.mask = mask
+    with pytest.raises(ValueError, match="weight, inputs or mask: has another value"):
+        bl.hypergradient(problem_of(c), c.lam, c.theta, c.batch, None, bl.KFAC(0.1))
+
+
 @pytest.mark.parametrize("kind", ["counts", "draws", "draws, its own", "inputs"])
 @pytest.mark.parametrize("name", MAKE)
 def test_weights_and_inputs_that_are_others_at_each_call(name, kind):

@@ -1,11 +1,12 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from bilevel_lite.experiment.methods import OWN
+from bilevel_lite.options import one_of, option
 
-__all__ = ["Settings", "check", "of", "read", "setting"]
+__all__ = ["Settings", "of", "read", "setting"]
 
 
 def setting(default: Any, meaning: str, least: float | None = None, known: tuple = ()) -> Any:
@@ -17,7 +18,11 @@ def setting(default: Any, meaning: str, least: float | None = None, known: tuple
         least: The smallest value that it may have, if there is one.
         known: The values that it may have, if they are a few.
     """
-    return field(default=default, metadata={"meaning": meaning, "least": least, "known": known})
+    if known:
+        return one_of(*sorted(known), default=default, help=meaning, search=tuple(sorted(known)))
+    if least is not None:
+        return option(f"at least {least}", lambda v: v >= least, default, help=meaning)
+    return option("a value", lambda v: True, default, help=meaning)
 
 
 @dataclass(kw_only=True)
@@ -72,24 +77,12 @@ def of(kind: type) -> dict[str, tuple[type, Any, str]]:
         plain = next(
             (t for t in getattr(types[f.name], "__args__", ()) if t is not type(None)), None
         )
-        known = f.metadata.get("known")
-        meaning = f.metadata.get("meaning", "") + (f": {', '.join(known)}" if known else "")
+        one = f.metadata.get("option")  # a stranger's field may say nothing of itself
+        meaning = "" if one is None else one.help
+        if one is not None and one.search:
+            meaning += f": {', '.join(one.search)}"
         out[f.name] = (plain or types[f.name], f.default, meaning)
     return out
-
-
-def check(s: Any) -> None:
-    """Refuse the first setting that is out of its range.
-
-    Raises:
-        ValueError: naming it, what came and what was expected.
-    """
-    for f in fields(s):
-        value, least, known = getattr(s, f.name), f.metadata.get("least"), f.metadata.get("known")
-        if known and value not in known:
-            raise ValueError(f"{f.name}: got {value!r}, expected {sorted(known)}")
-        if least is not None and not value >= least:
-            raise ValueError(f"{f.name}: got {value}, expected at least {least}")
 
 
 def read(kind: type, words: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.experiment import settings as declared
+from bilevel_lite.options import check
 from bilevel_lite.problem import BilevelProblem
 
 __all__ = ["TASKS", "Column", "Task", "find", "owner"]
@@ -96,7 +97,7 @@ class Task:
         if unknown := sorted(set(given) - set(declared.of(cls.Settings))):
             raise ValueError(f"{cls.name}: has no setting {unknown}")
         s = cls.Settings(**{**cls.defaults, **given})
-        declared.check(s)
+        check(s)
         return s
 
     @classmethod
