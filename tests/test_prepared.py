@@ -6,6 +6,7 @@ from test_risk import case, error, problem_of
 from torch import nn
 
 import bilevel_lite as bl
+from bilevel_lite.kfac import kfac_operator
 from bilevel_lite.products import cross_vp
 from bilevel_lite.solvers import Solver
 
@@ -153,6 +154,9 @@ def test_a_mask_that_is_another_at_each_call():
     c.risk.mask = mask
     with pytest.raises(ValueError, match="weight, inputs or mask: has another value"):
         bl.hypergradient(problem_of(c), c.lam, c.theta, c.batch, None, bl.KFAC(0.1))
+    alone = bl.WeightedRisk(c.risk.model, mask=mask)
+    with pytest.raises(ValueError, match="weight, inputs or mask: has another value"):
+        kfac_operator(alone, c.lam, c.theta, c.batch)
 
 
 @pytest.mark.parametrize("kind", ["counts", "draws", "draws, its own", "inputs"])
