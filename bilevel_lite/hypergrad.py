@@ -3,11 +3,9 @@
 By unrolling: `bilevel_lite.unroll`. By finite differences: `bilevel_lite.checking`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem, relative_size
@@ -17,8 +15,8 @@ from bilevel_lite.products import (
     gradient,
 )
 from bilevel_lite.refuse import (
-    NotFinite,
     require_batch,
+    require_finite,
     require_problem,
     require_unwritten,
     require_variable,
@@ -32,7 +30,6 @@ __all__ = [
     "HypergradientInfo",
     "hypergradient",
     "implicit",
-    "require_finite",
 ]
 
 
@@ -199,19 +196,10 @@ def implicit(
     require_unwritten("inner_loss", before, versions((lam, theta)))
     implicit = -jv
     total = direct + implicit
-    require_finite(total, lambda: f"||b|| = {float(b.norm()):.3g}")
+    require_finite({"hypergradient": total}, lambda: f" (||b|| = {float(b.norm()):.3g})")
     cost = (
         COST["gradient"] * relative_size(outer_batch, inner_batch)
         + solve.gradients * relative_size(curvature_batch, inner_batch)
         + COST["cross"] * relative_size(cross_batch, inner_batch)
     )
     return total, HypergradientInfo(outer_loss, direct, implicit, v, b, solve, cost)
-
-
-def require_finite(h: Tensor, context: Callable[[], str]) -> None:
-    """Refuse a hypergradient with NaN or infinity in it; ``context`` says what may be the cause."""
-    bad = int((~torch.isfinite(h)).sum())
-    if bad:
-        raise NotFinite(
-            f"hypergradient: {bad} of {h.numel()} entries are NaN or infinite ({context()})"
-        )

@@ -45,7 +45,7 @@ from bilevel_lite.options import flag, fraction, instance, not_negative, one_of,
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
-from bilevel_lite.refuse import NotFinite, require_fisher, versions
+from bilevel_lite.refuse import require_finite, require_fisher, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.tape import Layer
@@ -80,6 +80,9 @@ class KFACInfo(SolveInfo):
     drift: float = 0.0
     without_block: tuple[str, ...] = ()
     rest: str = "diagonal"
+
+
+_SINGULAR = "; is the damping zero on a curvature that is zero, or are inputs of a huge scale?"
 
 
 class PreparedKFAC(Prepared):
@@ -126,7 +129,8 @@ class PreparedKFAC(Prepared):
         if self.once:
             self.blocks = None
         if v is not None:
-            _require_finite(v)
+            if not bool(torch.isfinite(v.sum())):
+                require_finite({"KFAC: v": v}, lambda: _SINGULAR)
         self.of = None if v is None else (v, versions(v))
         return KFACInfo(v, iterations=0, products=0, **self.info)
 
@@ -492,15 +496,6 @@ def _pack(part: Factor | Tensor | None):
 
 def _unpack(part):
     return FORMS[part[0]](**part[1]) if isinstance(part, list) else part
-
-
-def _require_finite(v: Tensor) -> None:
-    bad = 0 if bool(torch.isfinite(v.sum())) else int((~torch.isfinite(v)).sum())
-    if bad:
-        raise NotFinite(
-            f"KFAC: {bad} of {v.numel()} entries of v are NaN or infinite; is the damping zero on "
-            "a curvature that is zero, or are the inputs of a huge scale?"
-        )
 
 
 class KFACRichardson(Solver):

@@ -4,7 +4,7 @@ Options say their own range (`bilevel_lite.options`); here is every other guard 
 module needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -25,6 +25,7 @@ __all__ = [
     "require_as_drawn",
     "require_batch",
     "require_bias",
+    "require_finite",
     "require_fisher",
     "require_problem",
     "require_rest",
@@ -53,6 +54,22 @@ def looked_at(value: Tensor) -> bool:
 
 class NotFinite(ValueError):
     """A loss or a derivative came out as NaN or infinite."""
+
+
+def require_finite(named: dict[str, Tensor], why: Callable[[], str] = str) -> None:
+    """Refuse tensors with NaN or infinity in them; one look for all.
+
+    Args:
+        named: Name -> tensor.
+        why: What to add to the sentence, made only if there is one.
+
+    Raises:
+        NotFinite: naming the first that is bad.
+    """
+    counts = torch.stack([(~torch.isfinite(value)).sum() for value in named.values()])
+    for (name, value), bad in zip(named.items(), counts.tolist(), strict=True):
+        if bad:
+            raise NotFinite(f"{name}: {bad} of {value.numel()} entries are NaN or infinite{why()}")
 
 
 def require_problem(problem: Any) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from bilevel_lite.hypergrad import require_finite
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_operator, update_vjp
 from bilevel_lite.refuse import (
     require_as_drawn,
     require_batch,
+    require_finite,
     require_problem,
     require_variable,
     versions,
@@ -130,7 +130,10 @@ def unrolled_hypergradient(
     batch_at = _batch_at(inner_batch, problem)
     unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
     h, info = unroll(problem, lam, theta0, steps, lr, truncate, batch_at, outer_batch)
-    require_finite(h, lambda: f"after {steps} steps of size {lr}; is lr above 2 / curvature?")
+    require_finite(
+        {"hypergradient": h},
+        lambda: f" (after {steps} steps of size {lr}; is lr above 2 / curvature?)",
+    )
     return (h, info) if return_info else h
 
 

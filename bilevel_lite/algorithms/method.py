@@ -32,6 +32,7 @@ from bilevel_lite.refuse import (
     every_look,
     looked_at,
     require_batch,
+    require_finite,
     require_problem,
     require_variable,
 )
@@ -445,7 +446,7 @@ class Method(Resumable):
             self._move_lam(direction)
             losses = {"inner_loss": inner_loss, "outer_loss": outer_loss}
             variables = {"direction for lam": direction, **self._like_theta(), "lam": self.lam}
-            _require_finite({**losses, **variables})
+            require_finite({**losses, **variables})
             for scheduler in filter(None, (self.inner_scheduler, self.outer_scheduler)):
                 plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
                 scheduler.step(*([float(outer_loss)] if plateau else []))
@@ -551,15 +552,7 @@ def _declare(cls: type) -> None:
     cls.__init__ = __init__
 
 
-def _require_finite(named: dict[str, Tensor]) -> None:
-    """Refuse tensors with NaN or infinity in them; one look for all."""
-    counts = torch.stack([(~torch.isfinite(value)).sum() for value in named.values()])
-    for (name, value), bad in zip(named.items(), counts.tolist(), strict=True):
-        if bad:
-            raise NotFinite(f"{name}: {bad} of {value.numel()} entries are NaN or infinite")
-
-
 def _look(name: str, value: Tensor) -> None:
-    """The same where it costs next to nothing; on a GPU it would stall, and `step` looks once."""
+    """`require_finite` where it costs next to nothing: on a GPU it waits, and `step` looks once."""
     if looked_at(value) and not torch.isfinite(value.sum()):
-        _require_finite({name: value})
+        require_finite({name: value})
