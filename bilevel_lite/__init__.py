@@ -42,9 +42,9 @@ from bilevel_lite.unroll import unrolled_hypergradient
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
-_LAZY = ("data", "exercises", "experiment", "models", "plotting", "tasks")
+_LAZY = ("data", "drawings", "exercises", "experiment", "models", "plotting", "tasks")
 if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
-    from bilevel_lite import data, exercises, experiment, models, plotting, tasks
+    from bilevel_lite import data, drawings, exercises, experiment, models, plotting, tasks
 else:
 
     def __getattr__(name):
@@ -84,6 +84,7 @@ __all__ = [
     "audit",
     "check",
     "data",
+    "drawings",
     "exercises",
     "experiment",
     "finite_difference_hypergradient",

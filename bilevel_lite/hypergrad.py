@@ -12,8 +12,8 @@ from bilevel_lite.problem import BilevelProblem, relative_size
 from bilevel_lite.products import (
     COST,
     cross_and_route,
-    gradient,
 )
+from bilevel_lite.recorded import Recordings
 from bilevel_lite.refuse import (
     require_batch,
     require_finite,
@@ -170,21 +170,25 @@ def implicit(
     diagnose: bool = False,
     cross_mode: str = "auto",
     want_v: bool = False,
+    recorded: Recordings | None = None,
 ) -> tuple[Tensor, HypergradientInfo]:
     """`hypergradient` and its diagnosis, for callers that can do without v.
 
     Without ``want_v`` KFAC need not form it, and ``info.v`` may be None: J v reads v along the
-    layers' inputs only.
+    layers' inputs only. With ``recorded`` what has fixed shapes is replayed, on a GPU.
     """
+    recorded = recorded or Recordings(on=False)
     curvature_batch = inner_batch if curvature_batch is None else curvature_batch
     cross_batch = inner_batch if cross_batch is None else cross_batch
     lam, theta = lam.detach().clone(), theta.detach()  # models may write into them
     if not (only_reads(problem.inner_loss) and only_reads(problem.outer_loss)):
         theta = theta.clone()
     before = versions((lam, theta))
-    outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+    outer_loss, direct, b = recorded.gradient(
+        problem.outer_loss, lam, theta, outer_batch, "outer_loss"
+    )
     shared = cross_mode == "auto" and cross_batch is curvature_batch
-    at = solver.prepare(problem, lam, theta, curvature_batch, cross=shared, once=True)
+    at = recorded.prepare(solver, problem, lam, theta, curvature_batch, cross=shared)
     v, solve = at.solve(b, diagnose, want_v or not shared)
     if shared:
         jv, solve.cross = at.cross(v)

@@ -21,7 +21,9 @@ __all__ = [
     "at_least",
     "check_labels",
     "every_look",
+    "every_look_on",
     "looked_at",
+    "recording",
     "require_as_drawn",
     "require_batch",
     "require_bias",
@@ -32,9 +34,11 @@ __all__ = [
     "require_unwritten",
     "require_variable",
     "versions",
+    "while_recording",
 ]
 
 _every_look: ContextVar[bool] = ContextVar("every_look", default=False)
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
 
 
 @contextmanager
@@ -47,9 +51,29 @@ def every_look():
         _every_look.reset(token)
 
 
+@contextmanager
+def while_recording():
+    """Check no intermediate value: what is recorded cannot wait (`bilevel_lite.recorded`)."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def every_look_on() -> bool:
+    """True within `every_look`."""
+    return _every_look.get()
+
+
+def recording() -> bool:
+    """True within `while_recording`."""
+    return _recording.get()
+
+
 def looked_at(value: Tensor) -> bool:
     """True where intermediate values are checked: on a CPU, and within `every_look`."""
-    return value.device.type == "cpu" or _every_look.get()
+    return not _recording.get() and (value.device.type == "cpu" or _every_look.get())
 
 
 class NotFinite(ValueError):

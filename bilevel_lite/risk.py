@@ -533,7 +533,7 @@ class WeightedRisk:
                 f"expected integer labels of shape {expected}, dtype torch.int64, for outputs of "
                 f"shape {tuple(outputs.shape)}, classes last"
             )
-        elif y.device.type == "cpu" and y.numel():
+        elif looked_at(y) and y.numel():
             self._check_labels(y, outputs.shape[-1])
 
     def _check_labels(self, y: Tensor, classes: int) -> None:

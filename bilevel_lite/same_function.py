@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bilevel_lite.refuse import recording
 from bilevel_lite.trust import known_code, low_precision, still
 
 __all__ = [
     "SameDraws",
     "due",
+    "equal_states",
     "note",
     "random_state",
     "require_same",
@@ -69,7 +71,7 @@ class SameDraws:
         before = random_state(theta)
         with _watching(not hasattr(self.loss, "terms")) as watch:
             value = self.loss(lam, theta, batch)
-        if not _equal(before, random_state(theta)):
+        if not equal_states(before, random_state(theta)):
             self.state = before
         if not self.compared:
             self.compared = True
@@ -90,7 +92,8 @@ class SameDraws:
             restore_random_state(now, theta)
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+def equal_states(one: list[Tensor], other: list[Tensor]) -> bool:
+    """True if two results of `random_state` are the same: nothing was drawn in between."""
     return all(map(torch.equal, one, other))
 
 
@@ -219,6 +222,8 @@ _uses: WeakKeyDictionary = WeakKeyDictionary()
 
 def due(of: Any) -> bool:
     """True at the 1st, 2nd, 4th, 8th ... use, and until a comparison has come out well."""
+    if recording():  # compared before, by the plain path
+        return False
     if of is None or isinstance(of, SameDraws):  # it compares for itself
         return False
     if isinstance(of, nn.Module) and known_code(of):
@@ -262,10 +267,13 @@ def same_twice(
 
     Cost: nothing, or the forward passes of ``again`` in the cases above.
     """
+    if recording():
+        yield _Watch()
+        return
     before = random_state(like)
     with _watching(every) as watch:
         yield watch
-    drew = not _equal(before, random_state(like))
+    drew = not equal_states(before, random_state(like))
     moved = watch.moved()
     if not (due(of) or drew or moved):
         return was_the_same(of)

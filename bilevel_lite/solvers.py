@@ -118,6 +118,8 @@ class Prepared:
 
     def _cross(self, v):
         operator = self.matvec.operator
+        if getattr(operator, "recorded", False):
+            return operator.cross(v), "double backward, recorded"
         if isinstance(operator, SecondDerivatives) and not _dear(self.loss):
             return operator.cross(v), "double backward"
         return cross_and_route(self.loss, self.lam, self.theta, self.batch, v)

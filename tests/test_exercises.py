@@ -19,6 +19,10 @@ for path in sorted((Path(__file__).parent / "exercise_answers").glob("ch*.py")):
 WRONG = [(n, i) for n, (_, wrong) in sorted(ANSWERS.items()) for i in range(len(wrong))]
 
 
+def name(number):
+    return f"{'Stop' if number[-1].isalpha() else 'Exercise'} {number}"
+
+
 def stub(*args, **kwargs):
     raise NotImplementedError
 
@@ -32,15 +36,15 @@ def test_every_exercise_has_answers_to_test_it_with():
 @pytest.mark.parametrize("number", sorted(ANSWERS))
 def test_right_is_correct(number, capsys):
     assert exercises.check(number, ANSWERS[number][0])
-    assert capsys.readouterr().out == f"Exercise {number}: correct.\n"
+    assert capsys.readouterr().out == f"{name(number)}: correct.\n"
 
 
 @pytest.mark.parametrize(("number", "index"), WRONG)
 def test_wrong_is_refused_with_a_sentence(number, index, capsys):
     assert not exercises.check(number, ANSWERS[number][1][index])
     out = capsys.readouterr().out
-    assert out.startswith(f"Exercise {number}: not yet. ")
-    assert len(out) > len(f"Exercise {number}: not yet. ") + 15
+    assert out.startswith(f"{name(number)}: not yet. ")
+    assert len(out) > len(f"{name(number)}: not yet. ") + 15
     assert "Your code raised" not in out  # a wrong answer here, not a broken one
 
 
@@ -51,7 +55,7 @@ def test_stubs_are_not_attempted(number, capsys):
         answers += [stub, lambda *args, **kwargs: None]
     for answer in answers:
         assert not exercises.check(number, answer)
-        assert capsys.readouterr().out == f"Exercise {number}: not attempted yet.\n"
+        assert capsys.readouterr().out == f"{name(number)}: not attempted yet.\n"
 
 
 def test_unknown_number():

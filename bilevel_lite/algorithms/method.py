@@ -26,7 +26,8 @@ from bilevel_lite.options import (
     whole,
 )
 from bilevel_lite.problem import BilevelProblem, examples, relative_size
-from bilevel_lite.products import COST, cross_vp, gradient, hvp_operator, theta_gradient
+from bilevel_lite.products import COST, cross_vp, hvp_operator
+from bilevel_lite.recorded import Recordings
 from bilevel_lite.refuse import (
     NotFinite,
     every_look,
@@ -193,6 +194,7 @@ class Method(Resumable):
         require_variable("lam", self.lam)
         require_variable("theta", self.theta)
         self.lam, self.theta = self.lam.detach().clone(), self.theta.detach().clone()
+        self.recorded = Recordings()
         if self.plain_inner and self.inner_optimizer is not None:
             raise ValueError(
                 f"inner_optimizer: {type(self).__name__} is defined for plain gradient descent; "
@@ -280,33 +282,33 @@ class Method(Resumable):
         amount = COST[what] if isinstance(what, str) else what
         self.gradients += times * amount * relative_size(batch, self._unit)
 
-    def _slope(self, gradient: Callable, name: str, batch: Any, theta: Any, lam: Any) -> tuple:
+    def _slope(self, gradient: str, name: str, batch: Any, theta: Any, lam: Any) -> tuple:
         """A loss and a gradient of it, counted and looked at."""
         self._spend("gradient", batch)
         at = self.lam if lam is None else lam, self.theta if theta is None else theta, batch
-        slope = gradient(getattr(self.problem, name), *at, name)
+        slope = getattr(self.recorded, gradient)(getattr(self.problem, name), *at, name)
         _look(f"gradient of {name} in theta", slope[-1])
         return slope
 
     def _g(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
         """g with both gradients, here or at another point: 1 gradient."""
-        return Slope(*self._slope(gradient, "inner_loss", batch, theta, lam))
+        return Slope(*self._slope("gradient", "inner_loss", batch, theta, lam))
 
     def _f(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
         """f with both gradients, here or at another point: 1 gradient."""
-        return Slope(*self._slope(gradient, "outer_loss", batch, theta, lam))
+        return Slope(*self._slope("gradient", "outer_loss", batch, theta, lam))
 
     def _g_theta(
         self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """g and its gradient in theta alone, here or at another point: 1 gradient."""
-        return self._slope(theta_gradient, "inner_loss", batch, theta, lam)
+        return self._slope("theta_gradient", "inner_loss", batch, theta, lam)
 
     def _f_theta(
         self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """f and its gradient in theta alone, here or at another point: 1 gradient."""
-        return self._slope(theta_gradient, "outer_loss", batch, theta, lam)
+        return self._slope("theta_gradient", "outer_loss", batch, theta, lam)
 
     def _value(self, name: str, batch: Any, theta: Tensor) -> Tensor:
         """g or f at another theta without a gradient, not looked at: half a gradient."""
@@ -351,8 +353,9 @@ class Method(Resumable):
         problem = BilevelProblem(g.loss if isinstance(g, SameDraws) else g, f)
         lam, theta = self.lam if lam is None else lam, self.theta if theta is None else theta
         h, info = implicit(
-            problem, lam, theta, self._unit, outer, self.solver, cross, curvature, **how
-        )
+            problem, lam, theta, self._unit, outer, self.solver, cross, curvature,
+            recorded=self.recorded, **how,
+        )  # fmt: skip
         self._spend(info.gradients, self._unit)
         return h, info
 

@@ -41,7 +41,7 @@ def check(number: str, answer) -> bool:
     """Check an answer and print one line about it.
 
     Args:
-        number: The exercise, for example ``"1.2"``.
+        number: The exercise, for example ``"1.2"``, or the stop inside a chapter, ``"1.A"``.
         answer: Whatever the exercise asks for: a function, a number, a tensor, a string.
 
     Returns:
@@ -61,16 +61,17 @@ def check(number: str, answer) -> bool:
             pass
     if number not in _CHECKS:
         raise ValueError(f"number: there is no exercise {number!r}; known: {sorted(_CHECKS)}")
+    name = f"{'Stop' if number[-1].isalpha() else 'Exercise'} {number}"
     try:
         _CHECKS[number](_attempted(answer))
     except NotAttempted:
-        print(f"Exercise {number}: not attempted yet.")
+        print(f"{name}: not attempted yet.")
     except Wrong as wrong:
-        print(f"Exercise {number}: not yet. {wrong}")
+        print(f"{name}: not yet. {wrong}")
     except Exception as error:
-        print(f"Exercise {number}: not yet. Your code raised {type(error).__name__}: {error}")
+        print(f"{name}: not yet. Your code raised {type(error).__name__}: {error}")
     else:
-        print(f"Exercise {number}: correct.")
+        print(f"{name}: correct.")
         return True
     return False
 

@@ -40,7 +40,8 @@ BADGE = (
 )
 
 CLOSING = ["When it fails", "Exercises", "Summary", "References"]
-TAGS = {"setup", "nbval-ignore-output"}
+# hide-input: machinery, folded in the site; deeper: part of a *Going deeper* block, folded there
+TAGS = {"setup", "nbval-ignore-output", "hide-input", "deeper"}
 EXERCISE = re.compile(r"Exercise (\d+[a-z]?\.\d+) \(difficulty [1-5]/5, about \d+ min\)")
 CHECK_CALL = re.compile(r"bl\.exercises\.check\(\s*[\"']([^\"']+)[\"']")
 FORBIDDEN_TEXT = {

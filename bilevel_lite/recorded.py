@@ -1,0 +1,385 @@
+r"""Steps of fixed shape as one launch: recorded as a CUDA graph at first use, replayed afterwards.
+
+On a GPU the models of this book are bound by the launches of kernels, not by arithmetic: a gradient
+of ResNet-18 is some thousand operations of a few microseconds each. A recording holds them all,
+with the memory that they work in, and starts them at once. It also freezes whatever Python decided
+on the way; so only code that we know is recorded, and what the user wrote stays outside:
+
+    g(lam, theta; batch) = G(sigma, theta; x, y),         sigma = sigma(lam; batch)
+    grad_lam g = (d sigma / d lam)^T grad_sigma G,        J v = (d sigma / d lam)^T J_sigma v
+
+G, a `bilevel_lite.WeightedRisk` over a model of known layers, is recorded with sigma as its outer
+variable; the weights are evaluated, and the chain rule applied, at each call.
+
+Trust. A recording is compared with the plain computation at its 1st, 2nd, 4th, 8th ... use, and
+dropped where they differ by more than rounding; as it is where the model draws random numbers or
+keeps statistics, where the library cannot record, and where memory is short. Then the plain path
+runs, and one line says why (`Recordings.lines`, and the log of ``bilevel_lite``). Another shape,
+mode or option is another recording. ``BILEVEL_LITE_GRAPHS=0`` turns all of it off.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel_lite import products
+from bilevel_lite.problem import BilevelProblem, Loss
+from bilevel_lite.refuse import every_look_on, while_recording
+from bilevel_lite.risk import WeightedRisk, only_reads
+from bilevel_lite.same_function import equal_states, random_state, restore_random_state
+from bilevel_lite.solvers import Prepared, Solver
+from bilevel_lite.surroundings import differentiating, second_order
+from bilevel_lite.trust import low_precision, still
+
+__all__ = ["CudaGraphs", "Recordings"]
+
+SETTINGS = {bool, int, float, str, tuple}  # of a layer: its stride, its mode, a slope
+MOST = 4  # recordings of one computation: a shape each, with memory of its own
+log = logging.getLogger("bilevel_lite")
+
+
+# ------------------------------------------------------------------ recording and replaying
+
+
+class CudaGraphs:
+    """Records on one CUDA device; all recordings share memory, since they never run at once."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Run a function without arguments; return its result and what runs it again, in place."""
+        with torch.cuda.device(self.device):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                function()  # libraries set themselves up, which cannot be recorded
+            torch.cuda.current_stream().wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                result = function()
+        return result, graph.replay
+
+
+RECORDERS: dict[str, Callable[[torch.device], Any]] = {"cuda": CudaGraphs}
+
+
+class Recording:
+    """A function of tensors of fixed shapes, recorded."""
+
+    def __init__(self, recorder: Any, function: Callable[..., tuple], inputs: tuple[Tensor, ...]):
+        self.inputs = tuple(value.detach().clone() for value in inputs)
+        with while_recording():
+            self.outputs, self.replay = recorder.capture(partial(function, *self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Evaluate at other numbers; what comes back is the caller's own."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            place.copy_(value.detach())
+        self.replay()
+        return tuple(output.detach().clone() for output in self.outputs)
+
+
+class _Dropped(Exception):
+    """Why something is not recorded, in words."""
+
+
+@dataclass
+class _Kept:
+    recording: Any
+    uses: int = 0
+
+    def due(self) -> bool:
+        """True at the 1st, 2nd, 4th, 8th ... use."""
+        self.uses += 1
+        return self.uses & (self.uses - 1) == 0
+
+
+# ------------------------------------------------------------------ what is recorded
+
+
+def _sigma(sigma: Tensor, batch: Any) -> Tensor:
+    return sigma
+
+
+@dataclass
+class Point:
+    """A weighted risk at one point, with its weights as the outer variable.
+
+    Attributes:
+        risk: G(sigma, theta; x, y).
+        inputs: sigma (empty without weights), theta, x, y; no graph.
+        chain: (grad in sigma) -> (grad in lam).
+        key: What a recording of it is frozen to.
+    """
+
+    risk: WeightedRisk
+    inputs: tuple[Tensor, ...]
+    chain: Callable[[Tensor], Tensor]
+    key: Hashable
+
+
+@differentiating
+def point(loss: Loss, lam: Tensor, theta: Tensor, batch: Any) -> Point:
+    """Take the user's part out of a loss.
+
+    Raises:
+        _Dropped: if there is code in it that we do not know.
+    """
+    if not isinstance(loss, WeightedRisk):
+        raise _Dropped(f"{type(loss).__name__} is not a WeightedRisk, and what it reads is unknown")
+    if not only_reads(loss):
+        raise _Dropped(f"{type(loss.model).__name__} has layers whose code is not known")
+    if loss.reads_losses or loss.mask is not None or loss.inputs is not None:
+        raise _Dropped("weights that read the losses, a mask or inputs(lam, batch) stand in it")
+    x, y = batch[:2]
+    on = theta.device
+    if not all(isinstance(part, Tensor) and part.device == on for part in (x, y)):
+        raise _Dropped(f"the batch is not on {on}")
+    if x.requires_grad or torch.is_autocast_enabled(on.type):
+        raise _Dropped("inputs need a gradient, or autocast is on")
+    lam = lam.detach().requires_grad_()
+    sigma = loss.weights(lam, batch)
+
+    def chain(slope: Tensor) -> Tensor:
+        if sigma is None or not sigma.requires_grad:
+            return torch.zeros_like(lam)
+        return torch.autograd.grad(sigma, lam, slope.to(sigma), retain_graph=True)[0]
+
+    weight = None if sigma is None else _sigma
+    risk = WeightedRisk(loss.model, loss.loss, weight, loss.l2, ignore_index=loss.ignore_index)
+    given = theta.new_empty(0) if sigma is None else sigma.detach()
+    inputs = (given, theta.detach(), x, y)
+    key = (
+        loss.loss, loss.l2, loss.ignore_index, sigma is None, low_precision(theta),
+        tuple((t.shape, t.stride(), t.dtype) for t in inputs), _frozen(loss.model),
+    )  # fmt: skip
+    return Point(risk, inputs, chain, key)
+
+
+def _frozen(model: nn.Module) -> Hashable:
+    """What a recording holds of a model: its modules with their settings, where its numbers lie."""
+    modules, fixed = [], []
+    for m in model.modules():
+        modules.append((id(m), *(v for v in vars(m).values() if type(v) in SETTINGS)))
+        tensors = [p for p in m._parameters.values() if p is not None and not p.requires_grad]
+        tensors += [b for b in m._buffers.values() if b is not None]
+        fixed += [t.data_ptr() for t in tensors]
+    return tuple(modules), tuple(fixed)
+
+
+class SecondRecorded:
+    """`bilevel_lite.products.SecondDerivatives`, recorded in three parts that share one graph.
+
+    The pass that builds the graph of grad_theta G; v -> H v; v -> J v.
+    """
+
+    recorded = True
+
+    def __init__(self, recorder: Any, at: Point):
+        self.risk, self.at = at.risk, at
+        self.build = Recording(recorder, self._build, at.inputs)
+        v = at.inputs[1]
+        self.h = Recording(recorder, partial(self._product, "theta"), (v,))
+        self.j = Recording(recorder, partial(self._product, "sigma"), (v,))
+
+    def _build(self, sigma, theta, x, y):
+        self.sigma, self.theta = (t.detach().requires_grad_() for t in (sigma, theta))
+        with torch.enable_grad(), second_order():
+            value = self.risk(self.sigma, self.theta, (x, y))
+            (self.grad,) = torch.autograd.grad(value, self.theta, create_graph=True)
+        return (value,)
+
+    def _product(self, of, v):
+        variable = getattr(self, of)
+        (out,) = torch.autograd.grad(self.grad, variable, v, retain_graph=True, allow_unused=True)
+        return (torch.zeros_like(variable) if out is None else out,)
+
+    def go_to(self, at: Point) -> "SecondRecorded":
+        """Build the graph at another point; return itself."""
+        self.at = at
+        self.build(*at.inputs)
+        return self
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v."""
+        return self.h(v)[0]
+
+    def cross(self, v: Tensor) -> Tensor:
+        """Return J v, like lam."""
+        return self.at.chain(self.j(v)[0])
+
+
+# ------------------------------------------------------------------ what a method keeps
+
+
+class Recordings:
+    """What one method has recorded, and a line for each computation that it has not.
+
+    Where nothing can be recorded (on a CPU, say), each of its methods is the plain computation.
+    """
+
+    def __init__(self, on: bool = True):
+        self.on = on
+        self.kept: dict[Hashable, _Kept | None] = {}
+        self.lines: list[str] = []
+        self._recorders: dict[torch.device, Any] = {}
+
+    def __reduce__(self):
+        return Recordings, (self.on,)  # a copy records for itself
+
+    def gradient(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str) -> tuple:
+        """`bilevel_lite.products.gradient`, from a recording where there is one."""
+        plain = partial(products.gradient, loss, lam, theta, batch, name)
+
+        def finish(at, value, slope, grad):
+            return value, at.chain(slope), grad
+
+        return self._evaluated(products.gradient, finish, plain, loss, lam, theta, batch, name)
+
+    def theta_gradient(
+        self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str
+    ) -> tuple:
+        """`bilevel_lite.products.theta_gradient`, from a recording where there is one."""
+        plain = partial(products.theta_gradient, loss, lam, theta, batch, name)
+
+        def finish(at, *out):
+            return out
+
+        return self._evaluated(
+            products.theta_gradient, finish, plain, loss, lam, theta, batch, name
+        )
+
+    def _evaluated(self, function, finish, plain, loss, lam, theta, batch, name):
+        """A function of a loss at a point, finished by the chain rule; else ``plain()``."""
+
+        def record(at):
+            def alone(sigma, theta, x, y):
+                return function(at.risk, sigma, theta, (x, y), name)
+
+            return Recording(self._recorder(theta.device), alone, at.inputs)
+
+        what = f"{function.__name__} of {name}"
+        found = self._find(what, record, plain, loss, lam, theta, batch)
+        if found is None:
+            return plain()
+        kept, at = found
+        out = finish(at, *kept.recording(*at.inputs))
+        if kept.due() and not self._agree(what, at.key, out, plain()):
+            return plain()
+        return out
+
+    def prepare(self, solver: Solver, problem: BilevelProblem, *at: Any, cross: bool) -> Any:
+        """`bilevel_lite.solvers.Solver.prepare` for one solve, with recorded products."""
+        prepared = solver.prepare(problem, *at, cross=cross, once=True)
+        if type(prepared) is Prepared and solver.curvature == "hessian":
+            prepared.matvec.operator = self._second(problem.inner_loss, *at)
+        return prepared
+
+    def _second(self, loss, lam, theta, batch):
+        """v -> H v and v -> J v at a point, recorded; None where they are not."""
+        ones = torch.ones_like(theta)
+
+        def plain():
+            both = products.SecondDerivatives(loss, lam, theta, batch)
+            return both(ones), both.cross(ones)
+
+        def record(at):  # what the pass keeps must not be written over by another recording
+            return SecondRecorded(RECORDERS[theta.device.type](theta.device), at)
+
+        what = "H v and J v"
+        found = self._find(what, record, plain, loss, lam, theta, batch)
+        if found is None:
+            return None
+        kept, at = found
+        both = kept.recording.go_to(at)
+        if kept.due() and not self._agree(what, at.key, (both(ones), both.cross(ones)), plain()):
+            return None
+        return both
+
+    # -- finding, trusting, dropping
+
+    def _recorder(self, device: torch.device) -> Any:
+        if device not in self._recorders:
+            self._recorders[device] = RECORDERS[device.type](device)
+        return self._recorders[device]
+
+    def _find(self, what, record, plain, loss, lam, theta, batch) -> tuple[_Kept, Point] | None:
+        """The recording for these shapes, made if there is none yet; None for the plain path."""
+        if not (self.on and _wanted(theta)):
+            return None
+        try:
+            at = point(loss, lam, theta, batch)
+        except _Dropped as why:
+            return self._drop((what, str(why)), what, str(why))
+        key = what, at.key
+        if key not in self.kept:
+            if sum(1 for other in self.kept if other[0] == what) >= MOST:
+                return self._drop(
+                    (what, MOST), what, f"{MOST} shapes or modes are recorded already"
+                )
+            try:
+                self.kept[key] = _Kept(self._made(record, plain, at))
+            except _Dropped as why:
+                return self._drop(key, what, str(why))
+        kept = self.kept[key]
+        return None if kept is None else (kept, at)
+
+    def _made(self, record, plain, at: Point) -> Any:
+        """Record, after a plain run that shows whether there is something to freeze."""
+        model, theta = at.risk.model, at.inputs[1]
+        draws = random_state(theta)
+        with still(model):  # the trial itself is to leave no trace
+            before = [b._version for b in model.buffers()]
+            plain()
+            moved = before != [b._version for b in model.buffers()]
+        if not equal_states(draws, random_state(theta)):
+            restore_random_state(draws, theta)
+            raise _Dropped("the model draws random numbers")
+        if moved:
+            raise _Dropped("the model keeps statistics")
+        try:
+            return record(at)
+        except torch.cuda.OutOfMemoryError:
+            raise _Dropped("memory is short") from None
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise _Dropped(f"it cannot be recorded ({said})") from error
+
+    def _agree(self, what, key, got: tuple, truth: tuple) -> bool:
+        """Hold a recording's numbers against the plain ones; drop it where they differ."""
+        apart = max(map(_apart, got, truth))
+        if apart <= _rounding(truth[0]):  # false for nan
+            return True
+        if all(bool(torch.isfinite(part).all()) for part in truth):
+            self._drop((what, key), what, f"its numbers are {apart:.1e} off the plain ones")
+        return False
+
+    def _drop(self, key, what: str, why: str) -> None:
+        if key not in self.kept or self.kept[key] is not None:
+            self.kept[key] = None
+            self.lines.append(f"{what} is not recorded: {why}")
+            log.info(self.lines[-1])
+
+
+def _wanted(theta: Tensor) -> bool:
+    on = os.environ.get("BILEVEL_LITE_GRAPHS") != "0" and not every_look_on()
+    return on and theta.device.type in RECORDERS
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    size = float(other.norm())
+    return float((one - other).norm()) / (size or 1.0)
+
+
+def _rounding(like: Tensor) -> float:
+    """How far two computations of one number, by the same kernels, may be apart."""
+    return 3e-2 if low_precision(like) else 1e3 * torch.finfo(like.dtype).eps
