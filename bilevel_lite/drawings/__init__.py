@@ -35,7 +35,7 @@ def canvas(width: float = 9.0, height: float = 2.8, columns: int = 1):
 
 
 def box(ax, x: float, y: float, words: str, width: float = 1.6, height: float = 0.6, color=0):
-    """Draw a box with its centre at (x, y) and words in it; ``color`` is a number of the palette."""
+    """Draw a box around (x, y) with words in it; ``color`` is a number of the palette."""
     face = PALETTE[color] if isinstance(color, int) else color
     ax.add_patch(
         plt.Rectangle(
