@@ -230,10 +230,10 @@ class _Study:
     def slices(self, all_: bool = False) -> Iterator[_Slice]:
         """What is left, in order; boxes are looked at when the trials before them are done."""
         start, boxes = 0, {name: self.variants[name].space for name in self.found}
-        self._boxes = boxes
+        self._boxes, tried = boxes, {name: [] for name in boxes}
         for count in (self.trials, *(max(1, self.trials // 2),) * self.widen):
             if start:
-                boxes = self._wider(before := boxes)
+                boxes = self._wider(before := boxes, tried)
                 if boxes == before:
                     break
                 self._boxes = boxes
@@ -245,6 +245,7 @@ class _Study:
             if any(p not in self.found[n].points for n, several in points.items() for p in several):
                 break  # only when asked where it stands: what follows is not known yet
             start += count
+            tried = {name: tried[name] + several for name, several in points.items()}
         ends = [_Slice("baseline", name, self.seeds[0]) for name in self.baselines]
         for follow in (False, True):  # those that follow come last
             ends += [
@@ -256,9 +257,14 @@ class _Study:
         done = [row["slice"] for row in self.log if row["done"]]
         yield from (one for one in ends if all_ or one.key not in done)
 
-    def _wider(self, boxes: dict) -> dict:
-        """The boxes with every setting widened in which some variant's winner is on an edge."""
-        sides = {side for name, box in boxes.items() for side in self._edges(name, box)}
+    def _wider(self, boxes: dict, tried: dict) -> dict:
+        """The boxes, wider in every setting in which some variant's winner is on an edge.
+
+        The winner among the points of the rounds so far: resumed later, the boxes are the same.
+        """
+        sides = {
+            side for name, box in boxes.items() for side in self._edges(name, box, tried[name])
+        }
         out = {}
         for name, box in boxes.items():
             out[name] = dict(box)
@@ -269,10 +275,10 @@ class _Study:
                 out[name][setting] = (low, high)
         return out
 
-    def _edges(self, name: str, box: dict) -> list[tuple[str, str]]:
+    def _edges(self, name: str, box: dict, among: list | None = None) -> list[tuple[str, str]]:
         """(setting, "low" or "high") where the winner lies in the outer `EDGE` of the box."""
         out = []
-        for setting, value in (self.found[name].best or {}).items():
+        for setting, value in (self.found[name].best(among) or {}).items():
             low, high = box[setting]
             share = math.log(value / low) / math.log(high / low)
             if not EDGE <= share <= 1 - EDGE:
@@ -282,7 +288,7 @@ class _Study:
     def chosen(self, name: str) -> dict[str, float] | None:
         """The best point so far; None if every trial diverged."""
         found = self.found.get(self.variants[name].follows or name)
-        return found.best if found else {}
+        return found.best() if found else {}
 
     # -- doing it
 
@@ -481,15 +487,18 @@ class _Trials:
         self.points.append(point)
         self.values.append(value)
 
-    @property
-    def best(self) -> dict[str, float] | None:
+    def best(self, among: list | None = None) -> dict[str, float] | None:
         """The point with the lowest value, the first of them; None if all diverged.
 
-        Before the first trial: no values.
+        Args:
+            among: Only these points; all by default. Where there are none yet: no values.
         """
-        if not self.points:
-            return {}
-        value, point = min(zip(self.values, self.points, strict=True), key=lambda pair: pair[0])
+        pairs = [
+            (value, point)
+            for value, point in zip(self.values, self.points, strict=True)
+            if among is None or point in among
+        ]
+        value, point = min(pairs, key=lambda pair: pair[0], default=(0.0, {}))
         return point if math.isfinite(value) else None
 
 

@@ -353,10 +353,12 @@ def _draw_resnet18(rows):
             f"{pace(row, 'seconds'):.2g} s", (every, max(_bests(row, "test_loss"))), fontsize=6,
             xytext=(0, 3), textcoords="offset points", ha="center",
         )  # fmt: skip
-    axes[2].set(xscale="log", xlabel="iterations for which KFAC's factors are kept")
+    axes[2].set(xscale="log", xlabel="iterations KFAC's factors are kept")
     axes[2].set_ylabel("test loss")
     axes[2].margins(x=0.2, y=0.2)
     for ax in axes:
+        if ax is not axes[0]:
+            ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         ax.title.set_fontsize(8)
         ax.xaxis.label.set_fontsize(8)
     return fig

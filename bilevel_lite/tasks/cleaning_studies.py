@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from bilevel_lite.experiment import search
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
-from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
+from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
-__all__ = ["STUDIES", "USUAL", "Study", "run", "variants"]
+__all__ = ["STUDIES", "USUAL", "Study", "run", "runs", "variants"]
 
 
 def _cg(iters: int, method: str = "aid-cg", **settings) -> tuple[dict, dict]:
@@ -175,6 +175,15 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
     found = STUDIES[study].variants(dataset, model)
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
+
+
+def runs(study: str) -> int:
+    """How many runs a study has with its usual numbers, its trials among them, if no box widens."""
+    usual = {**USUAL, **STUDIES[study].usual}
+    found = variants(study, usual["dataset"], usual["model"])
+    trials = sum(not variant.follows for variant in found) * usual["trials"]
+    baselines = len(BASELINES) if usual["baselines"] else 0
+    return trials + baselines + len(found) * usual["seeds"]
 
 
 def _fixed(variant: Variant, at: dict[str, float]) -> Variant:
