@@ -151,8 +151,8 @@ STUDIES = {
     "ema": Study("moving average of the factors, by damping and batch size", _ema),
     "noise": Study("rate and kind of the label noise", _noise),
     "resnet18": Study(
-        "KFAC against its rivals on a ResNet-18, and its factors kept; hours of a GPU, see "
-        "figures/README.md",
+        "KFAC against its rivals on a ResNet-18, and its factors kept (5 to 8 hours of an H200: "
+        "figures/README.md)",
         _resnet18,
         {
             "dataset": "cifar10", "model": "resnet18", "stem": "imagenet", "first_seed": 1,
