@@ -9,6 +9,7 @@ from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
 from bilevel_lite.experiment.methods import METHODS, OWN
+from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
@@ -55,6 +56,13 @@ def _defaults(name: str) -> str:
     if len(set(words.values())) == 1:
         return f" (default: {words['mnist']})"
     return f" (default: {', '.join(f'{data} {word}' for data, word in words.items())})"
+
+
+def _usually(name: str) -> str:
+    """What the studies take where it is not given, in words."""
+    studies, words = cleaning_studies.STUDIES, f"{cleaning_studies.USUAL[name]}"
+    own = [f"{key} {one.usual[name]}" for key, one in studies.items() if name in one.usual]
+    return f" (default: {', '.join([words, *own])})"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,31 +124,44 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser(
         "study",
         help="one study of full-scale hypercleaning: a search for each variant, then some seeds",
-        description="Stop it at any moment; the same command resumes it.",
+        description="Stop it at any moment (Ctrl-C, SIGTERM, --minutes): it says what is left, and "
+        "the same command resumes it.",
         formatter_class=Help,
     )
-    asks = "; ".join(f"{name}: {asks}" for name, (asks, _) in cleaning_studies.STUDIES.items())
+    asks = "; ".join(f"{name}: {one.asks}" for name, one in cleaning_studies.STUDIES.items())
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
     job = study.add_argument_group("the study")
     job.add_argument(
-        "--dataset", choices=sorted(hypercleaning.SIZES), default="mnist", help="what to clean"
-    )
+        "--dataset", choices=sorted(hypercleaning.SIZES),
+        help="what to clean" + _usually("dataset"),
+    )  # fmt: skip
     job.add_argument(
-        "--model", choices=sorted(models.MODELS), default="linear", help="what is trained on it"
-    )
+        "--model", choices=sorted(models.MODELS),
+        help="what is trained on it" + _usually("model"),
+    )  # fmt: skip
     job.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
     job.add_argument("--out", required=True, metavar="DIR", help="output folder")
     job.add_argument("--device", metavar="NAME", help=DEVICE)
     job.add_argument("--storage", metavar="URL", help=STORAGE)
+    job.add_argument(
+        "--minutes", type=float, metavar="M", help="stop after so many; what runs is checkpointed"
+    )
+    job.add_argument(
+        "--status", action="store_true", help="run nothing: what is done, what is left, how long"
+    )
     lengths = study.add_argument_group("numbers and lengths")
-    for name, default, meaning in (
-        ("seeds", 3, "final runs of each variant"),
-        ("trials", 16, "points tried for each variant"),
-        ("search-steps", 400, "outer iterations of a trial"),
-        ("outer-steps", 1000, "of a final run"),
-        ("looks", 50, "evaluations in a final run"),
+    for name, meaning in (
+        ("seeds", "final runs of each variant"),
+        ("first-seed", "seed of the first of them; the search's is 0"),
+        ("trials", "points tried for each variant"),
+        ("widen", "how often a winner on its edge may widen the boxes; all then get more trials"),
+        ("search-steps", "outer iterations of a trial"),
+        ("outer-steps", "of a final run"),
+        ("looks", "evaluations in a final run"),
+        ("baselines", "1: also train without weights, on the first seed"),
     ):
-        lengths.add_argument(f"--{name}", type=int, metavar="N", default=default, help=meaning)
+        help_ = meaning + _usually(name.replace("-", "_"))
+        lengths.add_argument(f"--{name}", type=int, metavar="N", help=help_)
     same = study.add_argument_group("the same for all variants")
     same.add_argument(
         "--at",
@@ -152,11 +173,15 @@ def parser() -> argparse.ArgumentParser:
         "--sizes",
         nargs="+",
         metavar="ROLE=SIZE",
-        help="other batch sizes than the dataset's, say outer_batch_size=1024; the roles: "
+        help="other batch sizes than the study's, say outer_batch_size=1024; the roles: "
         + ", ".join(cleaning_comparison.ROLES),
     )
-    same.add_argument("--stem", choices=["cifar", "imagenet"], default="cifar", help="of resnet18")
-    same.add_argument("--batchnorm", choices=BATCHNORM, default="batch", help="its statistics")
+    same.add_argument(
+        "--stem", choices=["cifar", "imagenet"], help="of resnet18" + _usually("stem")
+    )
+    same.add_argument(
+        "--batchnorm", choices=BATCHNORM, help="its statistics" + _usually("batchnorm")
+    )
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
@@ -416,6 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
             error = f"--{name.replace('_', '-')}: {rest}"
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(stopped)
+        return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130

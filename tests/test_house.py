@@ -81,10 +81,10 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10450),
     "methods": ([*METHODS.values()], 950),
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2380),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1380),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2680),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1530),
 }
-LARGEST = {"method": 100, "task": 420}  # one file of algorithms/, of tasks/
+LARGEST = {"method": 100, "task": 460}  # one file of algorithms/, of tasks/
 
 
 def lines(path: Path) -> int:

@@ -1,5 +1,6 @@
 """One run of any task: baselines, iterations, log, the chosen iterate, a result; resumable."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
+from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import no_tf32, pick_device, progress
 
@@ -56,10 +58,24 @@ def float32():
         torch.set_default_dtype(before)
 
 
-def run_job(s: Any, device: torch.device, folder: RunFolder, task: Task) -> dict:
+def run_job(
+    s: Any,
+    device: torch.device,
+    folder: RunFolder,
+    task: Task,
+    stop: Callable[[], str] = lambda: "",
+) -> dict:
     """Run or resume the job in its folder, and put the result together.
 
+    Args:
+        s: Its settings.
+        device: Where it runs.
+        folder: Its output folder.
+        task: The task of these settings.
+        stop: Asked after every iteration (`bilevel_lite.experiment.stopping.stoppable`).
+
     Raises:
+        Stopped: if ``stop`` says so, once a checkpoint is written.
         ValueError: for a setting out of range.
         RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
     """
@@ -97,6 +113,7 @@ def run_job(s: Any, device: torch.device, folder: RunFolder, task: Task) -> dict
             task.refresh(method.theta)
             info = method.step()
         last = info.iteration == s.outer_steps or 0 < s.budget <= info.gradients
+        stopped = "" if last else stop()
         if info.iteration % s.evaluate_every == 0 or last:
             task.refresh(method.theta)
             row = {
@@ -114,6 +131,10 @@ def run_job(s: Any, device: torch.device, folder: RunFolder, task: Task) -> dict
                 at = {"lam": method.lam.cpu().clone(), "theta": method.theta.cpu().clone()}
                 state["best"] = {"row": row, **at}
             save()
+        elif stopped:
+            save()
+        if stopped:
+            raise Stopped(stopped, info.iteration, info.gradients)
         if last:
             break
 

@@ -2,15 +2,21 @@
 
 For every variant the same number of trials: the first points of a scrambled Sobol sequence in the
 box of its step sizes and numbers, each run on seed 0 for the same length and judged by the task's
-criterion. The best point then runs for every seed. Optuna keeps the trials, in SQLite or any
-database it takes, so that the search can be stopped and resumed. Several machines may use one
-database if each has variants of its own: a trial of a variant that was left running counts as cut
-off.
+criterion. The best point then runs for every seed. The trials go in turns, as do the final runs,
+so that whenever it is stopped all variants have had the same. Where it is asked for, a winner on
+the edge of its box widens the box, for all variants, and all get the same number of further trials.
+
+A trial is a run like the final ones, in a folder of its own until it is done: either can be stopped
+between two iterations and goes on there. Optuna keeps what the trials gave, in SQLite or any
+database it takes. Several machines may use one database if each has variants of its own.
 """
 
 import hashlib
 import json
 import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -20,14 +26,17 @@ import torch
 
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.experiment import settings as declared
-from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, unseal
+from bilevel_lite.experiment.stopping import Stopped, stoppable
 from bilevel_lite.experiment.task import Column, Task
 from bilevel_lite.refuse import NotFinite
-from bilevel_lite.session import pick_device, progress
+from bilevel_lite.session import pick_device
 
 __all__ = ["Variant", "mean_best", "pace", "run", "table"]
 
 TRIAL_LOOKS = 20  # evaluations in a trial, whatever an iteration costs
+EDGE = 0.1  # the outer tenth of a box, on its logarithmic scale, is its edge
+WIDER = 0.5  # by this share of its width, on the side of the winner, a box widens
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,13 @@ class Variant:
         settings: What it sets, ``method`` among it.
         space: What its search covers: setting -> (low, high), all on a logarithmic scale; empty
             where nothing is searched for.
+        follows: Another variant of the same space, whose choice this one takes instead of a search.
     """
 
     name: str
     settings: dict[str, Any]
     space: dict[str, tuple[float, float]] = field(default_factory=dict)
+    follows: str = ""
 
 
 def run(
@@ -59,6 +70,11 @@ def run(
     storage: str | None = None,
     device: str | None = None,
     looks: int = 50,
+    first_seed: int = 0,
+    widen: int = 0,
+    baselines: bool = False,
+    minutes: float | None = None,
+    status: bool = False,
 ) -> dict:
     """Search for each variant, then run its best settings for every seed.
 
@@ -71,23 +87,33 @@ def run(
         search: Length of a trial: ``budget`` (in gradients) or ``outer_steps``.
         final: Length of a final run, the same way.
         out: Output folder; stopped, the same call goes on there.
-        seeds: How many, from 0.
+        seeds: How many.
         trials: Points tried for each, on seed 0.
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
         looks: Evaluations in a final run.
+        first_seed: Of the final runs; from 1 on the search's seed is not among them.
+        widen: How often boxes may widen; each time all variants get half as many further trials.
+        baselines: Also train what the task compares with, on the first seed.
+        minutes: Stop after so many, or when asked to (`stopping.stoppable`).
+        status: Only say what is done and what is left.
 
     Returns:
         The result, also written to ``result.json``.
 
     Raises:
+        Stopped: if it was stopped before the end, or only asked where it stands; the message says
+            what is left.
         ValueError: for a number out of range or an unknown setting.
         RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
         DataError: if the data cannot be had.
     """
-    for name, value in (("seeds", seeds), ("trials", trials), ("looks", looks)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for name, value, least in (
+        ("seeds", seeds, 1), ("trials", trials, 1), ("looks", looks, 1),
+        ("first_seed", first_seed, 0), ("widen", widen, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
     for prefix, length in (("search_", search), ("", final)):
         for name, value in length.items():
             if not value > 0:
@@ -103,63 +129,377 @@ def run(
     common = {name: value for name, value in config.items() if name in known}
     common = {**common, "seed": 0, "baselines": 0, **base}
     jobs = [(v, kind.settings(**{**common, **v.settings})) for v in variants]
+    rules = {"first_seed": first_seed, "widen": widen, "baselines": int(baselines)}
     config = {
         **config, "seeds": seeds, "trials": trials, "search": search, "final": final, "base": base,
-        "looks": looks,
-        "variants": [{"name": v.name, "settings": v.settings} for v in variants],
+        "looks": looks, **{name: value for name, value in rules.items() if value},
+        "variants": [
+            {"name": v.name, "settings": v.settings, **_follows(v)} for v in variants
+        ],
     }  # fmt: skip
-    timer = Clock(device=place)
-    with job.float32(), RunFolder(out, config) as folder:
+    with stoppable(minutes) as stop, job.float32(), RunFolder(out, config) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
             print(
                 f"{folder.path} holds the finished study:\n{table(result['results'], kind.columns)}"
             )
             return result
-        if folder.state:
-            timer.seconds = folder.state["seconds"]
         storage = storage or f"sqlite:///{(folder.path / 'trials.db').resolve()}"
-        done = {row["method"] for row in folder.rows()} if folder.state else set()
-        for variant, s in jobs:
-            if variant.name in done:
-                continue
-            with timer:
-                row = _row(
-                    kind, s, variant, search, final, seeds, trials, storage, folder.path, place,
-                    looks,
-                )  # fmt: skip
-            folder.log(row)
-            folder.checkpoint({"seconds": timer.seconds})
-            print(table([row], kind.columns).splitlines()[-1], flush=True)
-        rows = folder.rows()
+        study = _Study(kind, jobs, folder, storage, place, stop)
+        if status:
+            raise Stopped(f"{folder.path}: {study.standing()}")
+        for one in study.slices():
+            if why := stop():
+                raise Stopped(f"stopped ({why}): {study.standing()}; the same command goes on")
+            try:
+                study.do(one)
+            except Stopped as stopped:
+                raise Stopped(
+                    f"stopped ({stopped}) in {one}, after iteration {stopped.iteration}: "
+                    f"{study.standing()}; the same command goes on"
+                ) from None
+        shutil.rmtree(folder.path / "trials", ignore_errors=True)
+        rows = study.rows()
         source = _made(kind, jobs[-1][1], place).source
-        result = {**folder.config, "source": source, "results": rows}
-        result["provenance"] = provenance(place, 0, timer.seconds)
+        result = {**folder.config, "source": source, **study.fits(), "results": rows}
+        result["provenance"] = provenance(place, first_seed, study.clock.seconds)
         folder.finish(result)
     print(table(rows, kind.columns))
     return result
 
 
-def _row(kind, s, variant, search, final, seeds, trials, storage, path, device, looks) -> dict:
-    """Search and final runs of one variant."""
-    row = {
-        "method": variant.name, "settings": variant.settings, "space": variant.space, "trials": [],
-        "chosen": {}, "runs": [], "diverged": [],
-    }  # fmt: skip
-    if variant.space:
-        study = _search(kind, s, variant, trials, search, storage, device)
-        row["trials"] = [{**t.params, kind.criterion: _finite(t.value)} for t in _finished(study)]
-        if not math.isfinite(study.best_value):
-            return {**row, "chosen": None}
-        row["chosen"] = study.best_params
-    s = replace(s, **row["chosen"])
-    for seed in progress(range(seeds), desc=variant.name):
+def _follows(variant: Variant) -> dict:
+    return {"follows": variant.follows} if variant.follows else {}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What is done at a time: a trial, the training of one baseline, a final run.
+
+    Attributes:
+        what: ``"trial"``, ``"baseline"`` or ``"final run"``.
+        name: Of the variant, or of the baseline.
+        number: Of the trial from 0; the seed of the others.
+        point: What the trial tries.
+    """
+
+    what: str
+    name: str
+    number: int
+    point: dict[str, float] | None = None
+
+    def __str__(self):
+        seed = "" if self.what == "trial" else "seed "
+        return f"{self.what} of {self.name}, {seed}{self.number}"
+
+    @property
+    def key(self) -> list:
+        """By which the log knows it."""
+        return [self.what, self.name, self.number]
+
+
+class _Study:
+    """A study in its folder: its slices in order, what they gave, what they took.
+
+    The log has a line for each slice that ended or was stopped, with its seconds by the wall clock
+    and the length that it went, in the unit of the study's lengths.
+    """
+
+    def __init__(self, kind, jobs, folder: RunFolder, storage: str, device, stop: Callable):
+        self.kind, self.folder, self.device, self.stop = kind, folder, device, stop
+        self.variants = {v.name: v for v, _ in jobs}
+        self.settings = {v.name: s for v, s in jobs}
+        c = folder.config
+        self.search, self.final, self.looks = c["search"], c["final"], c["looks"]
+        self.trials, self.widen = c["trials"], c.get("widen", 0)
+        self.seeds = range(first := c.get("first_seed", 0), first + c["seeds"])
+        self.clock = Clock(folder.state["seconds"] if folder.state else 0.0, device)
+        self.log = [row for row in folder.rows() if "slice" in row] if folder.state else []
+        self.found = {
+            v.name: _Trials(kind, s, v, self.search, storage)
+            for v, s in jobs
+            if v.space and not v.follows
+        }
+        first = jobs[0][1]  # of all trials' task, so that nothing is made that is not needed
+        self.baselines = (
+            list(_made(kind, first, device).baselines(first)) if c.get("baselines") else []
+        )
+
+    # -- what there is to do
+
+    def slices(self, all_: bool = False) -> Iterator[_Slice]:
+        """What is left, in order; boxes are looked at when the trials before them are done."""
+        start, boxes = 0, {name: self.variants[name].space for name in self.found}
+        self._boxes, tried = boxes, {name: [] for name in boxes}
+        for count in (self.trials, *(max(1, self.trials // 2),) * self.widen):
+            if start:
+                boxes = self._wider(before := boxes, tried)
+                if boxes == before:
+                    break
+                self._boxes = boxes
+            points = {name: _points(box, start + count)[start:] for name, box in boxes.items()}
+            for k in range(count):
+                for name, found in self.found.items():
+                    if all_ or points[name][k] not in found.points:
+                        yield _Slice("trial", name, start + k, points[name][k])
+            if any(p not in self.found[n].points for n, several in points.items() for p in several):
+                break  # only when asked where it stands: what follows is not known yet
+            start += count
+            tried = {name: tried[name] + several for name, several in points.items()}
+        ends = [_Slice("baseline", name, self.seeds[0]) for name in self.baselines]
+        for follow in (False, True):  # those that follow come last
+            ends += [
+                _Slice("final run", name, seed)
+                for seed in self.seeds
+                for name, v in self.variants.items()
+                if bool(v.follows) == follow and self.chosen(name) is not None
+            ]
+        done = [row["slice"] for row in self.log if row["done"]]
+        yield from (one for one in ends if all_ or one.key not in done)
+
+    def _wider(self, boxes: dict, tried: dict) -> dict:
+        """The boxes, wider in every setting in which some variant's winner is on an edge.
+
+        The winner among the points of the rounds so far: resumed later, the boxes are the same.
+        """
+        sides = {
+            side for name, box in boxes.items() for side in self._edges(name, box, tried[name])
+        }
+        out = {}
+        for name, box in boxes.items():
+            out[name] = dict(box)
+            for setting, (low, high) in box.items():
+                more = (high / low) ** WIDER
+                low = float(f"{low / more:.4g}") if (setting, "low") in sides else low
+                high = float(f"{high * more:.4g}") if (setting, "high") in sides else high
+                out[name][setting] = (low, high)
+        return out
+
+    def _edges(self, name: str, box: dict, among: list | None = None) -> list[tuple[str, str]]:
+        """(setting, "low" or "high") where the winner lies in the outer `EDGE` of the box."""
+        out = []
+        for setting, value in (self.found[name].best(among) or {}).items():
+            low, high = box[setting]
+            share = math.log(value / low) / math.log(high / low)
+            if not EDGE <= share <= 1 - EDGE:
+                out.append((setting, "low" if share < EDGE else "high"))
+        return out
+
+    def chosen(self, name: str) -> dict[str, float] | None:
+        """The best point so far; None if every trial diverged."""
+        found = self.found.get(self.variants[name].follows or name)
+        return found.best() if found else {}
+
+    # -- doing it
+
+    def do(self, one: _Slice) -> None:
+        """Do a slice and log it; one that is stopped is logged as far as it went."""
+        length = self.search if one.what == "trial" else self.final
+        unit, full = next(iter(length.items()))
+        before = sum(row["went"] for row in self.log if row["slice"] == one.key)
+        # the data first: they are none of a slice's own time
+        seed, some = 0 if one.what == "trial" else one.number, next(iter(self.settings.values()))
+        _made(self.kind, replace(self.settings.get(one.name, some), seed=seed), self.device)
+        work = {"trial": self._trial, "baseline": self._baseline, "final run": self._final}
+        since, more = time.perf_counter(), {}
         try:
-            one = replace(s, seed=seed)
-            row["runs"].append(_final(kind, one, variant, final, looks, path, device))
-        except NotFinite as error:  # a result too
-            row["diverged"].append({"seed": seed, "why": str(error)})
-    return row
+            with self.clock:
+                more = work[one.what](one)
+            went = full
+        except Stopped as stopped:
+            went = stopped.iteration if unit == "outer_steps" else stopped.gradients
+            self._log(one, False, went - before, time.perf_counter() - since)
+            raise
+        went = more.pop("went", went)  # of one that diverged
+        self._log(one, True, went - before, wall := time.perf_counter() - since, **more)
+        note = "".join(f", {k} {_round(v)}" for k, v in more.items() if not isinstance(v, dict))
+        print(f"{one}{note} ({wall:.1f} s)", flush=True)
+
+    def _log(self, one: _Slice, done: bool, went: float, wall: float, **more) -> None:
+        row = {"slice": one.key, "done": done, "went": went, "wall": round(wall, 3), **more}
+        self.folder.log(row)
+        self.folder.checkpoint({"seconds": self.clock.seconds})
+        self.log.append(row)
+
+    def _trial(self, one: _Slice) -> dict:
+        """The lowest criterion met; infinite if the run diverges before any."""
+        path = self.folder.path / "trials" / f"{one.name}-{one.number}"
+        s, more = replace(self.settings[one.name], **one.point), {}
+        with RunFolder(path, {"point": one.point}) as folder:
+            try:
+                s = _of_length(self.kind, s, self.search, TRIAL_LOOKS, self.device)
+                made = _made(self.kind, s, self.device)
+                job.run_job(s, self.device, folder, made, self.stop)
+            except NotFinite:
+                rows = folder.rows()
+                unit = "iteration" if "outer_steps" in self.search else "gradients"
+                more["went"] = rows[-1][unit] if rows else 0
+            values = [row[self.kind.criterion] for row in folder.rows()]
+        value = min(filter(math.isfinite, values), default=math.inf)
+        self.found[one.name].tell(one.point, value)
+        shutil.rmtree(path)  # its checkpoint may be large
+        return {**more, self.kind.criterion: _finite(value)}
+
+    def _baseline(self, one: _Slice) -> dict:
+        s = replace(next(iter(self.settings.values())), seed=one.number)
+        s = _of_length(self.kind, s, self.final, self.looks, self.device)
+        task = _made(self.kind, s, self.device)
+        with job.no_memory(s, task):
+            return {"fit": task.baselines(s)[one.name]()}
+
+    def _final(self, one: _Slice) -> dict:
+        s = replace(self.settings[one.name], **self.chosen(one.name), seed=one.number)
+        if self._result(one.name, s):
+            return {}
+        s = _of_length(self.kind, s, self.final, self.looks, self.device)
+        with RunFolder(self._path(one.name, s), self.kind.config(s)) as folder:
+            try:
+                job.run_job(s, self.device, folder, _made(self.kind, s, self.device), self.stop)
+            except NotFinite as error:  # a result too
+                return {"why": str(error), "went": 0}
+            (folder.path / "checkpoint.pt").unlink()  # it may be large, and is not needed any more
+        return {}
+
+    def _path(self, name: str, s: Any) -> Path:
+        return self.folder.path / f"{name}-{s.seed}"
+
+    def _result(self, name: str, s: Any) -> dict | None:
+        """The result of a final run, if it is done."""
+        path = self._path(name, s) / "result.json"
+        if not path.exists():
+            return None
+        result = unseal(json.loads(path.read_text("utf-8")), path)
+        for key, value in vars(s).items():
+            if key not in ("outer_steps", "evaluate_every", "budget"):  # of `_of_length`
+                if (there := result["settings"][key]) != value:
+                    raise RunError(
+                        f"{path} was made with other settings ({key}: {there!r} there, {value!r} "
+                        "here); use another folder"
+                    )
+        return result
+
+    # -- what it gave
+
+    def fits(self) -> dict:
+        """The baselines, if they were asked for."""
+        found = {row["slice"][1]: row["fit"] for row in self.log if "fit" in row}
+        return {"baselines": found} if found else {}
+
+    def rows(self) -> list[dict]:
+        """Search and final runs of each variant, as JSON gives them back."""
+        rows = [
+            self._row(v, {} if v.follows else self._boxes.get(name, v.space))
+            for name, v in self.variants.items()
+        ]
+        return json.loads(json.dumps(rows))
+
+    def _row(self, variant: Variant, box: dict) -> dict:
+        name, found = variant.name, self.found.get(variant.name)
+        values = zip(found.points, found.values, strict=True) if found else ()
+        row = {
+            "method": name, "settings": variant.settings, "space": box,
+            "trials": [{**point, self.kind.criterion: _finite(value)} for point, value in values],
+            "chosen": self.chosen(name), "runs": [], "diverged": [],
+            # settings in which the winner is on the edge of its box: what is beyond is not known
+            **({"edge": self._edges(name, box)} if found else {}),
+            **_follows(variant),
+        }  # fmt: skip
+        why = {row["slice"][2]: row["why"] for row in self.log
+               if row["slice"][:2] == ["final run", name] and "why" in row}  # fmt: skip
+        for seed in self.seeds if row["chosen"] is not None else ():
+            if seed in why:
+                row["diverged"].append({"seed": seed, "why": why[seed]})
+                continue
+            s = replace(self.settings[name], **row["chosen"], seed=seed)
+            row["runs"].append(self._kept(self._result(name, s), variant))
+        return row
+
+    def _kept(self, result: dict, variant: Variant) -> dict:
+        """Of a final run, what figure and table need."""
+        history = result["history"]
+        return {
+            "seed": result["settings"]["seed"],
+            "best": result["best"],
+            "history": _thin(history, self.kind.dropped),
+            "seconds": result["provenance"]["seconds"],
+            # share of the looks at which CG stopped on a direction of negative curvature
+            "negative_curvature": mean(look["negative_curvature"] for look in history),
+            **self.kind.keep(result, variant.settings),
+        }
+
+    def standing(self) -> str:
+        """What is done, what is left, and how long that takes at the pace measured here."""
+        left, every = list(self.slices()), list(self.slices(all_=True))
+        parts = []
+        for what in ("trial", "baseline", "final run"):
+            of, open_ = (sum(one.what == what for one in some) for some in (every, left))
+            parts += [f"{what}s {of - open_} of {of}"] if of else []
+        text = f"{len(every) - len(left)} of {len(every)} runs done ({', '.join(parts)})"
+        paces: dict[str, list[tuple[float, float]]] = {}
+        for row in self.log:
+            if row["went"] > 0:
+                what, name, _ = row["slice"]
+                key = what if what == "baseline" else name
+                paces.setdefault(key, []).append((row["wall"], row["went"]))
+        if not left or not paces:
+            return f"{text}; how long one takes is known after the first" if left else text
+        paces = {key: sum(w for w, _ in of) / sum(n for _, n in of) for key, of in paces.items()}
+        seconds = 0.0
+        for one in left:
+            length = self.search if one.what == "trial" else self.final
+            went = sum(row["went"] for row in self.log if row["slice"] == one.key)
+            key = one.what if one.what == "baseline" else one.name
+            pace_ = paces.get(key, mean(paces.values()))
+            seconds += pace_ * max(0.0, next(iter(length.values())) - went)
+        about = f"about {seconds / 60:.{0 if seconds > 600 else 1}f} minutes left as measured here"
+        trials = any(one.what == "trial" for one in left)
+        return f"{text}; {about}{', if no box widens' if self.widen and trials else ''}"
+
+
+class _Trials:
+    """What the trials of one variant gave, kept by Optuna.
+
+    Attributes:
+        points: That were tried, in order.
+        values: The criterion of each; infinite if it diverged.
+    """
+
+    def __init__(self, kind, s, variant: Variant, length: dict, storage: str):
+        import optuna
+
+        text = json.dumps([vars(s), variant.space, length], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=f"{kind.label(s)}-{variant.name}-{key}",
+            load_if_exists=True,
+        )
+        done = self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+        self.points, self.values = [t.params for t in done], [t.value for t in done]
+
+    def tell(self, point: dict[str, float], value: float) -> None:
+        """Keep one more."""
+        from optuna.distributions import FloatDistribution
+        from optuna.trial import create_trial
+
+        at = {name: FloatDistribution(x, x, log=True) for name, x in point.items()}
+        self._study.add_trial(create_trial(params=point, distributions=at, value=value))
+        self.points.append(point)
+        self.values.append(value)
+
+    def best(self, among: list | None = None) -> dict[str, float] | None:
+        """The point with the lowest value, the first of them; None if all diverged.
+
+        Args:
+            among: Only these points; all by default. Where there are none yet: no values.
+        """
+        pairs = [
+            (value, point)
+            for value, point in zip(self.values, self.points, strict=True)
+            if among is None or point in among
+        ]
+        value, point = min(pairs, key=lambda pair: pair[0], default=(0.0, {}))
+        return point if math.isfinite(value) else None
 
 
 def _of_length(kind: type[Task], s: Any, length: dict[str, float], looks: int, device) -> Any:
@@ -196,43 +536,6 @@ def _made(kind: type[Task], s: Any, device: torch.device) -> Task:
     return _tasks[key]
 
 
-# ------------------------------------------------------------------ the search
-
-
-def _search(kind, s, variant: Variant, trials: int, length: dict, storage: str, device):
-    """Try the points that are still to be tried; returns the study."""
-    import optuna
-    from optuna.trial import TrialState
-
-    text = json.dumps([vars(s), variant.space, length], sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
-    study = optuna.create_study(
-        storage=storage,
-        study_name=f"{kind.label(s)}-{variant.name}-{key}",
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):  # cut off: tried anew
-        study.tell(trial.number, state=TrialState.FAIL)
-    tried = [trial.params for trial in _finished(study)]
-    for point in _points(variant.space, trials):
-        if point in tried:
-            continue
-        study.enqueue_trial(point, skip_if_exists=False)
-        trial = study.ask()
-        values = {
-            name: trial.suggest_float(name, *bounds, log=True)
-            for name, bounds in variant.space.items()
-        }
-        study.tell(trial, _lowest(kind, replace(s, **values), length, device))
-    return study
-
-
-def _finished(study) -> list:
-    from optuna.trial import TrialState
-
-    return study.get_trials(states=(TrialState.COMPLETE,))
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -247,48 +550,6 @@ def _points(space: dict[str, tuple[float, float]], count: int) -> list[dict[str,
             point[name] = float(f"{low * (high / low) ** share:.4g}")
         out.append(point)
     return out
-
-
-def _lowest(kind: type[Task], s: Any, length: dict[str, float], device: torch.device) -> float:
-    """The lowest criterion met within the length; infinite if the run diverges before any."""
-    task = _made(kind, s, device)
-    best = math.inf
-    try:
-        with job.no_memory(s, task):
-            s = _of_length(kind, s, length, TRIAL_LOOKS, device)
-            method = methods.build(s, task)
-            while method.iteration < s.outer_steps and not 0 < s.budget <= method.gradients:
-                task.refresh(method.theta)
-                method.step()
-                if method.iteration % s.evaluate_every == 0:
-                    task.refresh(method.theta)
-                    value = task.judge(method.lam, method.theta)
-                    best = min(best, value if math.isfinite(value) else math.inf)
-    except NotFinite:
-        pass
-    return best
-
-
-# ------------------------------------------------------------------ the final runs
-
-
-def _final(kind, s, variant: Variant, length: dict, looks: int, path: Path, device) -> dict:
-    """One final run, in a folder of its own, where it can be resumed."""
-    s = _of_length(kind, s, length, looks, device)
-    with RunFolder(path / f"{variant.name}-{s.seed}", kind.config(s)) as folder:
-        if (folder.path / "result.json").exists():
-            result = folder.read_result()
-        else:
-            result = job.run_job(s, device, folder, _made(kind, s, device))
-    return {
-        "seed": s.seed,
-        "best": result["best"],
-        **({"history": _thin(result["history"], kind.dropped)} if s.seed == 0 else {}),
-        "seconds": result["provenance"]["seconds"],
-        # share of the looks at which CG stopped on a direction of negative curvature
-        "negative_curvature": mean(row["negative_curvature"] for row in result["history"]),
-        **kind.keep(result, variant.settings),
-    }
 
 
 def _thin(history: list[dict], dropped: tuple[str, ...], most: int = 60) -> list[dict]:

@@ -212,14 +212,15 @@ class Task:
 
         Returns:
             Figures, by what follows the result's name in that of the file. By default the criterion
-            against gradients and seconds; lines with a name in a search, one for each seed else.
+            against gradients and seconds: of a search the first seed of each method, by name, else
+            a line for each seed.
         """
         from bilevel_lite.plotting import STYLE, figure, plt
 
         lines = []
         for run in stored["runs"]:
             for row in run["results"] if "results" in run else [{"runs": [run]}]:
-                found = [one for one in row["runs"] if "history" in one]
+                found = [one for one in row["runs"] if "history" in one][:1]
                 lines += [(row.get("method"), one["history"]) for one in found]
         with plt.rc_context(STYLE):
             fig, axes = figure(2, sharey=True)

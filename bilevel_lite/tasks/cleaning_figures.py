@@ -13,8 +13,8 @@ from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = [
-    "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study", "draw_surest",
-    "unpack_images",
+    "difference", "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
+    "draw_surest", "unpack_images",
 ]  # fmt: skip
 
 
@@ -296,12 +296,83 @@ def _draw_noise(rows):
     return fig
 
 
+def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[float], float, float]:
+    """Compare two variants by pairs, at the chosen look of the seeds that both have.
+
+    Args:
+        one: A row of a study's result.
+        other: Another one.
+        key: The measure.
+
+    Returns:
+        ``one`` minus ``other`` for each seed, their mean, and the half width of its 95 % interval
+        by Student's t (infinite for a single seed).
+    """
+    from scipy import stats
+
+    a, b = ({run["seed"]: run["best"][key] for run in row["runs"]} for row in (one, other))
+    each = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
+    if len(each) < 2:
+        return each, mean(each) if each else np.nan, np.inf
+    half = stats.t.ppf(0.975, len(each) - 1) * np.std(each, ddof=1) / len(each) ** 0.5
+    return each, mean(each), float(half)
+
+
+def _draw_resnet18(rows):
+    """KFAC against each rival by pairs, loss against seconds, factors kept."""
+    named = {row["method"]: row for row in rows}
+    kfac, kept = named.get("kfac"), [row for row in rows if "every" in row["settings"]]
+    kept = [row for row in kept if row["settings"]["method"] == "aid-kfac"]
+    others = [row["method"] for row in (kfac, *kept) if row] + ["kfac-cifar-stem"]
+    rivals = [row for row in rows if row["method"] not in others]
+    fig, axes = plt.subplots(1, 3, figsize=(10.0, 3.4), width_ratios=(1.3, 1.6, 1))
+    axes[0].axvline(0, color="black", linewidth=0.8)
+    for y, row in enumerate(rivals if kfac else []):
+        each, middle, half = difference(kfac, row)
+        style = {"color": _colour(row["method"])}
+        axes[0].plot(each, [y] * len(each), "o", ms=3, alpha=0.5, **style)
+        if np.isfinite(half):
+            axes[0].errorbar([middle], [y], xerr=[half], fmt="|", ms=9, capsize=3, **style)
+    axes[0].set_yticks(range(len(rivals)), [row["method"] for row in rivals], fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="test loss of KFAC minus rival's", title="left of 0: KFAC's is lower")
+    for row in rows if kfac is None else [*rivals, kfac]:
+        style = {"color": _colour(row["method"]), "linestyle": LINES.get(row["method"], "-")}
+        for run in row["runs"]:
+            looks = list(accumulate(run["history"], _better))
+            label = row["method"] if run is row["runs"][0] else None
+            seconds = [look["seconds"] for look in run["history"]]
+            losses = [look["test_loss"] for look in looks]
+            axes[1].plot(seconds, losses, linewidth=1, label=label, **style)
+    axes[1].set(xscale="log", xlabel="seconds", ylabel="test loss of the iterate chosen so far")
+    axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    for row in [kfac, *kept] if kfac else kept:
+        every = row["settings"].get("every", 1)
+        _point(axes[2], every, _bests(row, "test_loss"), color=_colour("kfac"), ms=3)
+        axes[2].annotate(
+            f"{pace(row, 'seconds'):.2g} s", (every, max(_bests(row, "test_loss"))), fontsize=6,
+            xytext=(0, 3), textcoords="offset points", ha="center",
+        )  # fmt: skip
+    axes[2].set(xscale="log", xlabel="iterations KFAC's factors are kept")
+    axes[2].set_ylabel("test loss")
+    axes[2].margins(x=0.2, y=0.2)
+    for ax in axes:
+        if ax is not axes[0]:
+            ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        ax.title.set_fontsize(8)
+        ax.xaxis.label.set_fontsize(8)
+    return fig
+
+
+LINES = {"kfac-empirical": "--", "cg-normal-3": "--"}  # of the colour of another
+
 DRAW_STUDY = {
     "solvers": _draw_solvers,
     "batch": _draw_batch,
     "refresh": _draw_refresh,
     "ema": _draw_ema,
     "noise": _draw_noise,
+    "resnet18": _draw_resnet18,
 }
 
 

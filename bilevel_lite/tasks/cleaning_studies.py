@@ -3,17 +3,20 @@
 After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figure 1), the batch size
 (Figures 3 and 7), factors kept for several iterations (Table 2), the moving average of the factors
 (Figure 6); and one of ours, the rate and kind of the noise. Its Figures 2 and 5, all methods, are
-`cleaning_comparison`. Every variant runs for the same number of outer iterations.
+`cleaning_comparison`. Every variant runs for the same number of outer iterations. The study
+``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
+GPU for some minutes at a time.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from bilevel_lite.experiment import search
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
-from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
+from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
-__all__ = ["STUDIES", "run", "variants"]
+__all__ = ["STUDIES", "USUAL", "Study", "run", "runs", "variants"]
 
 
 def _cg(iters: int, method: str = "aid-cg", **settings) -> tuple[dict, dict]:
@@ -104,14 +107,60 @@ def _noise(dataset: str, model: str) -> list[Variant]:
     return out
 
 
-# name -> (what it asks, its variants on a dataset and a model)
+def _resnet18(dataset: str, model: str) -> list[Variant]:
+    """The solvers; then KFAC at its own winner with factors kept, and on the other stem."""
+    names = ("identity", "cg-3", "cg-normal-3", "neumann-10", "kfac", "kfac-empirical")
+    found = [Variant(name, *SOLVERS[name]) for name in names]
+    found.append(Variant("ekfac-every10", *_kfac("aid-ekfac", every=10)))
+    for every in (5, 10, 50):  # 1 is the row of kfac
+        found.append(Variant(f"kfac-every{every}", *_kfac(every=every), follows="kfac"))
+    if model == "resnet18":
+        found.append(Variant("kfac-cifar-stem", *_kfac(stem="cifar"), follows="kfac"))
+    return found
+
+
+# what a study is run with where nothing else is said
+USUAL: dict = {
+    "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "seeds": 3,
+    "first_seed": 0, "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000,
+    "looks": 50, "baselines": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study by its name.
+
+    Attributes:
+        asks: What it asks.
+        variants: Of a dataset and a model.
+        usual: What it is run with beside `USUAL`.
+        batch: The batch size in every role, where it is not the dataset's.
+    """
+
+    asks: str
+    variants: Callable[[str, str], list[Variant]]
+    usual: dict = field(default_factory=dict)
+    batch: int | None = None
+
+
 STUDIES = {
-    "solvers": ("test loss against time per outer iteration, by solver", _solvers),
-    "batch": ("test loss by batch size", _batch),
-    "refresh": ("factors kept for several outer iterations, KFAC and EKFAC", _refresh),
-    "ema": ("moving average of the factors, by damping and batch size", _ema),
-    "noise": ("rate and kind of the label noise", _noise),
-}
+    "solvers": Study("test loss against time per outer iteration, by solver", _solvers),
+    "batch": Study("test loss by batch size", _batch),
+    "refresh": Study("factors kept for several outer iterations, KFAC and EKFAC", _refresh),
+    "ema": Study("moving average of the factors, by damping and batch size", _ema),
+    "noise": Study("rate and kind of the label noise", _noise),
+    "resnet18": Study(
+        "KFAC against its rivals on a ResNet-18, and its factors kept (5 to 8 hours of an H200: "
+        "figures/README.md)",
+        _resnet18,
+        {
+            "dataset": "cifar10", "model": "resnet18", "stem": "imagenet", "first_seed": 1,
+            "trials": 8, "widen": 2, "search_steps": 1000, "baselines": 1,
+        },
+        batch=256,
+    ),
+}  # fmt: skip
 
 
 def variants(study: str, dataset: str, model: str) -> list[Variant]:
@@ -124,8 +173,17 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
         raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
     if dataset not in SIZES:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
-    found = STUDIES[study][1](dataset, model)
+    found = STUDIES[study].variants(dataset, model)
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
+
+
+def runs(study: str) -> int:
+    """How many runs a study has with its usual numbers, its trials among them, if no box widens."""
+    usual = {**USUAL, **STUDIES[study].usual}
+    found = variants(study, usual["dataset"], usual["model"])
+    trials = sum(not variant.follows for variant in found) * usual["trials"]
+    baselines = len(BASELINES) if usual["baselines"] else 0
+    return trials + baselines + len(found) * usual["seeds"]
 
 
 def _fixed(variant: Variant, at: dict[str, float]) -> Variant:
@@ -133,62 +191,73 @@ def _fixed(variant: Variant, at: dict[str, float]) -> Variant:
     if missing := sorted(set(variant.space) - set(at)):
         raise ValueError(f"at: {variant.name} also needs {missing}")
     values = {name: at[name] for name in variant.space}
-    return replace(variant, settings={**variant.settings, **values}, space={})
+    return replace(variant, settings={**variant.settings, **values}, space={}, follows="")
 
 
 def run(
     study: str,
-    dataset: str,
-    model: str,
     out: str,
     only: list[str] | None = None,
-    seeds: int = 3,
-    trials: int = 16,
-    search_steps: int = 400,
-    outer_steps: int = 1000,
     at: dict[str, float] | None = None,
-    stem: str = "cifar",
-    batchnorm: str = "batch",
+    sizes: dict[str, int] | None = None,
     storage: str | None = None,
     device: str | None = None,
-    looks: int = 50,
-    sizes: dict[str, int] | None = None,
+    minutes: float | None = None,
+    status: bool = False,
+    **given,
 ) -> dict:
     """Run or resume a study.
 
     Args:
         study: A key of `STUDIES`.
-        dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
-        model: A key of `bilevel_lite.models.MODELS`.
         out: Output folder; stopped, the same command goes on there.
         only: Names of variants to run; all of them by default.
-        seeds: How many, from 0.
-        trials: Points tried for each variant, on seed 0.
-        search_steps: Outer iterations of a trial.
-        outer_steps: Outer iterations of a final run.
         at: Instead of a search: values of what it would search for, where a variant has it.
-        stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
-        batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
+        sizes: Other batch sizes than those of the study or dataset, by role (a name in ``ROLES``);
+            not in the studies that set them.
         storage: Optuna's database; SQLite in ``out`` by default.
         device: Such as ``"cpu"``; CUDA if there, by default.
-        looks: Evaluations in a final run; fewer where they cost much beside its iterations.
-        sizes: Other batch sizes than ``MINIBATCHES[dataset]``, by role (a name in ``ROLES``); not
-            in the studies that set them.
+        minutes: Stop after so many; the same command goes on.
+        status: Only say what is done and what is left.
+        **given: What differs from the study's usual (`USUAL`, `Study.usual`); None is the usual.
+
+            - dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
+            - model: A key of `bilevel_lite.models.MODELS`.
+            - stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
+            - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
+            - seeds, first_seed: How many final runs of each variant, from which seed on.
+            - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
+              each.
+            - widen: How often the boxes may widen (`bilevel_lite.experiment.search.run`).
+            - outer_steps, looks: Outer iterations of a final run, evaluations in it.
+            - baselines: 1 to train also without weights, on the first seed.
 
     Returns:
         The result, also written to ``result.json``.
 
     Raises:
+        Stopped: if it was stopped before the end, or only asked where it stands.
         ValueError: for an unknown name or a number out of range.
         RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
         DataError: if the dataset cannot be had.
     """
+    if unknown := sorted(set(given) - set(USUAL)):
+        raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
+    own = STUDIES[study].usual if study in STUDIES else {}
+    s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
+    dataset, model = s["dataset"], s["model"]
     chosen = variants(study, dataset, model)
     known = [variant.name for variant in chosen]
     unknown = sorted(set(only or []) - set(known))
     if unknown:
         raise ValueError(f"only: {study} has no {unknown}; expected some of {known}")
     chosen = [variant for variant in chosen if not only or variant.name in only]
+    names = {variant.name for variant in chosen}
+    for variant in chosen:
+        if at is None and variant.follows and variant.follows not in names:
+            raise ValueError(
+                f"only: {variant.name} runs at the winner of {variant.follows}; name that too"
+            )
     sizes = sizes or {}
     free = set(ROLES) - {name for variant in chosen for name in variant.settings}
     if unknown := sorted(set(sizes) - free):
@@ -198,7 +267,9 @@ def run(
     }:
         raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
     sizes = {role: int(size) for role, size in sizes.items()}
-    base = {**MINIBATCHES[dataset], **sizes, "stem": stem, "batchnorm": batchnorm}
+    batches = _sizes(dataset, STUDIES[study].batch) if STUDIES[study].batch else {}
+    base = {**MINIBATCHES[dataset], **batches, **sizes}
+    base |= {name: s[name] for name in ("stem", "batchnorm")}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}
         if unknown := sorted(set(at) - searched_for):
@@ -215,12 +286,17 @@ def run(
         },
         base,
         chosen,
-        {"outer_steps": search_steps},
-        {"outer_steps": outer_steps},
+        {"outer_steps": s["search_steps"]},
+        {"outer_steps": s["outer_steps"]},
         out,
-        seeds,
-        trials,
+        s["seeds"],
+        s["trials"],
         storage,
         device,
-        looks,
+        s["looks"],
+        s["first_seed"],
+        s["widen"],
+        bool(s["baselines"]),
+        minutes,
+        status,
     )
