@@ -123,11 +123,15 @@ def run(
         for variant, s in jobs:
             if variant.name in done:
                 continue
-            with timer:
-                row = _row(
-                    kind, s, variant, search, final, seeds, trials, storage, folder.path, place,
-                    looks,
-                )  # fmt: skip
+            try:
+                with timer:
+                    row = _row(
+                        kind, s, variant, search, final, seeds, trials, storage, folder.path,
+                        place, looks,
+                    )  # fmt: skip
+            except KeyboardInterrupt:  # what was computed is kept, so are its seconds
+                folder.checkpoint({"seconds": timer.seconds})
+                raise
             folder.log(row)
             folder.checkpoint({"seconds": timer.seconds})
             print(table([row], kind.columns).splitlines()[-1], flush=True)
@@ -280,6 +284,8 @@ def _final(kind, s, variant: Variant, length: dict, looks: int, path: Path, devi
             result = folder.read_result()
         else:
             result = job.run_job(s, device, folder, _made(kind, s, device))
+        for name in ("checkpoint.pt", "best-*.pt"):  # a study has many: results only are kept
+            folder.remove(name)
     return {
         "seed": s.seed,
         "best": result["best"],
