@@ -194,7 +194,8 @@ class Slot:
 
     def done(self, job: Job, code: int, seconds: float, over: bool) -> None:
         """Record what became of a job."""
-        note, status = said(job), "passed" if code == 0 else "cut off" if over else "failed"
+        status = "passed" if code == 0 else "cut off" if over else "failed"
+        note = said(job, status)
         if job.part == "tests" and status == "passed" and not re.search(r"\d passed", note):
             status = "skipped"
         if job.part == "notebook" and seconds > book.SLOW:
@@ -233,26 +234,30 @@ def stop(processes: list[subprocess.Popen], grace: float) -> None:
 # ------------------------------------------------------------------ saying it
 
 
-def said(job: Job) -> str:
-    """What a job's log or folder says of how far it came."""
+def said(job: Job, status: str) -> str:
+    """What a job's log or folder says of how far it came, or of why it failed."""
     log = job.log.read_text("utf-8", errors="replace")
+    last = ([row for row in log.splitlines() if row.strip()] or [""])[-1].strip("= ")
     if job.part == "notebook":
         count = {
             word: len(re.findall(rf"^\S.* {word}", log, re.M)) for word in ("PASSED", "FAILED")
         }
-        return ", ".join(f"{n} cells {word.lower()}" for word, n in count.items() if n)
+        if any(count.values()):
+            return "cells: " + ", ".join(f"{n} {word.lower()}" for word, n in count.items() if n)
+    if job.part == "tests" or status == "failed":
+        return last
     if job.part == "study" and job.command[3] in ("study", "search"):
         whole = job.results / "log.jsonl"
         variants = text(whole).count("\n") if whole.exists() else 0
         finals = len(list(job.results.glob("*/result.json")))
         return f"{variants} variants and {finals} final runs are done"
-    lines = [row for row in log.splitlines() if row.strip()]
-    return lines[-1].strip("= ") if lines and job.part == "tests" else ""
+    return ""
 
 
 def line(job: Job, record: dict) -> str:
     """One line of the table."""
-    where = shown(job.results if job.results and job.results.exists() else job.log)
+    made = job.results and job.results.exists() and record["status"] != "failed"
+    where = shown(job.results if made else job.log)
     parts = [record["note"], where if record["status"] != "not reached" else ""]
     return (
         f"{job.part:<9} {job.what[:38]:<38} {record['seconds']:8.1f}  {record['status']:<11} "

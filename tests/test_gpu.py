@@ -16,8 +16,8 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from bilevel_lite.__main__ import main
 
 STUDY = (
-    "solvers --dataset digits --only identity cg-3 --trials 2 --search-steps 10 --outer-steps 400"
-    " --looks 10 --seeds 2"
+    "solvers --dataset digits --only identity cg-3 --trials 2 --search-steps 4 --outer-steps 120"
+    " --looks 12 --seeds 1"
 )
 
 
@@ -37,7 +37,7 @@ def test_what_fails_stops_nothing_and_what_passed_is_skipped(tmp_path, capsys):
     mark = "open({!r}, 'a').write('x')"
     good, bad = tmp_path / "good", tmp_path / "bad"
     jobs = [
-        job(tmp_path, "bad", mark.format(str(bad)) + "; raise SystemExit(3)"),
+        job(tmp_path, "bad", mark.format(str(bad)) + "; raise SystemExit('no room')"),
         job(tmp_path, "good", mark.format(str(good))),
     ]
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_what_fails_stops_nothing_and_what_passed_is_skipped(tmp_path, capsys):
     assert (good.read_text(), bad.read_text()) == ("x", "xx")
     table = gpu.table(slot)
     assert "earlier" in table and "1 failed, 1 passed" in table
-    assert f"{tmp_path}/logs/bad.log" in table
+    assert f"no room; {tmp_path}/logs/bad.log" in table
     # another device, another record
     other = gpu.Slot(tmp_path, "cuda", 60.0)
     other.run(jobs[1:])
@@ -162,10 +162,10 @@ def test_the_whole_of_it_interrupted_in_its_study_and_called_again(tmp_path):
     last = said.partition("where\n")[2].splitlines()
     assert [row.split()[0] for row in last[1:5]] == ["tests", "bench", "notebook", "study"]
     assert "7 skipped" in last[1] or "passed" in last[1]
-    assert "passed" in last[2] and "1 cells passed" in last[3] and "cut off" in last[4]
+    assert "passed" in last[2] and "cells: 1 passed" in last[3] and "cut off" in last[4]
     done = subprocess.run([*command, "--minutes", "5"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("earlier") == 3 and "2 variants and 4 final runs" in done.stdout
+    assert done.stdout.count("earlier") == 3 and "2 variants and 2 final runs" in done.stdout
     (study,) = out.glob("study-*")
     words = ["study", *STUDY.split(), "--device", "cpu", "--out", str(tmp_path / "whole")]
     assert main(words) == 0
