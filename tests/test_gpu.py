@@ -163,10 +163,11 @@ def test_the_whole_of_it_interrupted_in_its_study_and_called_again(tmp_path):
     assert [row.split()[0] for row in last[1:5]] == ["tests", "bench", "notebook", "study"]
     assert "7 skipped" in last[1] or "passed" in last[1]
     assert "passed" in last[2] and "cells: 1 passed" in last[3] and "cut off" in last[4]
+    (study,) = out.glob("study-*")
+    assert (study / "checkpoint.pt").exists()  # the seconds of a variant that was cut off
     done = subprocess.run([*command, "--minutes", "5"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("earlier") == 3 and "2 variants and 2 final runs" in done.stdout
-    (study,) = out.glob("study-*")
     words = ["study", *STUDY.split(), "--device", "cpu", "--out", str(tmp_path / "whole")]
     assert main(words) == 0
     assert timeless(study) == timeless(tmp_path / "whole")
