@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test baseline quick execute check elsewhere bench figures lint repo clean
+.PHONY: help setup run lab html test baseline quick execute check elsewhere bench gpu figures lint repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ elsewhere: setup ## would the chapters say the same on a GPU? (an hour; tests/el
 
 bench: setup ## what a hypergradient costs: the book's record; BENCH="--models linear": a trial, in runs/
 	$(BIN)/python -m bilevel_lite bench $(if $(BENCH),$(BENCH),--publish)
+
+gpu: setup ## ten minutes of a GPU: tests, bench, chapters, a slice of a study (GPU="--minutes 10 --study NAME")
+	$(BIN)/python tests/gpu.py $(GPU)
 
 figures: setup ## draw the figures from figures/data
 	$(BIN)/python -m bilevel_lite figures

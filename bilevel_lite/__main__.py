@@ -244,6 +244,9 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--rounds", type=int, metavar="N", default=15, help="of every row, one each")
     speed.add_argument("--seconds", type=float, metavar="X", default=60.0, help="a row, at most")
     speed.add_argument("--threads", type=int, metavar="N", default=1, help="on a CPU")
+    speed.add_argument(
+        "--no-memory", dest="memory", action="store_false", help="leave out the peak memory"
+    )
     speed.add_argument("--out", metavar="DIR", help="output folder (default: runs/bench-DEVICE)")
     place = speed.add_mutually_exclusive_group()
     place.add_argument("--to", metavar="DIR", help="store and draw here instead")
@@ -377,7 +380,10 @@ def _bench(options: dict) -> None:
     if options["publish"] and names != list(bench.MODELS):
         raise ValueError(f"--publish: the record holds {' '.join(bench.MODELS)}; got {names}")
     out = options["out"] or f"runs/bench-{device.type}"
-    bench.run(names, device, options["rounds"], options["seconds"], out, options["threads"])
+    if options["publish"] and not options["memory"]:
+        raise ValueError("--publish: the record holds peak memory; leave out --no-memory")
+    numbers = (options[name] for name in ("rounds", "seconds"))
+    bench.run(names, device, *numbers, out, options["threads"], options["memory"])
     to = options["to"]
     if to is None and not options["publish"] and in_checkout():
         to = "runs/figures"  # a trial does not replace the record

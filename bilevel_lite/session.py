@@ -1,18 +1,26 @@
 """What a notebook's first cell sets: seed, number type, device, figure style, progress bars."""
 
 import os
+import warnings
 
 import torch
 
-__all__ = ["no_tf32", "pick_device", "progress", "setup"]
+__all__ = ["no_tf32", "pick_device", "progress", "ready", "setup"]
 
 
 def pick_device(name: str | None = None) -> torch.device:
     """Return the device to work on: ``name``, else $BILEVEL_LITE_DEVICE, else CUDA if there.
 
+    A GPU's libraries are loaded before it is returned (see `ready`).
+
     Raises:
         ValueError: if the name is no device, or the device is not on this machine.
     """
+    return ready(_named(name))
+
+
+def _named(name: str | None) -> torch.device:
+    """The same, with nothing done to it."""
     name = name or os.environ.get("BILEVEL_LITE_DEVICE") or None
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,6 +33,44 @@ def pick_device(name: str | None = None) -> torch.device:
             f"device: got {name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
     return device
+
+
+_readied: set[tuple[str, int]] = set()
+
+
+def ready(device: torch.device) -> torch.device:
+    """Load a GPU's libraries now, in this thread and in autograd's; return the device.
+
+    Otherwise the first backward pass of a process finds no context of the GPU in autograd's own
+    thread, and says so on stderr, into whatever cell came first. Once for each process and GPU;
+    nothing on a CPU. It draws no random number.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if (device.type, index) not in _readied:
+            _first_use(device)
+            torch.cuda.synchronize(device)
+            _readied.add((device.type, index))
+    return device
+
+
+def _first_use(device: torch.device) -> None:
+    """A product forward and backward, and a factorisation, in both precisions.
+
+    The elementwise operation comes first: its kernel needs no library, and makes the context
+    current in autograd's thread, where cuBLAS then finds it.
+    """
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        warnings.simplefilter("ignore")  # torch's, of the missing context: this is its cure
+        for dtype in (torch.float32, torch.float64):
+            x = torch.eye(8, dtype=dtype, device=device, requires_grad=True)
+            (x * x).sum().backward()
+            (x @ x).sum().backward()
+            torch.linalg.cholesky(x.detach())
 
 
 def no_tf32() -> None:
@@ -43,7 +89,7 @@ def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
             hold on every machine; full-scale runs use float32.
 
     Returns:
-        The device to put data and parameters on (see `pick_device`).
+        The device to put data and parameters on, its libraries loaded (see `pick_device`).
     """
     from bilevel_lite import plotting
 

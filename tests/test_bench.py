@@ -73,6 +73,39 @@ def test_a_row_of_the_reference_may_fail_and_ours_may_not():
         bench.measure({"x": fails}, CPU, bench.Budget(1, 1.0))
 
 
+def test_on_a_gpu_memory_is_read_in_the_same_process(monkeypatch):
+    """From torch's allocator, whose counters a pretend GPU has here."""
+    held, peak, calls = [1000], [5000], []
+
+    def call():
+        calls.append("call")
+        peak[0] = max(peak[0], held[0] + 700)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, held[0])
+    )
+    assert bench._peak_on_gpu(call, torch.device("cuda")) == 700
+    assert calls == ["wait", "call", "wait"]
+
+
+def test_a_fresh_process_measures_memory_on_a_cpu_only(monkeypatch):
+    class Same(bench.Case):  # the pretend GPU is the CPU
+        def __init__(self, name, device):
+            super().__init__(name, CPU)
+
+    rows = []
+    monkeypatch.setattr(bench, "Case", Same)
+    monkeypatch.setattr(bench, "clock", lambda device: iter(range(10_000)).__next__)
+    monkeypatch.setattr(bench, "_peak_in_fresh_process", None)
+    monkeypatch.setattr(bench, "_peak_on_gpu", lambda call, device: rows.append(call) or 7)
+    case = bench.measure_case("linear", torch.device("cuda"), bench.Budget(1, 1e6))
+    assert {row for row, cell in case["rows"].items() if "bytes" in cell} == set(bench.MEMORY)
+    assert len(rows) == len(bench.MEMORY) and case["rows"]["hvp"]["bytes"] == 7
+
+
 def test_stops_and_goes_on(tmp_path, monkeypatch, linear, capsys):
     asked = []
 

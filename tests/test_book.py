@@ -46,6 +46,33 @@ def test_notebooks_run_side_by_side_and_come_in_order(monkeypatch):
 
 
 def test_a_notebook_that_fails_makes_the_command_fail(monkeypatch):
-    monkeypatch.setattr(book, "attempt", lambda path, **options: None)
+    monkeypatch.setattr(book, "attempt", lambda path, **options: (None, 1.0))
     monkeypatch.setattr(book, "render", lambda done, *options: 0)
     assert book.command_run("0") == book.command_check("0") == 2  # the chapter and its solutions
+
+
+def test_check_lists_the_seconds_and_marks_what_is_slow(monkeypatch, capsys, tmp_path):
+    cells = [new_code_cell("print(1)", outputs=[new_output("stream", text="1\n")])]
+    stored, paths = book.normalise(new_notebook(cells=cells)), []
+    for name in ("00_short", "01_long", "02_other"):
+        paths.append(tmp_path / f"{name}.ipynb")
+        paths[-1].write_text(book.dumps(stored), encoding="utf-8")
+    seconds = {"00_short": 3, "01_long": 91, "02_other": 90}
+    clock = iter([0.0, 3.0, 10.0, 101.0, 200.0, 290.0])  # before and after each
+    other = book.normalise(new_notebook(cells=[new_code_cell("print(1)")]))
+    monkeypatch.setattr(book, "selected", lambda chapter: paths)
+    monkeypatch.setattr(book, "JOBS", 1)
+    monkeypatch.setattr(book.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        book, "execute", lambda path, **options: other if path.stem == "02_other" else stored
+    )
+    assert book.command_check(None) == 1
+    said = capsys.readouterr().out
+    assert "02_other.ipynb: cell start-1 differs" in said
+    table = said.partition("side by side:\n")[2].splitlines()
+    assert table == [
+        f"  01_long.ipynb: {seconds['01_long']} s  SLOW: more than 90 s",
+        f"  02_other.ipynb: {seconds['02_other']} s",
+        f"  00_short.ipynb: {seconds['00_short']} s",
+        "3 notebooks, 1 differ or fail, 1 take more than 90 s",
+    ]

@@ -53,6 +53,44 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_a_checkpoint_holds_theta_and_momentum_once_each(whole, tmp_path):
+    """The chosen iterate has a file of its own: ResNet-18's checkpoint stays below 100 MB."""
+    tensors, waiting = [], [torch.load(whole / "checkpoint.pt")]
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+        tensors += [one] if isinstance(one, torch.Tensor) else []
+    sizes = sorted(one.numel() for one in tensors if one.dtype == torch.float32 and one.ndim)
+    assert sizes == [650, 650, 1000]  # theta, its momentum, lam
+    draws = [one for one in tensors if one.dtype != torch.float32]
+    assert sum(one.numel() * one.element_size() for one in draws) < 30_000  # generators
+    d = bl.flatten(bl.models.build("resnet18", (3, 32, 32), 10)).numel()
+    assert 4 * (2 * d + 50_000) + 30_000 < 100e6
+    result = json.loads((whole / "result.json").read_text())
+    (chosen,) = whole.glob("best-*.pt")
+    assert chosen.name == f"best-{result['best']['iteration']}.pt"
+    at = torch.load(chosen)
+    assert at["lam"].numel() == 1000 and at["theta"].numel() == 650
+    # the chosen iterate of an earlier version's checkpoint, which held it itself, is still read
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    state = torch.load(copy / "checkpoint.pt")
+    torch.save({**state, "best": {**state["best"], **at}}, copy / "checkpoint.pt")
+    for name in ("result.json", chosen.name):
+        (copy / name).unlink()
+    assert main([*SMALL, "--out", str(copy)]) == 0
+    assert numbers(copy) == numbers(whole)
+
+
+def test_a_lost_file_of_the_chosen_iterate_is_told(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    next(copy.glob("best-*.pt")).write_bytes(b"nonsense")
+    assert main([*SMALL, "--out", str(copy)]) == 1
+    assert "is damaged (" in capsys.readouterr().err
+
+
 def test_a_run_writes_all_that_it_promises(whole, capsys):
     result, history = numbers(whole)
     assert [row["iteration"] for row in history] == list(range(3, 31, 3))

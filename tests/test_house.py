@@ -81,7 +81,7 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10450),
     "methods": ([*METHODS.values()], 950),
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2680),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2720),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1530),
 }
 LARGEST = {"method": 100, "task": 460}  # one file of algorithms/, of tasks/

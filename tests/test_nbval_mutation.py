@@ -1,4 +1,4 @@
-"""Does the comparison bite? A spoiled digit and a missing execution count must be seen."""
+"""Does the comparison bite? A spoiled digit, a word on stderr, a missing count must be seen."""
 
 import copy
 import re
@@ -82,6 +82,20 @@ def test_nbval_sees_a_spoiled_digit(tmp_path):
     result = nbval(bad)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "1 failed" in result.stdout
+
+
+@pytest.mark.slow
+def test_nbval_sees_a_warning_on_stderr(tmp_path):
+    """As a GPU's first backward pass once printed one below a cell that was stored without."""
+    said = "import warnings\nwarnings.warn('there was no current CUDA context!')\nprint(6 * 7)"
+    output = new_output("stream", name="stdout", text="42\n")
+    cells = [new_code_cell(source, outputs=[output]) for source in ("print(6 * 7)", said)]
+    path = tmp_path / "warns.ipynb"
+    path.write_text(book.dumps(book.normalise(new_notebook(cells=cells))), encoding="utf-8")
+    result = nbval(path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "1 failed, 1 passed" in result.stdout and "stderr" in result.stdout
+    assert "there was no current CUDA context!" in result.stdout
 
 
 def test_the_form_test_sees_a_missing_count(tmp_path):

@@ -97,9 +97,9 @@ COSTS = {
 }
 
 
-def cost_rows() -> list[str]:
-    """The table of costs, from the stored benchmark."""
-    (run,) = experiment.stored("bench_cpu")["runs"]
+def cost_rows(name: str) -> list[str]:
+    """The table of costs, from a stored benchmark."""
+    (run,) = experiment.stored(name)["runs"]
     rows = []
     for text, (ours, theirs) in COSTS.items():
         cells = []
@@ -113,14 +113,54 @@ def cost_rows() -> list[str]:
     return rows
 
 
-def test_the_costs_are_the_stored_ones():
-    for row in cost_rows():
-        assert row in README, f"README lacks: {row}"
-    (run,) = experiment.stored("bench_cpu")["runs"]
+@pytest.mark.parametrize("name", ["bench_cpu", "bench_cuda"])
+def test_the_costs_are_the_stored_ones(name):
+    said = README.partition(f"(figures/data/{name}.json)")[2].partition(f"(figures/{name}.svg)")[0]
+    for row in cost_rows(name):
+        assert row in said, f"README lacks, in the table of {name}: {row}"
+    (run,) = experiment.stored(name)["runs"]
     rows = next(case["rows"] for case in run["cases"] if case["model"] == "resnet18")
-    for name, text in (("kfac-mc", "holds {} MiB beyond"), ("hvp", "product holds {} MiB,"),
-                       ("curvlinops kfac-mc", "\n{} MiB.")):  # fmt: skip
-        assert text.format(round(rows[name]["bytes"] / 2**20)) in README
+    texts = {
+        "bench_cpu": ("holds {} MiB beyond", "product holds {} MiB,", "\n{} MiB."),
+        "bench_cuda": ("{} MiB for KFAC", "{} MiB for a Hessian-vector", "{} MiB for the comp"),
+    }
+    for row, text in zip(("kfac-mc", "hvp", "curvlinops kfac-mc"), texts[name], strict=True):
+        assert text.format(round(rows[row]["bytes"] / 2**20)) in README
+
+
+def test_what_is_said_of_the_gpu_is_what_was_measured():
+    (gpu,), (cpu,) = (experiment.stored(f"bench_{name}")["runs"] for name in ("cuda", "cpu"))
+    said = " ".join(README.partition("(figures/data/bench_cuda.json)")[2].split())
+    times = [f"{case['gradient_ms']:.2f}" for case in gpu["cases"]]
+    assert f"one gradient takes {', '.join(times[:3])} and {times[3]} ms" in said
+    linear, resnet = gpu["cases"][0], gpu["cases"][3]
+    assert (linear["model"], resnet["model"]) == ("linear", "resnet18")
+    work, time = (resnet[key] / linear[key] for key in ("gradient_gflop", "gradient_ms"))
+    assert f"has {work:.0f} times the operations" in said
+    assert f"and takes {time:.0f} times as long" in said
+    kfac = [case["rows"]["kfac-mc"] for case in gpu["cases"]]
+    ratios, flops = ([row[key] for row in kfac] for key in ("ratio", "flops"))
+    assert f"costs {min(ratios):.1f} to {max(ratios):.1f} gradients whatever the model" in said
+    assert f"counted operations are {min(flops):.1f} to {max(flops):.0f}." in said
+    here, there = (
+        [case["rows"]["aid step, kfac-mc"]["ms"] / case["rows"]["aid step, cg-3"]["ms"]
+         for case in run["cases"]] for run in (gpu, cpu)
+    )  # fmt: skip
+    assert f"costs {min(here):.2f} to {max(here):.2f} of CG's" in said
+    assert f"it is {there[3]:.2f} on ResNet-18 and {there[0]:.2f} on the linear model" in said
+    rows = resnet["rows"]
+    assert f"costs {rows['ekfac-mc']['ratio']:.0f} gradients on ResNet-18, more than CG" in said
+    assert rows["ekfac-mc"]["ratio"] > rows["cg-10"]["ratio"]
+    kept = [
+        1 - case["rows"]["kfac-mc, first factor kept"]["ms"] / case["rows"]["kfac-mc"]["ms"]
+        for case in gpu["cases"]
+    ]
+    assert f"first factor saves {100 * min(kept):.0f} to {100 * max(kept):.0f} %" in said
+    p = gpu["provenance"]
+    assert f"torch {p['versions']['torch']}, commit {p['commit']}" in said
+    assert p["device"] == "NVIDIA H200"
+    rounds = [row["rounds"] for case in gpu["cases"] for row in case["rows"].values()]
+    assert sorted(set(rounds)) == [2, 5] and rounds.count(2) == 1
 
 
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)

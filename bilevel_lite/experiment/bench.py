@@ -11,6 +11,7 @@ express the problem) and BatchNorm is frozen (it has no Kronecker block there): 
 give the same hypergradient, and their relative difference is stored beside the times.
 """
 
+import gc
 import os
 import statistics
 import subprocess
@@ -342,7 +343,7 @@ def measure(
 
 
 def peak_memory(name: str, row: str, device: torch.device) -> int:
-    """Bytes that one call needs at its peak, beyond model, data and v.
+    """Bytes that one call needs at its peak, beyond model, data and v; in this process.
 
     On a CPU from the high-water mark of this process (Linux), so ask in a fresh one.
     """
@@ -351,17 +352,26 @@ def peak_memory(name: str, row: str, device: torch.device) -> int:
     small = Case("linear", device)  # load what is loaded at the first call of anything
     small.rows()[row]()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return _peak_on_gpu(call, device)
     before = _resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:  # start the high-water mark anew
         file.write("5")
     call()
     return _resident("VmHWM") - before
+
+
+def _peak_on_gpu(call: Callable[[], Any], device: torch.device) -> int:
+    """The same where torch's allocator counts: any process will do, once the row has been called.
+
+    What is held before, by other rows too, is subtracted.
+    """
+    gc.collect()  # or a later collection would lower the peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _resident(key: str) -> int:
@@ -386,13 +396,16 @@ def _peak_in_fresh_process(name: str, row: str, device: torch.device) -> int | N
     return int(done.stdout.split()[-1])
 
 
-def measure_case(name: str, device: torch.device, budget: Budget) -> dict:
+def measure_case(
+    name: str, device: torch.device, budget: Budget, memory: tuple[str, ...] = MEMORY
+) -> dict:
     """Everything about one model: times, counted operations, memory, agreement.
 
     Args:
         name: A key of `CASES`.
         device: Where to compute.
         budget: Rounds and seconds.
+        memory: The rows whose peak memory is measured.
 
     Returns:
         ``{"model", "parameters", "examples", "gradient_ms", "rows": {name: {"ratio", "lowest",
@@ -420,8 +433,12 @@ def measure_case(name: str, device: torch.device, budget: Budget) -> dict:
             "ms": 1e3 * statistics.median(seconds),
             "flops": counted[row] / counted["gradient"],
         }
-        if row in MEMORY:
-            out[row]["bytes"] = _peak_in_fresh_process(name, row, device)
+        if row in memory:
+            out[row]["bytes"] = (
+                _peak_on_gpu(rows[row], device)
+                if device.type == "cuda"  # a fresh process takes seconds to start there
+                else _peak_in_fresh_process(name, row, device)
+            )
     return {
         "model": name,
         "parameters": case.theta.numel(),
@@ -513,7 +530,13 @@ def draw_bench(result: dict):
 
 
 def run(
-    names: list[str], device: torch.device, rounds: int, seconds: float, out: str, threads: int = 1
+    names: list[str],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    out: str,
+    threads: int = 1,
+    memory: bool = True,
 ) -> dict:
     """Measure the models one after the other; stopped, it goes on with the next one.
 
@@ -524,6 +547,7 @@ def run(
         seconds: A row that has used as much is measured no more.
         out: Output folder, see `bilevel_lite.experiment.RunFolder`.
         threads: Threads on a CPU.
+        memory: Measure peak memory too; on a CPU this starts a process for each row of `MEMORY`.
 
     Returns:
         The result, also written to ``result.json`` in the folder.
@@ -548,13 +572,16 @@ def run(
     no_tf32()
     config = {"kind": "bench", "models": names, "rounds": rounds, "seconds": seconds}
     config |= {"device": device.type, "threads": threads}
+    if not memory:
+        config["memory"] = False
     timer = Clock()
     with RunFolder(out, config) as folder:
         if folder.state:
             timer.seconds = folder.state["seconds"]
         for name in names[len(folder.rows()) if folder.state else 0 :]:
             with timer:
-                case = measure_case(name, device, Budget(rounds, seconds))
+                budget, rows = Budget(rounds, seconds), {} if memory else {"memory": ()}
+                case = measure_case(name, device, budget, **rows)
             print(table(case), flush=True)
             folder.log(case)
             folder.checkpoint({"seconds": timer.seconds})

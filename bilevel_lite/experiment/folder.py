@@ -2,8 +2,9 @@
 
 A run writes into one folder: ``config.json`` (its settings), ``log.jsonl`` (a line per evaluation),
 ``checkpoint.pt`` (everything that the next step depends on, replaced atomically), and at the end
-``result.json`` with its provenance. Resuming cuts the log back to the checkpoint and goes on; the
-numbers are those of a run that was never interrupted.
+``result.json`` with its provenance. What is large and seldom changes stands in a file of its own
+(``best-N.pt``), so that it is not written again with each checkpoint. Resuming cuts the log back to
+the checkpoint and goes on; the numbers are those of a run that was never interrupted.
 """
 
 import errno
@@ -70,6 +71,8 @@ class RunFolder:
         else:
             self._write("config.json", _json(self.config))
         self.state = self._read_checkpoint()
+        if self.state is None and (self.path / "result.json").exists():
+            return  # finished and thinned: the log is whole
         kept = self.state["log_bytes"] if self.state else 0
         log = self.path / "log.jsonl"
         size = log.stat().st_size if log.exists() else 0
@@ -102,15 +105,48 @@ class RunFolder:
             raise RunError(f"{self.path / name} cannot be read: {error}") from error
 
     def _read_checkpoint(self) -> dict | None:
-        path = self.path / "checkpoint.pt"
-        if not path.exists():
+        if not (self.path / "checkpoint.pt").exists():
             return None
+        return self.read_tensors("checkpoint.pt")
+
+    def read_tensors(self, name: str) -> dict:
+        """Read what `write_tensors` wrote, onto the CPU.
+
+        Raises:
+            RunError: if it is missing or damaged.
+        """
+        path = self.path / name
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise RunError(
-                f"{path} is damaged ({type(error).__name__}); remove it to start this run anew"
+                f"{path} is damaged ({type(error).__name__}); remove "
+                f"{self.path / 'checkpoint.pt'} to start this run anew"
             ) from error
+
+    def write_tensors(self, name: str, state: dict) -> None:
+        """Write a file of tensors; after a crash there is the old one, if any, or the new one.
+
+        Args:
+            name: Of the file.
+            state: Tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            RunError: if it cannot be written; the previous one is kept.
+        """
+        with self._writing("written"):
+            temporary = self.path / f"{Path(name).stem}.tmp"
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+
+    def remove(self, pattern: str, but: str = "") -> None:
+        """Remove the files that match, all but one."""
+        for path in self.path.glob(pattern):
+            if path.name != but:
+                path.unlink(missing_ok=True)
 
     def log(self, row: dict) -> None:
         """Append one line to the log.
@@ -131,14 +167,7 @@ class RunFolder:
             RunError: if it cannot be written; the previous checkpoint is kept.
         """
         log = self.path / "log.jsonl"
-        state = {**state, "log_bytes": log.stat().st_size}
-        with self._writing("written"):
-            temporary = self.path / "checkpoint.tmp"
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / "checkpoint.pt")
+        self.write_tensors("checkpoint.pt", {**state, "log_bytes": log.stat().st_size})
 
     def rows(self) -> list[dict]:
         """Read the log back."""

@@ -128,9 +128,11 @@ def run_job(
             folder.log(row)
             best = state["best"]
             if best is None or row[task.criterion] < best["row"][task.criterion]:
-                at = {"lam": method.lam.cpu().clone(), "theta": method.theta.cpu().clone()}
-                state["best"] = {"row": row, **at}
+                state["best"] = {"row": row}
+                chosen = {"lam": method.lam.cpu().clone(), "theta": method.theta.cpu().clone()}
+                folder.write_tensors(_chosen(state), chosen)
             save()
+            folder.remove("best-*.pt", but=_chosen(state))  # the last checkpoint's, until here
         elif stopped:
             save()
         if stopped:
@@ -139,7 +141,8 @@ def run_job(
             break
 
     best = state["best"]
-    lam, theta = best["lam"].to(task.lam0), best["theta"].to(task.theta0)
+    chosen = best if "theta" in best else folder.read_tensors(_chosen(state))
+    lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
     result = {
         "kind": task.name,
         "settings": vars(s),
@@ -152,6 +155,11 @@ def run_job(
     }
     folder.finish(result)
     return result
+
+
+def _chosen(state: dict) -> str:
+    """The file of the chosen lam and theta; they change seldom, and are as large as the rest."""
+    return f"best-{state['best']['row']['iteration']}.pt"
 
 
 @contextmanager

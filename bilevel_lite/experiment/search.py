@@ -357,7 +357,8 @@ class _Study:
                 job.run_job(s, self.device, folder, _made(self.kind, s, self.device), self.stop)
             except NotFinite as error:  # a result too
                 return {"why": str(error), "went": 0}
-            (folder.path / "checkpoint.pt").unlink()  # it may be large, and is not needed any more
+            for name in ("checkpoint.pt", "best-*.pt"):  # large, and not needed any more
+                folder.remove(name)
         return {}
 
     def _path(self, name: str, s: Any) -> Path:

@@ -1,7 +1,7 @@
 """Run the chapters and make the book; the Makefile calls this.
 
     book.py execute [CH]     run in a fresh kernel, normalise, store
-    book.py check [CH]       run and compare with what is stored, change nothing
+    book.py check [CH]       run and compare with what is stored, change nothing; seconds of each
     book.py run [CH]         run copies in _build/ and render them to _build/html/
     book.py html             render the stored outputs to _build/html/; a warning is a failure
     book.py repo [ADDRESS]   write the repository's address wherever it is needed
@@ -104,8 +104,11 @@ def essence(nb, pictures: bool = True) -> list[str]:
 
 
 def attempt(path: Path, **options):
-    """Execute one notebook and say how long it took, or return None and say why it failed."""
-    start = time.perf_counter()
+    """Execute one notebook and say how long it took; a run of it, or None, and the seconds.
+
+    What is None has failed, and said why.
+    """
+    start, nb = time.perf_counter(), None
     try:
         nb = execute(path, **options)
         for cell in nb.cells:
@@ -114,11 +117,16 @@ def attempt(path: Path, **options):
                     raise ValueError(f"cell {cell.id} wrote to stderr: {out.text.strip()[:300]}")
     except (CellExecutionError, DeadKernelError, TimeoutError, ValueError) as error:
         tqdm.write(f"{path.name}: FAILED\n{error}", file=sys.stderr)
-        return None
+        nb = None
     seconds = time.perf_counter() - start
+    tqdm.write(took(path, seconds))
+    return nb, seconds
+
+
+def took(path: Path, seconds: float) -> str:
+    """A notebook's line: how long it took, and whether that is too long."""
     slow = f"  SLOW: more than {SLOW} s" if seconds > SLOW else ""
-    tqdm.write(f"{path.name}: {seconds:.0f} s{slow}")
-    return nb
+    return f"{path.name}: {seconds:.0f} s{slow}"
 
 
 def attempts(paths: list[Path], **options):
@@ -152,7 +160,8 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
     """
     failures = 0
     for path in selected(chapter):
-        if (nb := attempt(path)) is None:
+        nb, _ = attempt(path)
+        if nb is None:
             failures += 1
             continue
         old = nbformat.read(path, as_version=4)
@@ -165,15 +174,21 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
 
 
 def command_check(chapter: str | None) -> int:
-    """Compare a new run with the stored one, all but the bytes of pictures."""
-    failures = 0
-    for path, nb in attempts(selected(chapter)):
+    """Compare a new run with the stored one, all but the bytes of pictures; list the seconds."""
+    failures, times = 0, {}
+    for path, (nb, seconds) in attempts(selected(chapter)):
+        times[path] = seconds
         old = nbformat.read(path, as_version=4)
         stored, new = (essence(x, pictures=False) if x else [] for x in (old, nb))
         failures += stored != new
         for cell, before, after in zip(old.cells, stored, new, strict=False):
             if before != after:
                 print(f"  {path.name}: cell {cell.id} differs from the stored one")
+    print(f"Seconds of each, the longest first, {min(JOBS, os.cpu_count() or 1)} side by side:")
+    for path in sorted(times, key=times.get, reverse=True):
+        print(f"  {took(path, times[path])}")
+    slow = sum(seconds > SLOW for seconds in times.values())
+    print(f"{len(times)} notebooks, {failures} differ or fail, {slow} take more than {SLOW} s")
     return failures
 
 
@@ -183,7 +198,7 @@ def command_run(chapter: str | None) -> int:
     stored = [nbformat.read(path, as_version=4) for path in paths]
     total = sum(cell.cell_type == "code" for nb in stored for cell in nb.cells)
     with tqdm(total=total, unit="cell") as bar:
-        for path, nb in attempts(paths, on_cell=lambda **_: bar.update()):
+        for path, (nb, _) in attempts(paths, on_cell=lambda **_: bar.update()):
             done[path] = nb
             failures += nb is None
     return render(done) or failures
