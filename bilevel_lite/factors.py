@@ -171,6 +171,7 @@ def estimate(
     passes = []
     for term in terms:
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
+        look = look or not tape.settled()  # what is NaN proves nothing
         side = output_side(term, lam, tape.outputs, look)
         probes = side.probes(fisher, samples, generator, look)
         own = None

@@ -46,7 +46,7 @@ __all__ = [
 Solve = Callable[..., Tensor]
 RULES = ("heuristic", "factored", "exact")
 NARROW = 0.7  # columns are kept where there are fewer than this many times d (measured)
-MANY = 1024  # from this size on a matrix fills a GPU, and batched Cholesky, for small ones, is slow
+MANY = 1024  # from this size on one after the other: cuSOLVER's batches are made for small ones
 LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
 
 

@@ -236,8 +236,7 @@ class Tape:
         Cost: nothing for known code; else a few examples, and half a gradient if ``by_example``; 1
         gradient (and the rest's gradients, example by example) where the whole batch is compared.
         """
-        seen = verdicts_of(self.risk.model)
-        key = ("tape", self.bias, *self._pattern())
+        seen, key = verdicts_of(self.risk.model), self._key()
         with lock_of_modules():
             if key in seen:
                 self._take(*seen[key])
@@ -247,6 +246,10 @@ class Tape:
                 self._take(*verdict)
             elif by_example and not self.known:
                 self._separate(probe, grads)
+
+    def settled(self) -> bool:
+        """True if `verify` will compare nothing: known code, whose verdict is there."""
+        return self.known and self._key() in verdicts_of(self.risk.model)
 
     def _separate(self, probe, grads) -> None:
         """Note the modules in whose calls a row is not an example, on this very batch."""
@@ -275,6 +278,9 @@ class Tape:
 
     def _weights_of_examples(self, like: Tensor) -> Tensor:
         return torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(like)
+
+    def _key(self) -> tuple:
+        return ("tape", self.bias, *self._pattern())
 
     def _pattern(self):
         """What a verdict rests on beside the model: the modules called, and the rows they took."""

@@ -3,7 +3,8 @@
 Two faults show on a GPU only: a tensor left on the CPU that meets one on the device, and a number
 read in the middle of a step, for which the CPU must wait. Here such a meeting raises as it does on
 CUDA, `reads` counts who read what, and `sends` who sent something there. The arithmetic is the
-CPU's, so results must agree with it to the last bit. It knows nothing of CUDA's own kernels, their rounding or their speed.
+CPU's, so results must agree with it to the last bit. It knows nothing of CUDA's own kernels, their
+rounding or their speed.
 """
 
 import sys
@@ -124,9 +125,8 @@ def _execute(func, args, kwargs):
             _read()
     elif name in WAITING and ours:
         _read()
-    # a number of the CPU goes along with a kernel, but for `where`, which copies it first
-    moved = name in ("aten::_to_copy", "aten::copy_", "aten::where") and strangers
-    if moved and (to_here or ours) and stays:
+    # a number of the CPU that meets a tensor goes along with the kernel
+    if stays and strangers and name in ("aten::_to_copy", "aten::copy_"):
         _read(sends)
 
     if name == "aten::_efficientzerotensor":  # has no memory
