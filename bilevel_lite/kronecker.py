@@ -81,15 +81,13 @@ class Matrix:
         """The matrix to diagonalise, and what makes the spectrum from its eigenpairs."""
         return self.matrix, Spectrum
 
-    def damped(
-        self, delta: Tensor, on: Tensor | float = 1.0, group: "Factorisations | None" = None
-    ) -> "DampedFactor":
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
         """(on F + delta I)^-1, to be applied from either side; see `DampedFactor`.
 
         Args:
             delta: Damping.
             on: 1, or 0 to leave F out.
-            group: What will factor it, with others; None to factor it here.
+            group: `Factorisations` that will factor it, with others; None to factor it here.
 
         Raises:
             ValueError: if on F + delta I is not positive definite to working precision.
@@ -144,9 +142,7 @@ class Columns:
 
         return self.scale * (t @ t.T), finish
 
-    def damped(
-        self, delta: Tensor, on: Tensor | float = 1.0, group: "Factorisations | None" = None
-    ) -> "DampedFactor":
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
         """As `Matrix.damped`; delta must be positive, for F alone has no inverse."""
         solve = _DampedColumns(self.columns, self.scale, delta, on)
         return _factored(solve, self.gram, delta / self.scale, on, group)
@@ -207,9 +203,7 @@ class Spectrum:
             return None
         return self._kept[2]
 
-    def damped(
-        self, delta: Tensor, on: Tensor | float = 1.0, group: "Factorisations | None" = None
-    ) -> "DampedFactor":
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
         """As `Matrix.damped`; nothing is left to factor."""
         return _DampedSpectrum(self, 1 / (on * self.values + delta), 1 / delta if self.thin else 0)
 
@@ -384,25 +378,12 @@ class Factorisations:
 
     def run(self) -> None:
         """Make all that was asked for, at least one."""
-        order, failed = [], []
+        groups = []
         for group in _by_shape(self.wanted, lambda one: one.matrix):
-            step = 1 if len(group[0].matrix) >= MANY else len(group)
-            for few in (group[k : k + step] for k in range(0, len(group), step)):
-                failed.append(self._together(few))
-                order += few
-        self.wanted, self.failed = order, torch.cat(failed)
-
-    def _together(self, group: list[_Wanted]) -> Tensor:
-        own = [one.on * one.matrix for one in group]
-        damped = torch.stack(own) if len(own) > 1 else own[0][None]
-        damped.diagonal(dim1=1, dim2=2).add_(torch.stack([one.delta for one in group])[:, None])
-        chols, info = torch.linalg.cholesky_ex(damped)
-        # NaN goes down to the last entry, whatever the flag says
-        failed = (info > 0) | ~torch.isfinite(chols[:, -1, -1])
-        chols = chols.masked_fill_(failed[:, None, None], math.nan)
-        for one, chol in zip(group, chols, strict=True):
-            one.solve.chol = chol
-        return failed
+            large = len(group[0].matrix) >= MANY
+            groups += [[one] for one in group] if large else [group]
+        self.wanted = [one for group in groups for one in group]
+        self.failed = torch.cat([_factor(group) for group in groups])
 
     def faulty(self) -> Tensor:
         """Whether any failed; bool, shape (), without a wait for the device."""
@@ -422,6 +403,18 @@ class Factorisations:
                 raise ValueError(f"{error} (layer {one.name!r})") from None
         self.failed.zero_()
         return bool(bad)
+
+
+def _factor(group: list[_Wanted]) -> Tensor:
+    """Factor matrices of one shape in one call, and say which failed."""
+    damped = torch.stack([one.on * one.matrix for one in group])
+    damped.diagonal(dim1=1, dim2=2).add_(torch.stack([one.delta for one in group])[:, None])
+    chols, info = torch.linalg.cholesky_ex(damped)
+    failed = (info > 0) | ~torch.isfinite(chols[:, -1, -1])  # where NaN ends up, whatever info says
+    chols.masked_fill_(failed[:, None, None], math.nan)
+    for one, chol in zip(group, chols, strict=True):
+        one.solve.chol = chol
+    return failed
 
 
 def _factored(solve, matrix, delta, on, group: Factorisations | None) -> DampedFactor:
