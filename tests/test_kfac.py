@@ -578,10 +578,8 @@ def test_a_factor_that_fails_in_float32_is_made_again_and_only_it(want_v, monkey
             assert error(got, truth) < 1e-3
 
 
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rule", kronecker.RULES)
-def test_a_singular_or_spoilt_factor_names_its_layer(rule, together, monkeypatch):
-    monkeypatch.setattr(kronecker, "in_batches", together)
+def test_a_singular_or_spoilt_factor_names_its_layer(rule, both_routes, monkeypatch):
     risk, lam, theta, (x, *others) = setting("deep", n=40)
     x[:, 2] = x[:, 1]
     problem, b = bl.BilevelProblem(risk, risk), torch.ones_like(theta)
@@ -959,7 +957,7 @@ def test_bad_problems_and_batches(solver):
 
 
 @pytest.mark.parametrize("solver", [KFAC, EKFAC])
-def test_all_weights_zero_leaves_damping_and_l2(solver):
+def test_all_weights_zero_leaves_damping_and_l2(solver, both_routes):
     risk, lam, theta, batch = setting("lenet", l2=0.01)
     risk.weight = lambda lam, b: 0 * lam
     problem, b = bl.BilevelProblem(risk, risk), torch.linspace(-1, 1, len(theta))
