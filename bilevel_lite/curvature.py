@@ -20,6 +20,7 @@ J^T C J a term, times its coefficient.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from bilevel_lite.surroundings import (
 from bilevel_lite.trust import known_code, numbers, tolerance, verdicts_of
 
 __all__ = [
+    "Drawn",
     "EmpiricalFisher",
     "Fisher",
     "GGN",
@@ -168,7 +170,7 @@ def require_risk(loss: Any, what: str) -> WeightedRisk | SumOfRisks:
 
 
 def sample_weights(
-    risk: WeightedRisk, lam: Tensor, batch: Any, losses: Tensor | None = None
+    risk: WeightedRisk, lam: Tensor, batch: Any, losses: Tensor | None = None, look: bool = True
 ) -> Tensor | None:
     """Return sigma detached, shape (n,), or None for all ones.
 
@@ -177,6 +179,7 @@ def sample_weights(
         lam: Outer variable.
         batch: As the model sees it, `WeightedRisk.seen`.
         losses: The unweighted losses, shape (n,), where the weight reads them.
+        look: Check the numbers; else whoever asks does, with `OutputSide.faulty`.
 
     Raises:
         ValueError: if a weight is below zero (sqrt(sigma) does not exist and the curvature would
@@ -185,16 +188,20 @@ def sample_weights(
     sigma = risk.weights(lam.detach(), batch, losses)
     if sigma is None:
         return None
-    sigma = sigma.detach()
+    if look:
+        _require_weights(sigma.detach())
+    return sigma.detach()
+
+
+def _require_weights(sigma: Tensor) -> None:
     if not sigma.numel():
-        return sigma
+        return
     low, total = torch.stack([sigma.min(), sigma.sum()]).tolist()
     if not (low >= 0 and math.isfinite(total)):
         raise ValueError(
             f"weight: the smallest is {low}; expected finite numbers that are zero or positive "
             "(a negative weight makes the curvature indefinite); clamp lam or use a sigmoid"
         )
-    return sigma
 
 
 @dataclass
@@ -224,21 +231,44 @@ class OutputSide:
         return _plus(self.sigma, None if self.slope is None else self.slope.clamp(min=0))
 
     def probes(
-        self, fisher: str = "mc", samples: int = 1, generator: torch.Generator | None = None
+        self,
+        fisher: str = "mc",
+        samples: int = 1,
+        generator: "torch.Generator | Drawn | None" = None,
+        look: bool = True,
     ) -> list[Tensor]:
         """Square roots of n C; see `output_probes`."""
         return output_probes(
-            self.risk, self.outputs, self.y, self.sigma, fisher, samples, generator, self.slope
-        )
+            self.risk, self.outputs, self.y, self.sigma, fisher, samples, generator, self.slope,
+            look,
+        )  # fmt: skip
+
+    def faulty(self) -> Tensor:
+        """True where `require_sound` would raise; bool, shape (), without a wait for the device."""
+        bad = ~torch.isfinite(self.outputs.sum())
+        if self.sigma is None or not self.sigma.numel():
+            return bad
+        return bad | ~(self.sigma.min() >= 0) | ~torch.isfinite(self.sigma.sum())
+
+    def require_sound(self) -> None:
+        """Refuse weights that are negative or not finite, and outputs that are not finite.
+
+        Raises:
+            ValueError: saying which, and the way out.
+        """
+        if self.sigma is not None:
+            _require_weights(self.sigma)
+        _require_finite_outputs(self.outputs)
 
 
-def output_side(term: Term, lam: Tensor, outputs: Tensor) -> OutputSide:
+def output_side(term: Term, lam: Tensor, outputs: Tensor, look: bool = True) -> OutputSide:
     """Weigh the outputs of one term of a risk: sigma, and V' where it counts.
 
     Args:
         term: From ``risk.terms(lam, batch)``.
         lam: Outer variable; gives the weights.
         outputs: ``term.risk.outputs(term.read(theta), term.batch)``.
+        look: Check the weights; see `sample_weights`.
 
     Raises:
         ValueError: for a negative weight, an empty batch, targets that do not fit, or weights
@@ -249,7 +279,7 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor) -> OutputSide:
     require_batch(outputs)
     risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
     losses = risk.output_losses(outputs, y) if risk.reads_losses else None
-    sigma = sample_weights(risk, lam, term.batch, losses)
+    sigma = sample_weights(risk, lam, term.batch, losses, look)
     sigma = None if sigma is None else sigma.to(outputs)
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
 
@@ -320,8 +350,9 @@ def output_probes(
     sigma: Tensor | None,
     fisher: str = "mc",
     samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: "torch.Generator | Drawn | None" = None,
     slope: Tensor | None = None,
+    look: bool = True,
 ) -> list[Tensor]:
     r"""Output-gradient columns s whose second moment is the output curvature of each example.
 
@@ -353,7 +384,9 @@ def output_probes(
         fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
         samples: M; used by ``"mc"`` only.
         generator: A CPU generator for the draws of ``"mc"``; they are moved to the outputs' device.
+            Or a `Drawn`, whose numbers are there already.
         slope: V', shape (n,), or None.
+        look: Check that the outputs are finite; else whoever asks does (`OutputSide.faulty`).
 
     Returns:
         A list of tensors like the outputs.
@@ -368,7 +401,8 @@ def output_probes(
     require_fisher(fisher, samples)
     require_batch(outputs)
     outputs = outputs.detach()
-    _require_finite_outputs(outputs)
+    if look:
+        _require_finite_outputs(outputs)
     classification = risk.loss == "cross_entropy"
     p = outputs.softmax(-1) if classification else None
     own = fisher == "empirical" or slope is not None
@@ -425,11 +459,60 @@ def _exact_columns(outputs, p):
 
 def _draw(outputs, p, generator):
     """One draw of the loss's gradient under the model's own predictive distribution."""
+    take = generator.take if isinstance(generator, Drawn) else partial(_numbers, generator)
+    drawn = take(outputs, p is not None)
     if p is None:
-        noise = torch.randn(outputs.shape, dtype=outputs.dtype, generator=generator)
-        return noise.to(outputs.device)
-    labels = p.flatten(0, -2).cpu().multinomial(1, generator=generator)
-    return p - torch.zeros_like(p).scatter_(-1, labels.view(*p.shape[:-1], 1).to(p.device), 1.0)
+        return drawn
+    labels = (p / drawn).argmax(-1, keepdim=True)  # as `multinomial` does, but on the device
+    return p - torch.zeros_like(p).scatter_(-1, labels, 1.0)
+
+
+def _numbers(generator: torch.Generator | None, like: Tensor, labels: bool) -> Tensor:
+    """What one draw takes, like the outputs: exponential numbers for labels, normal for noise."""
+    new = torch.empty(like.shape, dtype=like.dtype)
+    new = (new.exponential_ if labels else new.normal_)(generator=generator)
+    if like.device.type == "cuda":  # from pinned memory the copy waits for nothing
+        return new.pin_memory().to(like.device, non_blocking=True)
+    return new.to(like.device)
+
+
+class Drawn:
+    """Random numbers in places that stay, for a pass that is recorded: in a generator's place.
+
+    The first pass draws as it would from the generator, and each draw's tensor is kept. `again`
+    draws anew into the same tensors; what then asks in the same order gets them, and nothing is
+    drawn or moved meanwhile. So every pass has the numbers that the generator would have given it.
+
+    Args:
+        generator: A CPU generator.
+    """
+
+    def __init__(self, generator: torch.Generator | None):
+        self.generator, self.next = generator, 0
+        self.kept: list[tuple[Tensor, bool]] = []
+
+    def take(self, like: Tensor, labels: bool) -> Tensor:
+        """The next draw's numbers, like the outputs: for labels, or noise.
+
+        Raises:
+            ValueError: if it asks for others than the first pass did.
+        """
+        if self.next == len(self.kept):
+            self.kept.append((_numbers(self.generator, like, labels), labels))
+        kept, kind = self.kept[self.next]
+        if (kept.shape, kept.dtype, kind) != (like.shape, like.dtype, labels):
+            raise ValueError(
+                f"generator: draw {self.next} was made for outputs of shape {tuple(kept.shape)}, "
+                f"but these have {tuple(like.shape)}; use a new Drawn"
+            )
+        self.next += 1
+        return kept
+
+    def again(self) -> None:
+        """Draw anew into the same tensors, in the same order; the next pass starts with them."""
+        for kept, labels in self.kept:
+            kept.copy_(_numbers(self.generator, kept, labels))
+        self.next = 0
 
 
 def _dots(s: Tensor, u: Tensor) -> Tensor:

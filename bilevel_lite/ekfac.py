@@ -22,7 +22,7 @@ from bilevel_lite.blocks import Block, block_operator
 from bilevel_lite.curvature import Operator
 from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
-from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis
+from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis, spectra
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
 
@@ -146,12 +146,16 @@ class EKFAC(KFAC):
 
     _keeps_gradients = True
 
-    def _layer_factors(self, done, layer, old):
-        a, b = super()._layer_factors(done, layer, old)
-        a, b = None if a is None else a.spectrum(), b.spectrum()
-        return a, b, *_corrected(done, layer, a, b)
+    def _layer_factors(self, done, layers):
+        pairs = super()._layer_factors(done, layers)
+        made = iter(spectra([f for pair in pairs for f in pair]))
+        del pairs
+        return [
+            (a, b, *_corrected(done, layer, a, b))
+            for layer, a, b in zip(layers, made, made, strict=True)
+        ]
 
-    def _block(self, layer, factors, tau):
+    def _block(self, layer, factors, tau, group=None):
         """V -> U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T for one layer."""
         a, b, weight, bias = factors
         try:

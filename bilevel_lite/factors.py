@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.curvature import OutputSide, output_side, require_risk
+from bilevel_lite.curvature import Drawn, OutputSide, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
 from bilevel_lite.refuse import require_bias, require_fisher, require_rest
@@ -132,12 +132,13 @@ def estimate(
     batch: Any,
     fisher: str = "mc",
     samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Drawn | None = None,
     bias: str = "joint",
     rest: str = "diagonal",
     dual: bool = True,
     keep: bool = False,
     true: bool = False,
+    look: bool = True,
 ) -> Estimate:
     """One forward pass a term, one backward pass a probe; see `kfac_factors` for the arguments.
 
@@ -154,6 +155,7 @@ def estimate(
         dual: Keep factors of low rank as columns.
         keep: Keep the layers' output gradients of every probe (EKFAC needs them).
         true: Also keep those of the examples' unweighted losses (the shared J v needs them).
+        look: Check weights and outputs, for which the host waits; else whoever asks does.
 
     Raises:
         TypeError, ValueError: as `kfac_factors`.
@@ -169,8 +171,9 @@ def estimate(
     passes = []
     for term in terms:
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
-        side = output_side(term, lam, tape.outputs)
-        probes = side.probes(fisher, samples, generator)
+        look = look or not tape.settled()  # what is NaN proves nothing
+        side = output_side(term, lam, tape.outputs, look)
+        probes = side.probes(fisher, samples, generator, look)
         own = None
         if true:
             own = tape.backward(term.risk.output_gradient(side.outputs, side.y), keep=True)

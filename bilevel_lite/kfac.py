@@ -18,9 +18,8 @@ A block whose A or B is zero (all weights zero, say) is the zero matrix, so its 
 I / tau under every rule.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +33,21 @@ from bilevel_lite.kronecker import (
     RULES,
     Columns,
     Factor,
+    Factorisations,
     Matrix,
     Solve,
     Spectrum,
+    batched,
     heuristic_damping,
     kronecker_inverse,
+    spectra,
 )
 from bilevel_lite.linsolve import SolveInfo, richardson
 from bilevel_lite.options import flag, fraction, instance, not_negative, one_of, positive, whole
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
-from bilevel_lite.refuse import require_finite, require_fisher, versions
+from bilevel_lite.refuse import looked_at, require_finite, require_fisher, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.tape import Layer
@@ -95,18 +97,31 @@ class PreparedKFAC(Prepared):
     and all of the model's code is known (`bilevel_lite.trust.known_code`). Else J v is
     `bilevel_lite.products.cross_vp`; ``info.cross`` says so.
 
+    On another device than the CPU nothing is waited for on the way to v; `look`, at its end, reads
+    in one number whether all was well.
+
     Args:
         solver, problem, lam, theta, batch: What was prepared.
-        blocks: What gives each block's part of v; a stream serves one solve.
+        blocks: What gives each block's part of v.
         own: The pass, if J v is to be read from it.
         info: What the diagnosis says of the factors.
+        once: The blocks serve one solve.
+        unseen: What nobody has looked at yet: the passes' output sides, the factorisations.
+
+    Attributes:
+        looks: Set it to False to leave `look` to whoever solves. What failed is NaN until then.
+        failed: Whether the last solve did, bool, shape (); None if there is nothing to look at.
     """
 
-    def __init__(self, solver, problem, lam, theta, batch, blocks, own: Estimate | None, info):
+    def __init__(
+        self, solver, problem, lam, theta, batch, blocks, own: Estimate | None, info,
+        once=False, unseen=(),
+    ):  # fmt: skip
         super().__init__(solver, problem, lam, theta, batch, shared=False)
         self.blocks, self.own, self.info = blocks, own, info
-        self.cost, self.once = solver.last_cost, not isinstance(blocks, list)
+        self.cost, self.once, self.unseen = solver.last_cost, once, unseen
         self.slopes = self.of = None  # < grad l_i, v >, and v if it was formed
+        self.looks, self.failed = True, None
 
     def inverse(self, b: Tensor) -> Tensor:
         """Return G^-1 b."""
@@ -120,19 +135,50 @@ class PreparedKFAC(Prepared):
         v = torch.empty_like(b) if want_v or self.own is None else None
         if self.own is not None:
             (one,) = self.own.passes
-            self.slopes = one.tape.outputs.new_zeros(one.tape.n)
+            self.slopes = one.tape.outputs.new_empty(one.tape.n)
+        self.solved = b, v
+        self._apply()
+        bad = [] if v is None else [~torch.isfinite(v.sum())]
+        bad += [part.faulty() for part in self.unseen]
+        self.failed = torch.stack(bad).any() if bad else None
+        if self.looks:
+            self.look()
+            self.unseen = ()
+        if self.once and not self.unseen:
+            self.blocks = None
+        return KFACInfo(v, iterations=0, products=0, **self.info)
+
+    def _apply(self):
+        """Write v and < grad l_i, v >, block by block."""
+        b, v = self.solved
+        if self.own is not None:
+            self.slopes.zero_()
         for block in self.blocks:
             if v is not None:
                 block(b, v)
             if self.own is not None:
                 self.slopes += block.slopes(self.own, b, v)
-        if self.once:
-            self.blocks = None
-        if v is not None:
-            if not bool(torch.isfinite(v.sum())):
-                require_finite({"KFAC: v": v}, lambda: _SINGULAR)
         self.of = None if v is None else (v, versions(v))
-        return KFACInfo(v, iterations=0, products=0, **self.info)
+
+    def look(self) -> bool:
+        """Read `failed`, the one wait of a solve; factor again what failed, or say what is wrong.
+
+        Returns:
+            True if there was something to repair: v was then written anew, into the same tensor,
+            and J v is to be asked for (again).
+
+        Raises:
+            ValueError: as `KFAC`.
+        """
+        if self.failed is None or not bool(self.failed):
+            return False
+        again = any([part.require_sound() for part in self.unseen])
+        if again:
+            self._apply()
+        v = self.solved[1]
+        if v is not None:
+            require_finite({"KFAC: v": v}, lambda: _SINGULAR)
+        return again
 
     def _cross(self, v):
         mine = v is None or (self.of and same_memory(v, self.of[0]) and versions(v) == self.of[1])
@@ -176,7 +222,8 @@ class KFAC(Solver):
         v-block = (B + sqrt(tau)/pi I)^-1 V (A + pi sqrt(tau) I)^-1,     tau = damping + 2 l2
 
     Each factor is solved by Cholesky in the smaller of its two spaces (its dimension, or its
-    columns: examples times positions), layer by layer; no inverse is formed.
+    columns: examples times positions), on a CPU layer by layer, elsewhere equal shapes in one call;
+    no inverse is formed.
 
     Args:
         damping: delta, added to the curvature; zero only where an l2 term or full-rank factors
@@ -231,22 +278,27 @@ class KFAC(Solver):
         self._generator = self.generator or torch.Generator().manual_seed(self.seed)
         self._memory, self.last_cost = Memory(), 0.0
 
-    def _block(self, layer: Layer, factors: tuple, tau: float) -> Block:
+    def _block(
+        self, layer: Layer, factors: tuple, tau: float, group: Factorisations | None = None
+    ) -> Block:
         """V -> (B + delta_B I)^-1 V (A + delta_A I)^-1 for one layer, by the damping rule."""
         a, b = factors
         try:
-            weight, bias = kronecker_inverse(a, b, tau, self.damping_rule)
+            weight, bias = kronecker_inverse(a, b, tau, self.damping_rule, group)
         except ValueError as error:
             raise ValueError(f"{error} (layer {layer.name!r})") from None
         return Block(layer, weight, bias, columns=None if a is None else a.inputs)
 
-    def _layer_factors(self, done: Estimate, layer: Layer, old: tuple | None) -> tuple:
-        """What stands for a layer until the next build: A and B, here or averaged over builds."""
-        a, b = self._input_factor(done, layer), done.b(layer)
-        if not self.ema or old is None:
-            return a, b
-        pairs = zip(old[:2], (a, b), strict=True)
-        return tuple(f and Matrix(self._mix(o.dense(), f.dense())) for o, f in pairs)
+    def _layer_factors(self, done: Estimate, layers: list[Layer]) -> list[tuple]:
+        """What stands for layers until the next build: A and B, here or averaged over builds."""
+        made, old = [], self._memory.factors or {}
+        for layer in layers:
+            new = self._input_factor(done, layer), done.b(layer)
+            if self.ema and layer.name in old:
+                pairs = zip(old[layer.name][:2], new, strict=True)
+                new = tuple(f and Matrix(self._mix(o.dense(), f.dense())) for o, f in pairs)
+            made.append(new)
+        return made
 
     def _mix(self, old: Tensor | None, new: Tensor) -> Tensor:
         """F <- beta F + (1 - beta) F_new; the first estimate initialises."""
@@ -269,18 +321,24 @@ class KFAC(Solver):
             return PreparedKFAC(*at, memory.blocks, None, info)
         memory.age, memory.blocks, memory.theta = 0, None, None  # gone, should the build fail
         cross = cross and isinstance(risk, WeightedRisk) and has_slopes(risk)
-        done = self._estimate(risk, lam, theta, batch, cross and known_code(risk.model))
+        # nothing may be kept, or diagonalised, before it was looked at
+        look = looked_at(theta) or self.every > 1 or self.ema > 0 or self.damping_rule == "exact"
+        done = self._estimate(risk, lam, theta, batch, cross and known_code(risk.model), look)
         if done.passes[0].own is not None and not done.passes[0].tape.unlike:
             own = done
-        blocks = self._build(risk, done, keep=own is not None)
+        blocks, group = self._build(risk, done, keep=own is not None)
+        unseen = () if look else tuple(one.side for one in done.passes)
         info, memory.age = self._staleness(theta), 1
         if self.every > 1:
+            if group is not None:
+                group.require_sound()
             memory.blocks, memory.theta = list(blocks), theta.detach().clone()
             memory.damped = self.damping + 2 * risk.l2, self.damping_rule
-            blocks = memory.blocks
-        return PreparedKFAC(*at, blocks if once else list(blocks), own, info)
+            return PreparedKFAC(*at, memory.blocks, own, info)
+        unseen = unseen if group is None else (*unseen, group)
+        return PreparedKFAC(*at, blocks if once else list(blocks), own, info, once, unseen)
 
-    def _estimate(self, risk, lam, theta, batch, true: bool = False) -> Estimate:
+    def _estimate(self, risk, lam, theta, batch, true: bool = False, look=True) -> Estimate:
         """One pass for factors and diagonals (``true``: and for J v)."""
         if self.ema:
             self._require_known(risk, theta)
@@ -288,37 +346,66 @@ class KFAC(Solver):
         done = estimate(
             risk, lam, theta, batch, self.fisher, self.samples, self._generator,
             self.bias, self.rest, dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients,
-            true=true,
+            true=true, look=look,
         )  # fmt: skip
         self._memory.without = tuple(done.rest)
         self.last_cost = COST["gradient"] * (1 + done.probes) / 2
         return done
 
-    def _build(self, risk, done: Estimate, keep: bool) -> Iterator[Block | DiagonalBlock]:
-        """Give the blocks' damped inverses one by one; ``keep``: the tape is needed afterwards."""
+    def _build(self, risk, done: Estimate, keep: bool) -> tuple[Iterable, Factorisations | None]:
+        """Give the blocks' damped inverses; ``keep``: the tape is needed afterwards."""
+        diagonal, like = done.diagonal, done.passes[0].tape.theta
         if self.every > 1 or self.ema:
             self._remember(risk, done, keep)
             diagonal, factors = self._memory.diagonal, self._memory.factors.__getitem__
-            return self._blocks(risk, done.layers, factors, done.rest, diagonal)
-        new = partial(self._new, done, keep=keep)
-        return self._blocks(risk, done.layers, new, done.rest, done.diagonal)
+        elif batched(like):
+            factors = self._new(done, *self._parts(done), keep).pop
+        else:
 
-    def _new(self, done: Estimate, name: str, keep: bool) -> tuple:
-        """A layer's factors from the pass, of which (unless ``keep``) its input is then let go."""
-        layer = next(layer for layer in done.layers if layer.name == name)
-        factors = self._layer_factors(done, layer, (self._memory.factors or {}).get(name))
-        if not keep:
-            for one, own in done.uses[name]:
-                del one.tape.calls[own.name]
-        return factors
+            def factors(name):
+                return self._new(done, [name], keep)[name]
+
+        return self._made(like, risk, done.layers, factors, done.rest, diagonal)
+
+    def _parts(self, done: Estimate) -> list[list[str]]:
+        """Names of layers whose factors are made together: all or, on a CPU, each by itself."""
+        names = [layer.name for layer in done.layers]
+        return [names] if batched(done.passes[0].tape.theta) else [[name] for name in names]
+
+    def _new(self, done: Estimate, names: list[str], keep: bool) -> dict[str, tuple]:
+        """Layers' factors from the pass, of which (unless ``keep``) the inputs are then let go."""
+        layers = [layer for layer in done.layers if layer.name in names]
+        made = dict(zip(names, self._layer_factors(done, layers), strict=True))
+        for one, own in () if keep else (use for name in names for use in done.uses[name]):
+            del one.tape.calls[own.name]
+        return made
 
     def _remember(self, risk, done: Estimate, keep: bool) -> None:
-        memory, names = self._memory, [layer.name for layer in done.layers]
-        memory.factors = {name: _owned(self._new(done, name, keep), done) for name in names}
+        memory = self._memory
+        memory.factors = {
+            name: _owned(own, done)
+            for names in self._parts(done)
+            for name, own in self._new(done, names, keep).items()
+        }
         memory.diagonal = {
             name: self._mix(memory.diagonal.get(name), d) for name, d in done.diagonal.items()
         }
         memory.parameters = _parameters(risk)
+
+    def _made(
+        self, like: Tensor, risk, layers: list[Layer], factors, rest, diagonal
+    ) -> tuple[Iterable[Block | DiagonalBlock], Factorisations | None]:
+        """The blocks: as a stream, or all of them and how their factorisations came out."""
+        if not batched(like):
+            return self._blocks(risk, layers, factors, rest, diagonal), None
+        if self.damping_rule == "exact":
+            factors = _diagonalised({layer.name: factors(layer.name) for layer in layers}).pop
+        group = Factorisations()
+        blocks = list(self._blocks(risk, layers, factors, rest, diagonal, group))
+        if not group.wanted:
+            return blocks, None
+        group.run()
+        return blocks, group
 
     def _blocks(
         self,
@@ -327,10 +414,13 @@ class KFAC(Solver):
         factors: Callable[[str], tuple],
         rest: dict[str, slice],
         diagonal: dict[str, Tensor],
+        group: Factorisations | None = None,
     ) -> Iterator[Block | DiagonalBlock]:
         tau = self.damping + 2 * risk.l2
         for layer in layers:
-            yield self._block(layer, factors(layer.name), tau)
+            if group is not None:
+                group.name = layer.name
+            yield self._block(layer, factors(layer.name), tau, group)
         for name, place in rest.items():
             if self.rest == "drop":
                 yield DiagonalBlock(name, place, None)
@@ -400,7 +490,10 @@ class KFAC(Solver):
             memory.damped = damped
             layers, rest = layers_of(risk, self.bias, set(memory.factors))
             factors = memory.factors.__getitem__
-            memory.blocks = list(self._blocks(risk, layers, factors, rest, memory.diagonal))
+            blocks, group = self._made(memory.theta, risk, layers, factors, rest, memory.diagonal)
+            memory.blocks = list(blocks)
+            if group is not None:
+                group.require_sound()
         return memory.blocks is not None
 
     def _require_known(self, risk: WeightedRisk | SumOfRisks, theta: Tensor) -> None:
@@ -457,6 +550,16 @@ class KFAC(Solver):
             dict(state["diagonal"]), without=tuple(state["without_block"]),
         )  # fmt: skip
         self.last_cost = 0.0
+
+
+def _diagonalised(factors: dict[str, tuple]) -> dict[str, tuple]:
+    """The factors as spectra, by one call for each shape; a bias alone needs none."""
+    pairs = [name for name, own in factors.items() if own[0] is not None]
+    try:
+        made = iter(spectra([f for name in pairs for f in factors[name][:2]]))
+    except ValueError:  # the layer's own block will say it, by name
+        return factors
+    return factors | {name: (next(made), next(made), *factors[name][2:]) for name in pairs}
 
 
 def _parameters(risk: WeightedRisk | SumOfRisks) -> list[list]:

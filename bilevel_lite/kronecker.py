@@ -18,7 +18,7 @@ identity gives it in R dimensions, and 1 / delta, which is what float32 loses, d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
@@ -30,19 +30,23 @@ __all__ = [
     "Columns",
     "DampedFactor",
     "EigenbasisInverse",
+    "Factorisations",
     "FactoredInverse",
     "Matrix",
     "Spectrum",
+    "batched",
     "eigenbasis_inverse",
     "heuristic_damping",
     "in_basis",
     "kronecker_inverse",
     "set_threads",
+    "spectra",
 ]
 
 Solve = Callable[..., Tensor]
 RULES = ("heuristic", "factored", "exact")
 NARROW = 0.7  # columns are kept where there are fewer than this many times d (measured)
+MANY = 1024  # from this size on one after the other: cuSOLVER's batches are made for small ones
 LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
 
 
@@ -73,17 +77,22 @@ class Matrix:
         """All d eigenpairs."""
         return Spectrum(*_eigh(self.matrix))
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
+    def eigenproblem(self):
+        """The matrix to diagonalise, and what makes the spectrum from its eigenpairs."""
+        return self.matrix, Spectrum
+
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
         """(on F + delta I)^-1, to be applied from either side; see `DampedFactor`.
 
         Args:
             delta: Damping.
             on: 1, or 0 to leave F out.
+            group: `Factorisations` that will factor it, with others; None to factor it here.
 
         Raises:
             ValueError: if on F + delta I is not positive definite to working precision.
         """
-        return _DampedMatrix(_cholesky(on * self.matrix, delta))
+        return _factored(_DampedMatrix(), self.matrix, delta, on, group)
 
 
 @dataclass
@@ -121,14 +130,22 @@ class Columns:
 
     def spectrum(self) -> "Spectrum":
         """The R eigenpairs that may differ from zero: X = Q T, T T^T diagonalised."""
-        q, t = torch.linalg.qr(self.columns)
-        values, rotation = _eigh(self.scale * (t @ t.T))
-        return Spectrum(values, q @ rotation).keep(self.columns, rotation.T @ t)
+        small, finish = self.eigenproblem()
+        return finish(*_eigh(small))
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
+    def eigenproblem(self):
+        """The matrix to diagonalise, (R, R), and what makes the spectrum from its eigenpairs."""
+        q, t = torch.linalg.qr(self.columns)
+
+        def finish(values, rotation):
+            return Spectrum(values, q @ rotation).keep(self.columns, rotation.T @ t)
+
+        return self.scale * (t @ t.T), finish
+
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
         """As `Matrix.damped`; delta must be positive, for F alone has no inverse."""
-        chol = _cholesky(on * self.gram, delta / self.scale)
-        return _DampedColumns(self.columns, self.scale, chol, delta, on)
+        solve = _DampedColumns(self.columns, self.scale, delta, on)
+        return _factored(solve, self.gram, delta / self.scale, on, group)
 
 
 @dataclass
@@ -186,8 +203,8 @@ class Spectrum:
             return None
         return self._kept[2]
 
-    def damped(self, delta: Tensor, on: Tensor | float = 1.0) -> "DampedFactor":
-        """As `Matrix.damped`."""
+    def damped(self, delta: Tensor, on: Tensor | float = 1.0, group=None) -> "DampedFactor":
+        """As `Matrix.damped`; nothing is left to factor."""
         return _DampedSpectrum(self, 1 / (on * self.values + delta), 1 / delta if self.thin else 0)
 
 
@@ -224,7 +241,7 @@ class DampedFactor:
 
 @dataclass
 class _DampedMatrix(DampedFactor):
-    chol: Tensor  # of on F + delta I
+    chol: Tensor | None = None  # of on F + delta I
 
     def left(self, v):
         return torch.cholesky_solve(v, self.chol)
@@ -234,9 +251,9 @@ class _DampedMatrix(DampedFactor):
 class _DampedColumns(DampedFactor):
     columns: Tensor
     scale: float
-    chol: Tensor  # of on X^T X + (delta / scale) I
     delta: Tensor
     on: Tensor | float
+    chol: Tensor | None = None  # of on X^T X + (delta / scale) I
 
     def left(self, v):
         inner = self.on * torch.cholesky_solve(self.columns.T @ v, self.chol)
@@ -296,6 +313,119 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors  # F is a second moment: what is below zero is rounding
 
 
+def spectra(factors: list["Factor | None"]) -> list["Spectrum | None"]:
+    """`Matrix.spectrum` of each; where `batched`, one ``eigh`` for all of a shape.
+
+    Raises:
+        ValueError: if one holds NaN or infinity.
+    """
+    todo = [k for k, f in enumerate(factors) if isinstance(f, Matrix | Columns)]
+    if not (todo and batched(_tensor_of(factors[todo[0]]))):
+        return [f and f.spectrum() for f in factors]
+    done, problems = list(factors), {k: factors[k].eigenproblem() for k in todo}
+    _require_finite_factor(*(small for small, _ in problems.values()))
+    for group in _by_shape(todo, lambda k: problems[k][0]):
+        pairs = _eigh_of_all([problems[k][0] for k in group])
+        for k, values, vectors in zip(group, *pairs, strict=True):
+            done[k] = problems[k][1](values, vectors)
+    return done
+
+
+def _eigh_of_all(matrices: list[Tensor]) -> tuple:
+    try:
+        values, vectors = torch.linalg.eigh(torch.stack(matrices))
+    except torch.linalg.LinAlgError:  # of one of them
+        return tuple(zip(*map(_eigh, matrices), strict=True))
+    return values.clamp(min=0), vectors
+
+
+def _by_shape(items: Iterable, matrix: Callable) -> Iterable[list]:
+    """The items in groups of which all have a matrix of the same shape and dtype."""
+    groups: dict[tuple, list] = {}
+    for item in items:
+        groups.setdefault((matrix(item).shape, matrix(item).dtype), []).append(item)
+    return groups.values()
+
+
+@dataclass
+class _Wanted:
+    name: str
+    solve: DampedFactor
+    matrix: Tensor
+    delta: Tensor
+    on: Tensor | float
+
+
+class Factorisations:
+    """Cholesky factors that are asked for one by one and made together, without a look between.
+
+    `run` stacks all matrices of a shape and factors them in one call; large ones, `MANY` and more,
+    one after the other. What failed is NaN, so that nobody takes it for a result. `require_sound`
+    is the one wait: it repeats what failed as `_cholesky` does it, alone and in float64.
+
+    Attributes:
+        name: What errors call the layer that asks.
+        failed: After `run`: for each matrix whether it failed, bool, shape (number of them,).
+    """
+
+    def __init__(self):
+        self.name, self.wanted = "", []
+        self.failed: Tensor | None = None
+
+    def ask(self, solve: DampedFactor, matrix: Tensor, delta: Tensor, on: Tensor | float) -> None:
+        """Note that ``solve.chol`` is to be the factor of on matrix + delta I."""
+        self.wanted.append(_Wanted(self.name, solve, matrix, delta, on))
+
+    def run(self) -> None:
+        """Make all that was asked for, at least one."""
+        groups = []
+        for group in _by_shape(self.wanted, lambda one: one.matrix):
+            large = len(group[0].matrix) >= MANY
+            groups += [[one] for one in group] if large else [group]
+        self.wanted = [one for group in groups for one in group]
+        self.failed = torch.cat([_factor(group) for group in groups])
+
+    def faulty(self) -> Tensor:
+        """Whether any failed; bool, shape (), without a wait for the device."""
+        return self.failed.any()
+
+    def require_sound(self) -> bool:
+        """Look, and factor again what failed; True if there was something.
+
+        Raises:
+            ValueError: naming the layer, if one is singular in float64, too.
+        """
+        bad = [one for one, f in zip(self.wanted, self.failed.tolist(), strict=True) if f]
+        for one in bad:
+            try:
+                one.solve.chol.copy_(_cholesky(one.on * one.matrix, one.delta))
+            except ValueError as error:
+                raise ValueError(f"{error} (layer {one.name!r})") from None
+        self.failed.zero_()
+        return bool(bad)
+
+
+def _factor(group: list[_Wanted]) -> Tensor:
+    """Factor matrices of one shape in one call, and say which failed."""
+    damped = torch.stack([one.on * one.matrix for one in group])
+    damped.diagonal(dim1=1, dim2=2).add_(torch.stack([one.delta for one in group])[:, None])
+    chols, info = torch.linalg.cholesky_ex(damped)
+    failed = (info > 0) | ~torch.isfinite(chols[:, -1, -1])  # where NaN ends up, whatever info says
+    chols.masked_fill_(failed[:, None, None], math.nan)
+    for one, chol in zip(group, chols, strict=True):
+        one.solve.chol = chol
+    return failed
+
+
+def _factored(solve, matrix, delta, on, group: Factorisations | None) -> DampedFactor:
+    """The solve with its factor of on matrix + delta I: made here, or asked for."""
+    if group is None:
+        solve.chol = _cholesky(on * matrix, delta)
+    else:
+        group.ask(solve, matrix, delta, on)
+    return solve
+
+
 def _cholesky(matrix: Tensor, delta: Tensor) -> Tensor:
     """Cholesky factor of matrix + delta I, written over matrix; float64 where float32 fails."""
     damped = matrix
@@ -313,8 +443,8 @@ def _cholesky(matrix: Tensor, delta: Tensor) -> Tensor:
     return chol
 
 
-def _require_finite_factor(matrix: Tensor) -> None:
-    if not bool(torch.isfinite(matrix).all()):
+def _require_finite_factor(*matrices: Tensor) -> None:
+    if not bool(torch.stack([torch.isfinite(matrix).all() for matrix in matrices]).all()):
         raise ValueError("KFAC: a factor holds NaN or infinity; are the inputs of a huge scale?")
 
 
@@ -352,6 +482,17 @@ def _gram(x: Tensor) -> Tensor:
     torch.mm(bottom, top.T, out=out[half:, :half])
     out[:half, half:] = out[half:, :half].T
     return out
+
+
+in_batches = False  # True: on a CPU, too
+
+
+def batched(like: Tensor) -> bool:
+    """True where matrices are factored together: not on a CPU, which gains nothing by holding all.
+
+    Elsewhere a call costs more than a small factorisation, and a look between two waits for both.
+    """
+    return in_batches or like.device.type != "cpu"
 
 
 in_numpy = True  # False: torch alone (`experiment.bench.flops` sees torch's operations only)
@@ -421,7 +562,8 @@ def heuristic_damping(a: Factor, b: Factor, tau: float) -> tuple[Tensor, Tensor]
     Source: Martens and Grosse (2015), section 6.3.
     """
     mean_a, mean_b = a.trace() / a.dim, b.trace() / b.dim
-    pi = torch.where((mean_a > 0) & (mean_b > 0), mean_a.sqrt() / mean_b.sqrt(), 1.0)
+    zero = ~((mean_a > 0) & (mean_b > 0))
+    pi = (mean_a.sqrt() / mean_b.sqrt()).masked_fill(zero, 1.0)
     root = math.sqrt(tau)
     return pi * root, root / pi
 
@@ -478,7 +620,11 @@ class EigenbasisInverse:
 
 
 def kronecker_inverse(
-    a: Factor | None, b: Factor, tau: float, rule: str = "heuristic"
+    a: Factor | None,
+    b: Factor,
+    tau: float,
+    rule: str = "heuristic",
+    group: Factorisations | None = None,
 ) -> tuple[FactoredInverse | EigenbasisInverse | None, Solve]:
     r"""The damped inverse of one block, as two functions: for the weight and for a separate bias.
 
@@ -496,6 +642,7 @@ def kronecker_inverse(
         b: Factor B.
         tau: damping + 2 l2.
         rule: ``"heuristic"``, ``"factored"`` or ``"exact"``.
+        group: What factors A and B, with others'; the functions serve after its ``run``.
 
     Returns:
         The function for V of shape (d1, d2), or None without A, which also has ``along(V, x)``;
@@ -511,7 +658,7 @@ def kronecker_inverse(
     if tau == 0:
         _require_regular(b, a)
     if a is None:
-        return None, b.damped(_scalar(tau, b))
+        return None, b.damped(_scalar(tau, b), 1.0, group)
     if rule == "exact":
         a, b = a.spectrum(), b.spectrum()
         outer = b.values[:, None] * a.values
@@ -523,7 +670,7 @@ def kronecker_inverse(
     # A (x) B is zero if one of them is: then leave both out, and (sqrt(tau) I) (x) (sqrt(tau) I),
     # damping alone, remains.
     on = ((a.trace() > 0) & (b.trace() > 0)).to(delta_a.dtype)
-    weight = FactoredInverse(a.damped(delta_a, on), b.damped(delta_b, on))
+    weight = FactoredInverse(a.damped(delta_a, on, group), b.damped(delta_b, on, group))
     return weight, partial(_bias_inverse, weight.b, on, tau)
 
 
@@ -579,5 +726,8 @@ def in_basis(a: Spectrum | None, b: Spectrum, values: Tensor, v: Tensor) -> Tens
 
 
 def _scalar(value: float, like: Factor) -> Tensor:
-    tensor = next(t for t in vars(like).values() if isinstance(t, Tensor))
-    return torch.tensor(value, dtype=tensor.dtype, device=tensor.device)
+    return _tensor_of(like).new_full((), value)
+
+
+def _tensor_of(f: Factor) -> Tensor:
+    return next(t for t in vars(f).values() if isinstance(t, Tensor))

@@ -605,6 +605,8 @@ class WeightedRisk:
             # diag(V') c for any c, if each weight reads its own loss only
             c = torch.linspace(0.5, 1.5, len(slope), dtype=slope.dtype, device=slope.device)
             (along,) = torch.autograd.grad(sigma, losses, c)
+        if self._known_separate and not looked_at(slope):
+            return slope
         off, size = (along - c * slope).abs().sum(), along.abs().sum() + slope.abs().sum()
         if bool(off > math.sqrt(torch.finfo(slope.dtype).eps) * size):
             raise ValueError(
@@ -612,6 +614,7 @@ class WeightedRisk:
                 "batch?), so the field of the inner steps has no potential and its curvature is "
                 "not symmetric; use weight_slope=False"
             )
+        self._known_separate = self._known_separate or len(slope) > 1
         return slope
 
     # -- the value
@@ -627,7 +630,6 @@ class WeightedRisk:
             return (sigma * losses).mean()
         if not self._known_separate and len(losses) > 1:
             self.weight_slopes(lam, batch, losses)
-            self._known_separate = True
         # (V(l) - V(stopped l)) (l - stopped l) / 2 is zero, and so are its first derivatives; the
         # second one in l is V'
         change = self._weights(lam, batch, losses) - sigma

@@ -148,7 +148,9 @@ class Tape:
         compiled = any(m._compiled_call_impl is not None for m in self.modules.values())
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
         again = partial(risk.outputs, self.theta, batch)
-        once = same_twice("model", self.theta, again, risk.model)
+        # known code (in eval mode, as required) draws nothing and keeps nothing
+        compared = same_twice("model", self.theta, again, risk.model)
+        once = nullcontext() if self.known else compared
         with once as watch, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
@@ -159,7 +161,9 @@ class Tape:
                     # a model of unknown code may write into what it is given (max_norm does)
                     own = self.theta if self.known else self.theta.clone()
                     self._leaves = leaves(risk.model, own)
-                    watch.value = self.outputs = risk.outputs(self._leaves, batch)
+                    self.outputs = risk.outputs(self._leaves, batch)
+                    if watch is not None:
+                        watch.value = self.outputs
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -232,8 +236,7 @@ class Tape:
         Cost: nothing for known code; else a few examples, and half a gradient if ``by_example``; 1
         gradient (and the rest's gradients, example by example) where the whole batch is compared.
         """
-        seen = verdicts_of(self.risk.model)
-        key = ("tape", self.bias, *self._pattern())
+        seen, key = verdicts_of(self.risk.model), self._key()
         with lock_of_modules():
             if key in seen:
                 self._take(*seen[key])
@@ -243,6 +246,10 @@ class Tape:
                 self._take(*verdict)
             elif by_example and not self.known:
                 self._separate(probe, grads)
+
+    def settled(self) -> bool:
+        """True if `verify` will compare nothing: known code, whose verdict is there."""
+        return self.known and self._key() in verdicts_of(self.risk.model)
 
     def _separate(self, probe, grads) -> None:
         """Note the modules in whose calls a row is not an example, on this very batch."""
@@ -271,6 +278,9 @@ class Tape:
 
     def _weights_of_examples(self, like: Tensor) -> Tensor:
         return torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(like)
+
+    def _key(self) -> tuple:
+        return ("tape", self.bias, *self._pattern())
 
     def _pattern(self):
         """What a verdict rests on beside the model: the modules called, and the rows they took."""
@@ -695,11 +705,14 @@ def _embedding_squares(module: nn.Embedding, index: Tensor, g: Tensor) -> Tensor
     rows = module.num_embeddings
     positions = index.reshape(len(index), -1)
     key = torch.arange(len(index), device=index.device)[:, None] * rows + positions
-    unique, inverse = key.flatten().unique(return_inverse=True)
-    summed = g.new_zeros(len(unique), g.shape[-1]).index_add_(
-        0, inverse, g.reshape(-1, g.shape[-1])
-    )
-    out = g.new_zeros(rows, g.shape[-1]).index_add_(0, unique % rows, summed.square())
+    key, order = key.flatten().sort(stable=True)
+    # a place for each pair of example and token, as many as there may be: how many there are would
+    # have to be waited for
+    place = F.pad((key[1:] != key[:-1]).cumsum(0), (1, 0))[: len(key)]
+    summed = g.new_zeros(len(key), g.shape[-1])
+    summed.index_add_(0, place, g.reshape(-1, g.shape[-1])[order])
+    token = torch.zeros_like(key).scatter_(0, place, key % rows)
+    out = g.new_zeros(rows, g.shape[-1]).index_add_(0, token, summed.square())
     if module.padding_idx is not None:
         out[module.padding_idx] = 0
     return out.reshape(-1)

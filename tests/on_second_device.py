@@ -16,7 +16,7 @@ from bilevel_lite.tasks import hypercleaning as hc
 
 # a backend written in Python is new in torch, and its interface private
 module = pytest.importorskip("second_device", exc_type=ImportError)
-reads, second_device = module.reads, module.second_device
+reads, sends, second_device = module.reads, module.sends, module.second_device
 kronecker.in_numpy = False  # equal to the last bit: the same products on both devices
 
 
@@ -32,8 +32,14 @@ def test_the_device_is_another_one():
         with pytest.raises((RuntimeError, TypeError)):
             there.numpy()
         assert not reads
+        sends.clear()
         assert torch.equal((there @ here.to(device)).cpu(), there.cpu() @ here)
-        assert sum(reads.values()) == 2
+        assert sum(reads.values()) == 2 and sum(sends.values()) == 1
+        there.copy_(torch.ones(3, 4))
+        torch.tensor(1.0, device=device)
+        assert sum(sends.values()) == 3
+        there.fill_(1.0), there.new_full((), 2.0), there.masked_fill(there > 0, 3.0), 2 * there
+        assert sum(sends.values()) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,14 +106,13 @@ def job(kind: str, solver, device) -> bl.AID:
     return method
 
 
-LAYERS = 5  # of LeNet, each with two factors
 # solver, and how often one outer iteration waits beside the two looks at its own result
 WAITS = {
     "identity": (lambda: bl.Identity(1.0), 0),
     "neumann": (lambda: bl.Neumann(4, 0.1), 1 + 3 + 1),  # start, a look a product, the sum
     "cg": (lambda: bl.CG(3, damping=1.0), 1 + 2 * 3),  # start, p^T H p and the residual
     "cg-ggn": (lambda: bl.CG(3, damping=1.0, curvature="ggn"), 1 + 2 * 3 + 1),  # and the weights
-    "kfac": (lambda: bl.KFAC(0.1, seed=0), 4 + 2 * LAYERS),  # weights, outputs, labels, v; factors
+    "kfac": (lambda: bl.KFAC(0.1, seed=0), 1),  # all was well
 }
 
 
@@ -125,6 +130,109 @@ def test_waits_of_an_iteration(name):
         reads.clear()
         method._inner_steps(3)
         assert not reads
+
+
+def deep(layers: int, device):
+    """A risk on an MLP with so many layers of one size, and what a solver takes."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    parts = [part for _ in range(layers) for part in (torch.nn.Linear(5, 5), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*parts[:-1]).double()
+    x, y = torch.randn(20, 5, generator=g), torch.randint(5, (20,), generator=g)
+    risk = bl.WeightedRisk(model.to(device), weight=lambda lam, b: lam[b[2]], l2=1e-3)
+    lam, theta = torch.ones(20), bl.flatten(model).cpu()
+    batch = tuple(t.to(device) for t in (x, y, torch.arange(20)))
+    moved = [t.to(device) for t in (lam, theta)]
+    return bl.BilevelProblem(risk, risk), *moved, batch
+
+
+SOLVES = {  # and how often one waits
+    "kfac": (lambda: bl.KFAC(0.1), 1),
+    "exact fisher": (lambda: bl.KFAC(0.1, "exact", damping_rule="factored", bias="separate"), 1),
+    "kept": (lambda: bl.KFAC(0.1, every=2), 2 + 1 + 1),  # weights, outputs; factors; v
+    "averaged": (lambda: bl.KFAC(0.1, ema=0.5), 2 + 1),  # weights, outputs; all was well
+    "exact rule": (lambda: bl.KFAC(0.1, damping_rule="exact"), 2 + 1 + 2 + 1),  # sizes 5 and 6
+    "ekfac": (lambda: bl.EKFAC(0.1), 2 + 1 + 2 + 1),  # the same
+}
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_waits_of_a_solve_do_not_grow_with_the_layers(name):
+    make, waits = SOLVES[name]
+    counts = []
+    with second_device() as device:
+        for layers in (3, 9):
+            problem, lam, theta, batch = deep(layers, device)
+            for _ in range(3):  # the weights' uses 1, 2 and 4 are compared
+                make().prepare(problem, lam, theta, batch)
+            make().prepare(problem, lam, theta, batch)
+            solver = make()
+            reads.clear()
+            at = solver.prepare(problem, lam, theta, batch, cross=True)
+            v, _ = at.solve(torch.ones_like(theta), diagnose=False)
+            at.cross(v)
+            counts.append(sum(reads.values()))
+    assert counts == [waits, waits], reads
+
+
+@pytest.mark.parametrize("want_v", [True, False])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_solve_without_a_look_neither_waits_nor_sends(samples, want_v):
+    """So it can be recorded; the numbers are those that the generator would have given."""
+
+    def run(at, b):
+        v, _ = at.solve(b, diagnose=False, want_v=want_v)
+        return v, at.cross(v)[0]
+
+    how = {"cross": True, "once": True}
+    with second_device() as device:
+        problem, lam, theta, batch = deep(3, device)
+        b = torch.ones_like(theta)
+        plain, solver = bl.KFAC(0.1, samples=samples), bl.KFAC(0.1, samples=samples)
+        truths = [run(plain.prepare(problem, lam, theta, batch, **how), b) for _ in range(4)]
+        generator = solver._generator
+        solver._generator = drawn = bl.curvature.Drawn(generator)
+        for k, (v, jv) in enumerate(truths):
+            reads.clear(), sends.clear()
+            at = solver.prepare(problem, lam, theta, batch, **how)
+            at.looks = False
+            got, got_jv = run(at, b)
+            if k in (1, 2):  # their uses 6 and 7 of the weights, which are not compared there
+                assert not reads and not sends
+            assert torch.equal(got_jv, jv) and (v is None or torch.equal(got, v))
+            assert not at.failed and not at.look()
+            if k < 3:
+                drawn.again()
+        assert torch.equal(generator.get_state(), plain._generator.get_state())
+        with pytest.raises(ValueError, match="draw 0 was made for outputs of shape"):
+            drawn.again()
+            solver.prepare(problem, lam, theta, tuple(t[:7] for t in batch))
+
+
+@pytest.mark.parametrize("want_v", [True, False])
+@pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
+@pytest.mark.parametrize("sigma, spoilt", [(-1.0, 0.0), (torch.nan, 0.0), (1.0, torch.nan)])
+def test_what_is_refused_reads_the_same(sigma, spoilt, make, want_v):
+    """Negative weights, and outputs that are not finite: looked at where they were made, or not."""
+
+    def message(device, first):
+        problem, lam, theta, (x, *others) = deep(3, device)
+
+        def solve():
+            at = make(0.1).prepare(problem, lam, theta, (x, *others), cross=True)
+            at.solve(torch.ones_like(theta), diagnose=False, want_v=want_v)
+
+        if not first:
+            solve()
+        lam[4], x[3, 2] = sigma, x[3, 2] + spoilt
+        with pytest.raises(ValueError) as failure:
+            solve()
+        return str(failure.value)
+
+    truth = message("cpu", True)
+    assert ("weight: the smallest" if spoilt == 0 else "model: its outputs") in truth
+    with second_device() as device:
+        assert message(device, True) == message(device, False) == truth
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 Two faults show on a GPU only: a tensor left on the CPU that meets one on the device, and a number
 read in the middle of a step, for which the CPU must wait. Here such a meeting raises as it does on
-CUDA, and `reads` counts who read what. The arithmetic is the CPU's, so results must agree with it
-to the last bit. It knows nothing of CUDA's own kernels, their rounding or their speed.
+CUDA, `reads` counts who read what, and `sends` who sent something there. The arithmetic is the
+CPU's, so results must agree with it to the last bit. It knows nothing of CUDA's own kernels, their
+rounding or their speed.
 """
 
 import sys
@@ -20,6 +21,7 @@ _setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(NAME, 0)
 
 reads: Counter[str] = Counter()  # file:line in the package or a notebook's cell -> how often
+sends: Counter[str] = Counter()
 
 # operators that may mix devices; that take no scalar of the CPU; that wait for the device
 MIXING = {f"aten::{op}" for op in ("copy_", "_to_copy", "index", "index_put_", "index_put")}
@@ -82,16 +84,16 @@ def _held(value):
     return _map(lambda t: t.held if isinstance(t, Elsewhere) else t, value)
 
 
-def _read() -> None:
+def _read(count: Counter = reads) -> None:
     """Count a wait, under the innermost line of the package or of a cell."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if "bilevel_lite" in name or name.startswith("<cell"):
-            reads[f"{name.rsplit('/')[-1]}:{frame.f_lineno}"] += 1
+            count[f"{name.rsplit('/')[-1]}:{frame.f_lineno}"] += 1
             return
         frame = frame.f_back
-    reads["elsewhere"] += 1
+    count["elsewhere"] += 1
 
 
 def _execute(func, args, kwargs):
@@ -123,6 +125,9 @@ def _execute(func, args, kwargs):
             _read()
     elif name in WAITING and ours:
         _read()
+    # a number of the CPU that meets a tensor goes along with the kernel
+    if stays and strangers and name in ("aten::_to_copy", "aten::copy_"):
+        _read(sends)
 
     if name == "aten::_efficientzerotensor":  # has no memory
         func = torch.ops.aten.zeros.default
@@ -174,6 +179,6 @@ class _Function(TorchFunctionMode):
 @contextmanager
 def second_device():
     """Make the device usable inside the block, with no reads counted yet."""
-    reads.clear()
+    reads.clear(), sends.clear()
     with _Function(), _Dispatch():
         yield DEVICE

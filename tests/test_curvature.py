@@ -163,6 +163,25 @@ def test_monte_carlo_probes_have_it_in_expectation_at_the_rate_one_over_root_m(l
     assert 5 < errors[0] / errors[1] < 20  # 10 = sqrt(100)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(60, 3), (5, 7, 4)])
+def test_labels_are_those_of_multinomial_and_noise_that_of_randn(shape, dtype):
+    outputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.zeros(shape[:-1], dtype=torch.int64)
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    risk = bl.WeightedRisk(torch.nn.Linear(2, 2))
+    p = outputs.softmax(-1)
+    root = (1 / torch.tensor(shape[1:-1] or 1, dtype=dtype).prod()).sqrt()
+    for probe in curvature.output_probes(risk, outputs, y, None, "mc", 3, ours):
+        labels = p.flatten(0, -2).multinomial(1, generator=theirs).view(shape[:-1])
+        want = root * (p - torch.nn.functional.one_hot(labels, shape[-1]))
+        assert error(probe * math.sqrt(3), want) < 10 * torch.finfo(dtype).eps
+    assert torch.equal(ours.get_state(), theirs.get_state())
+    risk = bl.WeightedRisk(torch.nn.Linear(2, 2), "mse")
+    (probe,) = curvature.output_probes(risk, outputs, outputs, None, "mc", 1, ours)
+    assert torch.equal(probe, torch.randn(shape, dtype=dtype, generator=theirs))
+
+
 def test_monte_carlo_fisher_converges_to_the_ggn_at_the_rate_one_over_root_m():
     risk, lam, theta, batch = setting()
     truth = curvature.GGN(risk, lam, theta, batch).dense()

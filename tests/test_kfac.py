@@ -72,6 +72,15 @@ def build(name):
                 ),
                 (2, 6, 6),
             ),
+            "deep": lambda: (
+                nn.Sequential(
+                    nn.Linear(6, 8),
+                    nn.Tanh(),
+                    *[part for _ in range(3) for part in (nn.Linear(8, 8), nn.Tanh())],
+                    nn.Linear(8, 4),
+                ),
+                (6,),
+            ),
             "tokens": lambda: (
                 nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)),
                 (4, 5),
@@ -456,6 +465,140 @@ def test_gpu_equals_cpu(name, make):
     assert error(v.cpu(), truth) < 1e-9  # the same draws
 
 
+# ---------------------------------------------------------------- factored together
+
+
+TOGETHER = [
+    *[lambda rule=rule, **how: KFAC(0.01, damping_rule=rule, **how) for rule in kronecker.RULES],
+    lambda **how: EKFAC(0.01, **how),
+]
+
+
+@pytest.mark.parametrize("n", [3, 40])  # factors by their columns, and as matrices
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+@pytest.mark.parametrize("make", TOGETHER, ids=[*kronecker.RULES, "ekfac"])
+@pytest.mark.parametrize("name", ["deep", "lenet", "resnet"])
+def test_layers_factored_together_equal_layers_one_by_one(name, make, bias, n, monkeypatch):
+    risk, lam, theta, batch = setting(name, n=n, weighted=True, l2=1e-3)
+    problem, b = bl.BilevelProblem(risk, risk), torch.linspace(-1, 1, len(theta))
+
+    def run(how):
+        solver, out = make(bias=bias, **how), []
+        for shift in (0.0, 0.1, 0.3):
+            at = solver.prepare(problem, lam, theta + shift, batch, cross=True, once=True)
+            v, _ = at.solve(b, diagnose=False)
+            out += [v, at.cross(v)[0]]
+        kept = make(bias=bias, **how)
+        kept.load_state_dict(solver.state_dict())  # factors that are kept are inverted anew
+        v, _ = kept.solve(problem, lam, theta, batch, b)
+        at = make(bias=bias, **how).prepare(problem, lam, theta, batch, cross=True, once=True)
+        none, _ = at.solve(b, diagnose=False, want_v=False)
+        return [*out, v, at.cross(none)[0]], solver.state_dict()["generator"]
+
+    for how in ({}, {"ema": 0.5}, {"every": 2}, {"fixed_batch": True}):
+        monkeypatch.setattr(kronecker, "in_batches", False)
+        truths, state = run(how)
+        monkeypatch.setattr(kronecker, "in_batches", True)
+        got, same_state = run(how)
+        assert torch.equal(state, same_state)
+        for one, truth in zip(got, truths, strict=True):
+            assert error(one, truth) < 1e-10
+
+
+def test_layers_of_one_shape_are_factored_in_one_call(monkeypatch):
+    monkeypatch.setattr(kronecker, "in_batches", True)
+    calls, real = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda m, **how: calls.append(m.shape) or real(m, **how)
+    )
+    risk, lam, theta, batch = setting("deep", n=40)
+    problem = bl.BilevelProblem(risk, risk)
+    KFAC(0.01).solve(problem, lam, theta, batch, torch.ones_like(theta))
+    # A: 7, four of 9; B: four of 8, 4
+    assert sorted(calls) == [(1, 4, 4), (1, 7, 7), (4, 8, 8), (4, 9, 9)]
+
+
+def nearly_singular():
+    """A float32 risk in which the first A is definite, but not to a float32 Cholesky."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        x = torch.randn(30, 4, generator=g, dtype=torch.float32) * 1e3
+        x[:, 3] = x[:, 2] + 1e-1 * torch.randn(30, generator=g, dtype=torch.float32)
+        a = kronecker.accumulate(None, x.T, 1 / 30, narrow=False).matrix
+        a.diagonal().add_(1e-5)
+        bad, good = (torch.linalg.cholesky_ex(m)[1] for m in (a, a.double()))
+        if bad and not good:
+            break
+    else:
+        pytest.fail("none found")
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    model = model.float()
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.copy_(torch.randn(p.shape, generator=g) * (1e-3 if k == 0 else 1))
+    y = torch.randn(30, 4, generator=g, dtype=torch.float32)
+    risk = bl.WeightedRisk(model, "mse", weight=lambda lam, batch: lam[batch[2]])
+    return risk, torch.ones(30, dtype=torch.float32), bl.flatten(model), (x, y, torch.arange(30))
+
+
+@pytest.mark.parametrize("want_v", [True, False])
+def test_a_factor_that_fails_in_float32_is_made_again_and_only_it(want_v, monkeypatch):
+    risk, lam, theta, batch = nearly_singular()
+    problem, b = bl.BilevelProblem(risk, risk), torch.linspace(-1, 1, len(theta)).float()
+
+    def run(looks=True):
+        at = KFAC(1e-10, "exact", damping_rule="factored").prepare(
+            problem, lam, theta, batch, cross=True
+        )
+        at.looks = looks
+        v, _ = at.solve(b, diagnose=False, want_v=want_v)
+        return at, v
+
+    at, truth = run()
+    truth_jv = at.cross(truth)[0]
+    monkeypatch.setattr(kronecker, "in_batches", True)
+    again, real = [], kronecker._cholesky
+    monkeypatch.setattr(
+        kronecker, "_cholesky", lambda m, delta: again.append(m.shape) or real(m, delta)
+    )
+    at, v = run(looks=False)
+    assert not again and bool(at.failed)
+    unseen = at.cross(v)[0]  # nobody looked: it cannot be taken for a result
+    assert torch.isnan(unseen).all() and (v is None or torch.isnan(v[:16]).all())
+    before = [one.solve.chol.clone() for one in at.unseen[-1].wanted]
+    assert at.look() and again == [(4, 4)]
+    changed = [
+        not torch.equal(one.solve.chol, old)
+        for one, old in zip(at.unseen[-1].wanted, before, strict=True)
+    ]
+    assert sum(changed) == 1
+    for got, jv in ((v, at.cross(v)[0]), (lambda at, v: (v, at.cross(v)[0]))(*run())):
+        assert error(jv, truth_jv) < 1e-3
+        if want_v:
+            assert error(got, truth) < 1e-3
+
+
+@pytest.mark.parametrize("rule", kronecker.RULES)
+def test_a_singular_or_spoilt_factor_names_its_layer(rule, both_routes, monkeypatch):
+    risk, lam, theta, (x, *others) = setting("deep", n=40)
+    x[:, 2] = x[:, 1]
+    problem, b = bl.BilevelProblem(risk, risk), torch.ones_like(theta)
+    with pytest.raises(ValueError, match=r"damping: .* singular to working .*\(layer '0'\)"):
+        KFAC(0.0, damping_rule=rule).solve(problem, lam, theta, (x, *others), b)
+    real = EKFAC._input_factor
+
+    def spoilt(self, done, layer):
+        factor = real(self, done, layer)
+        return factor if layer.name != "2" else kronecker.Matrix(factor.dense() * torch.nan)
+
+    monkeypatch.setattr(KFAC, "_input_factor", spoilt)
+    for solver in (KFAC(0.1, damping_rule=rule), KFAC(0.1, damping_rule=rule, every=3)):
+        with pytest.raises(ValueError, match=r"a factor holds NaN or infinity.*\(layer '2'\)"):
+            solver.solve(problem, lam, theta, (x, *others), b)
+    with pytest.raises(ValueError, match="a factor holds NaN or infinity"):
+        EKFAC(0.1).solve(problem, lam, theta, (x, *others), b)
+
+
 # ---------------------------------------------------------------- EKFAC
 
 
@@ -814,7 +957,7 @@ def test_bad_problems_and_batches(solver):
 
 
 @pytest.mark.parametrize("solver", [KFAC, EKFAC])
-def test_all_weights_zero_leaves_damping_and_l2(solver):
+def test_all_weights_zero_leaves_damping_and_l2(solver, both_routes):
     risk, lam, theta, batch = setting("lenet", l2=0.01)
     risk.weight = lambda lam, b: 0 * lam
     problem, b = bl.BilevelProblem(risk, risk), torch.linspace(-1, 1, len(theta))

@@ -401,7 +401,7 @@ OWN = {
 
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize("name", list(OWN))
-def test_sums_and_masks_are_the_algebra(name, fisher):
+def test_sums_and_masks_are_the_algebra(name, fisher, both_routes):
     c = OWN[name]()
     b = direction(c)
     for kind, make in SOLVERS.items():
@@ -433,7 +433,7 @@ def c(request):
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
-def test_v_and_j_v_are_the_algebra(c, fisher):
+def test_v_and_j_v_are_the_algebra(c, fisher, both_routes):
     b, (_, j) = direction(c), field_jacobians(c, c.lam, c.theta)
     for name, make in SOLVERS.items():
         solver = make(fisher)
@@ -590,7 +590,7 @@ def call(c, solver, k, b):
 
 
 @pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
-def test_averages_over_the_calls_of_a_sum(make):
+def test_averages_over_the_calls_of_a_sum(make, both_routes):
     c, old = heads(), None
     solver, b = make(DAMPING, "exact", ema=0.7), direction(c)
     for k in range(len(STEPS)):
@@ -602,7 +602,7 @@ def test_averages_over_the_calls_of_a_sum(make):
 
 
 @pytest.mark.parametrize("make", [bl.KFAC, bl.EKFAC])
-def test_kept_blocks_of_a_sum(make):
+def test_kept_blocks_of_a_sum(make, both_routes):
     c = heads()
     solver, b = make(DAMPING, "exact", every=2), direction(c)
     for k in range(len(STEPS)):

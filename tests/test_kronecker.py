@@ -202,6 +202,78 @@ def test_cholesky_falls_back_on_float64(monkeypatch):
     assert error(chol.double(), torch.tensor([[2.0, 0.0], [1.0, 2.0]])) < 1e-7
 
 
+@pytest.mark.parametrize("many", [1024, 6])  # from there on one after the other
+def test_factorisations_together_equal_those_one_by_one(many, monkeypatch):
+    monkeypatch.setattr(kronecker, "MANY", many)
+    group, truths = kronecker.Factorisations(), []
+    for k, (size, dtype) in enumerate(
+        [(5, torch.float64), (7, torch.float64), (5, torch.float32), (5, torch.float64)] * 2
+    ):
+        root, delta = draw(size, 9, seed=k).to(dtype), torch.tensor(0.1 + k, dtype=dtype)
+        for f in (Matrix(root @ root.T), Columns(root.T, 0.5)):
+            on = torch.tensor(float(k != 3), dtype=dtype)
+            group.name = f"layer {k}"
+            truths.append((f.damped(delta, on), f.damped(delta, on, group)))
+    group.run()
+    assert not group.faulty() and not group.require_sound()
+    for one, together in truths:
+        assert together.chol.dtype == one.chol.dtype
+        assert error(together.chol.tril(), one.chol.tril()) < 1e-6
+        v = draw(len(getattr(one, "columns", one.chol)), 3).to(one.chol.dtype)
+        limit = 1e-12 if v.dtype == torch.float64 else 1e-4
+        assert error(together(v), one(v)) < limit
+
+
+def test_failed_factorisations_are_nan_until_they_are_looked_at():
+    group = kronecker.Factorisations()
+    fine, bad = torch.eye(3), torch.diag(torch.tensor([1.0, -1.0, 1.0]))
+    solves = []
+    for name, matrix in (("fine", fine), ("bad", bad), ("fine", 4 * fine), ("nan", fine / 0)):
+        group.name = name
+        solves.append(Matrix(matrix).damped(torch.tensor(0.0), group=group))
+    group.run()
+    assert group.failed.tolist() == [False, True, False, True] and group.faulty()
+    assert [bool(solve.chol.isnan().all()) for solve in solves] == [False, True, False, True]
+    with pytest.raises(ValueError, match=r"damping: 0 on .* size 3 leaves it .*\(layer 'bad'\)"):
+        group.require_sound()
+    bad[1, 1] = 9.0
+    with pytest.raises(ValueError, match=r"NaN or infinity.*\(layer 'nan'\)"):
+        group.require_sound()
+    assert torch.equal(solves[1].chol, torch.diag(torch.tensor([1.0, 3.0, 1.0])))
+    assert torch.equal(solves[2].chol, 2 * fine)
+
+
+def test_spectra_together_equal_those_one_by_one(monkeypatch):
+    factors = [None]
+    for k, size in enumerate([4, 6, 4, 6, 6]):
+        root = draw(size, 9, seed=k)
+        factors += [Matrix(root @ root.T), Columns(root.T, 0.5), Matrix(root @ root.T).spectrum()]
+    truths = kronecker.spectra(factors)
+    calls, real = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.shape) or real(m))
+    monkeypatch.setattr(kronecker, "in_batches", True)
+    together = kronecker.spectra(factors)
+    assert calls == [(4, 4, 4), (6, 6, 6)]
+    for f, one, truth in zip(factors, together, truths, strict=True):
+        if f is None or isinstance(f, Spectrum):
+            assert one is f and truth is f
+            continue
+        assert error(one.values, truth.values) < 1e-13 and error(one.dense(), f.dense()) < 1e-13
+        if isinstance(f, Columns):
+            assert error(one.coordinates(f.columns), one.vectors.T @ f.columns) < 1e-13
+
+    def stops(m):
+        if m.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return real(m)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stops)
+    low = [Matrix(f.dense().float()) for f in factors[1:3]]
+    for one, f in zip(kronecker.spectra(low), factors[1:3], strict=True):
+        assert one.values.dtype == torch.float32
+        assert error(one.dense().double(), f.dense()) < 1e-6
+
+
 def test_numpy_serves_large_matrices_on_one_thread_only():
     threads = torch.get_num_threads()
     before = [library.num_threads for library in kronecker._blas()]
