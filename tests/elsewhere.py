@@ -1,7 +1,8 @@
 """Would a chapter say the same on a GPU? Ask without one, in two ways.
 
     elsewhere.py device [CH]     on the second device of second_device.py, which does not mix with
-                                 the CPU: finds tensors left behind
+                                 the CPU: finds tensors left behind, and more launches than a GPU
+                                 starts in 90 s
     elsewhere.py launches [CH]   the same, and says cell by cell what a GPU would start and wait for
     elsewhere.py rounding [CH]   on the CPU, with sums, products and functions off by a rounding, as
                                  another order of summation leaves them: finds digits and decisions
@@ -24,9 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("device", "launches", "rounding")
-# Seconds of a small operation on a GPU, Python and autograd included, and of a number read from it.
-# The bench's rows of the linear model and the MLP on an H200 are 28 to 58 us for each operation that
-# second_device.py counts in them, half of them between 34 and 47.
+# Seconds of a small operation on a GPU, with Python and autograd, and of a number read from it.
+# On an H200 the bench's rows of the linear model and of the MLP took 28 to 58 us for each operation
+# that second_device.py counts in them, half of them 34 to 47: the launch itself is a quarter of it.
 LAUNCH, READ = 40e-6, 40e-6
 BUDGET = 90  # seconds that a notebook may take there
 SHAKEN = (
