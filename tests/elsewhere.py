@@ -1,7 +1,9 @@
 """Would a chapter say the same on a GPU? Ask without one, in two ways.
 
     elsewhere.py device [CH]     on the second device of second_device.py, which does not mix with
-                                 the CPU: finds tensors left behind
+                                 the CPU: finds tensors left behind, and more launches than a GPU
+                                 starts in 90 s
+    elsewhere.py launches [CH]   the same, and says cell by cell what a GPU would start and wait for
     elsewhere.py rounding [CH]   on the CPU, with sums, products and functions off by a rounding, as
                                  another order of summation leaves them: finds digits and decisions
                                  that hang on the last bit
@@ -22,7 +24,12 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("device", "rounding")
+WAYS = ("device", "launches", "rounding")
+# Seconds of a small operation on a GPU, with Python and autograd, and of a number read from it.
+# On an H200 the bench's rows of the linear model and of the MLP took 28 to 58 us for each operation
+# that second_device.py counts in them, half of them 34 to 47: the launch itself is a quarter of it.
+LAUNCH, READ = 40e-6, 40e-6
+BUDGET = 90  # seconds that a notebook may take there
 SHAKEN = (
     "mm bmm mv dot addmm addmv baddbmm sum mean convolution convolution_backward linalg_vector_norm"
     " var std cumsum logsumexp _softmax _log_softmax linalg_solve_triangular exp log tanh sigmoid"
@@ -82,10 +89,16 @@ def run(path: Path, way: str) -> int:
 
     cells = nbformat.read(path, as_version=4).cells
     os.chdir(path.parent)
-    names, faults = {"__name__": "__main__"}, 0
-    with second() if way == "device" else rounding() as device:
-        if way == "device":
+    names, faults, total, seen = {"__name__": "__main__"}, 0, [0, 0], lambda: [0, 0]
+    with rounding() if way == "rounding" else second() as device:
+        if way != "rounding":
+            from second_device import launches, reads
+
             os.environ["BILEVEL_LITE_DEVICE"] = str(device)
+
+            def seen():
+                return [launches.total(), reads.total()]
+
         for number, cell in enumerate(cells):
             if cell.cell_type != "code":
                 continue
@@ -99,6 +112,11 @@ def run(path: Path, way: str) -> int:
                 faults += 1
                 print(f"{path.name}, cell {number} fails:\n{traceback.format_exc()}")
                 continue
+            finally:
+                before, total = total, seen()
+                if way == "launches" and total != before:
+                    counts = [now - old for now, old in zip(total, before, strict=True)]
+                    print(f"{path.name}, cell {number}: {said(counts)}", flush=True)
             texts = [out.text for out in cell.outputs if out.get("name") == "stdout"]
             stored, now = "".join(texts).split("\n"), printed.getvalue().split("\n")
             if stored != now and "nbval-ignore-output" not in cell.metadata.get("tags", []):
@@ -107,8 +125,20 @@ def run(path: Path, way: str) -> int:
                 for old, new in zip(stored, now, strict=False):
                     if old != new:
                         print(f"  stored: {old}\n  now:    {new}")
-    print(f"{path.name}: {faults or 'no'} faults ({way})")
+    if seconds(total) > BUDGET:
+        faults += 1
+        print(f"{path.name} would take more than {BUDGET} s on a GPU: batch, or stay on the CPU")
+    print(f"{path.name}: {faults or 'no'} faults ({way}{', ' + said(total) if any(total) else ''})")
     return faults
+
+
+def seconds(counts: list[int]) -> float:
+    """What so many operations and reads cost on a GPU that has hardly anything to compute."""
+    return counts[0] * LAUNCH + counts[1] * READ
+
+
+def said(counts: list[int]) -> str:
+    return f"{counts[0]:,} operations and {counts[1]:,} reads, {seconds(counts):.1f} s on a GPU"
 
 
 def main(way: str, chapters: list[str]) -> int:

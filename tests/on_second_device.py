@@ -16,7 +16,8 @@ from bilevel_lite.tasks import hypercleaning as hc
 
 # a backend written in Python is new in torch, and its interface private
 module = pytest.importorskip("second_device", exc_type=ImportError)
-reads, sends, second_device = module.reads, module.sends, module.second_device
+launches, reads, sends = module.launches, module.reads, module.sends
+second_device = module.second_device
 kronecker.in_numpy = False  # equal to the last bit: the same products on both devices
 
 
@@ -40,6 +41,21 @@ def test_the_device_is_another_one():
         assert sum(sends.values()) == 3
         there.fill_(1.0), there.new_full((), 2.0), there.masked_fill(there > 0, 3.0), 2 * there
         assert sum(sends.values()) == 3
+
+
+def test_kernels_are_counted():
+    with second_device() as device:
+        there = torch.arange(6.0).to(device)
+        launches.clear()
+        square = there.view(2, 3)[:, :2].T @ there.view(3, 2).T[:, :2]  # views start nothing
+        square.add_(1).relu()
+        assert launches == {f"aten::{op}": 1 for op in ("mm", "add_", "relu")} and not reads
+        assert float(square.sum()) and launches["aten::sum"] == reads.total() == 1
+        weight = torch.ones(6, device=device, requires_grad=True)
+        loss = (weight * there).sum()
+        launches.clear()
+        loss.backward()  # also what autograd's own thread starts
+        assert launches["aten::mul"] == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -292,7 +308,27 @@ CELLS = {
     "good": ("a = torch.arange(3.0, device=device) / 7\nprint(f'{a.sum():.4f}')", "0.4286\n"),
     "left behind": ("total = (a @ torch.ones(3)).item()", ""),
     "last digit": ("print(a.sum().item())", "0.42857142857142855\n"),
+    "long": ("for _ in range(100):\n    a = a + 1", ""),
 }
+
+
+def chapter(cells, folder) -> Path:
+    import nbformat.v4 as nb
+
+    notebook = nb.new_notebook()
+    for source, printed in map(CELLS.get, cells):
+        out = [nb.new_output("stream", name="stdout", text=printed)] if printed else []
+        notebook.cells.append(nb.new_code_cell(source, outputs=out))
+    path = folder / "00_chapter.ipynb"
+    path.write_text(nb.writes(notebook), "utf-8")
+    return path
+
+
+def elsewhere(path, way, budget=90):
+    code = f"sys.path.insert(0, sys.argv[2]); import elsewhere; elsewhere.BUDGET = {budget}"
+    code = f"import sys; {code}; sys.exit(elsewhere.main({way!r}, [sys.argv[1]]))"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path), str(Path(__file__).parent)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -305,16 +341,14 @@ CELLS = {
     ],
 )
 def test_chapters_elsewhere(way, cells, complaint, tmp_path):
-    import nbformat.v4 as nb
-
-    notebook = nb.new_notebook()
-    for source, printed in map(CELLS.get, cells):
-        out = [nb.new_output("stream", name="stdout", text=printed)] if printed else []
-        notebook.cells.append(nb.new_code_cell(source, outputs=out))
-    path = tmp_path / "00_chapter.ipynb"
-    path.write_text(nb.writes(notebook), "utf-8")
-    script = Path(__file__).with_name("elsewhere.py")
-    command = [sys.executable, "-W", "ignore", str(script), way, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    path = chapter(cells, tmp_path)
+    done = elsewhere(path, way)
     assert done.returncode == (complaint is not None), done.stdout + done.stderr
     assert ("no faults" if complaint is None else complaint) in done.stdout
+
+
+def test_launches_of_a_chapter(tmp_path):
+    """A long loop over three numbers: counted in its cell, and a fault beyond the budget."""
+    done = elsewhere(chapter(["setup", "good", "long"], tmp_path), "launches", budget=0.001)
+    assert "cell 2: 100 operations and 0 reads" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "would take more than 0.001 s" in done.stdout  # it is 0.004

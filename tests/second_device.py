@@ -1,15 +1,17 @@
 """A second device for machines that have none: tensors that live on it compute on the CPU.
 
-Two faults show on a GPU only: a tensor left on the CPU that meets one on the device, and a number
-read in the middle of a step, for which the CPU must wait. Here such a meeting raises as it does on
-CUDA, `reads` counts who read what, and `sends` who sent something there. The arithmetic is the
-CPU's, so results must agree with it to the last bit. It knows nothing of CUDA's own kernels, their
-rounding or their speed.
+Faults that show on a GPU only: a tensor left on the CPU that meets one on the device, a number
+read in the middle of a step, for which the CPU must wait, thousands of operations that are hardly
+work but a kernel each. Here such a meeting raises as it does on CUDA, `reads` counts who read what,
+`sends` who sent something there, and `launches` what was started. The arithmetic is the CPU's, so
+results must agree with it to the last bit. It knows nothing of CUDA's own kernels, their rounding
+or their speed.
 """
 
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -22,6 +24,7 @@ DEVICE = torch.device(NAME, 0)
 
 reads: Counter[str] = Counter()  # file:line in the package or a notebook's cell -> how often
 sends: Counter[str] = Counter()
+launches: Counter[str] = Counter()  # operator that is a kernel on a GPU -> how often
 
 # operators that may mix devices; that take no scalar of the CPU; that wait for the device
 MIXING = {f"aten::{op}" for op in ("copy_", "_to_copy", "index", "index_put_", "index_put")}
@@ -84,6 +87,13 @@ def _held(value):
     return _map(lambda t: t.held if isinstance(t, Elsewhere) else t, value)
 
 
+@cache
+def _is_view(func) -> bool:
+    """Whether an operator only looks at memory in another way: nothing to compute."""
+    infos = [one.alias_info for one in func._schema.returns]
+    return bool(infos) and all(info is not None and not info.is_write for info in infos)
+
+
 def _read(count: Counter = reads) -> None:
     """Count a wait, under the innermost line of the package or of a cell."""
     frame = sys._getframe(1)
@@ -136,6 +146,8 @@ def _execute(func, args, kwargs):
         plain["device"] = torch.device("cpu")
         plain.pop("pin_memory", None)
     out = func(*_held(args), **plain)
+    if not name.startswith("aten::empty") and not _is_view(func):
+        launches[name] += 1
     if not stays:
         return out
     out = _map(Elsewhere, out)
@@ -178,7 +190,8 @@ class _Function(TorchFunctionMode):
 
 @contextmanager
 def second_device():
-    """Make the device usable inside the block, with no reads counted yet."""
-    reads.clear(), sends.clear()
+    """Make the device usable inside the block, with nothing counted yet."""
+    for count in (reads, sends, launches):
+        count.clear()
     with _Function(), _Dispatch():
         yield DEVICE
