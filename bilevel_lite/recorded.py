@@ -21,7 +21,7 @@ mode or option is another recording. ``BILEVEL_LITE_GRAPHS=0`` turns all of it o
 import logging
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_lite import products
+from bilevel_lite.curvature import Drawn
+from bilevel_lite.kfac import KFAC
+from bilevel_lite.linsolve import SolveInfo
 from bilevel_lite.problem import BilevelProblem, Loss
 from bilevel_lite.refuse import every_look_on, while_recording
 from bilevel_lite.risk import WeightedRisk, only_reads
@@ -218,6 +221,76 @@ class SecondRecorded:
         return self.at.chain(self.j(v)[0])
 
 
+class KFACPass:
+    """A fresh KFAC from the pass to J v, recorded: factors, factorisations, solves, slopes.
+
+    Args:
+        recorder: Where to record.
+        solver: Gives the options.
+        at: Where.
+        b: Right-hand side, shape (d,).
+        info: The diagnosis of a plain solve of this shape.
+    """
+
+    def __init__(self, recorder: Any, solver: KFAC, at: Point, b: Tensor, info: SolveInfo):
+        self.risk, self.info = at.risk, info
+        names = (f.name for f in fields(solver) if f.init and f.name != "generator")
+        self.twin = type(solver)(**{name: getattr(solver, name) for name in names})
+        self.twin._generator = self.drawn = Drawn(torch.Generator())
+        with while_recording():
+            self._pass(*at.inputs, b)  # makes the places of what is drawn
+        self.recording = Recording(recorder, self._pass, (*at.inputs, b))
+
+    def _pass(self, sigma, theta, x, y, b):
+        self.drawn.next = 0
+        problem = BilevelProblem(self.risk, self.risk)
+        at = self.twin.prepare(problem, sigma, theta, (x, y), cross=True, once=True)
+        at.looks = False
+        at.solve(b, False, want_v=False)
+        return at.cross(None)[0], at.failed
+
+    def __call__(self, draws: torch.Generator, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """J_sigma v, and whether a factorisation failed; the labels are drawn from ``draws``."""
+        self.drawn.generator = draws
+        self.drawn.again()
+        return self.recording(*inputs)
+
+
+class _KFACRecorded:
+    """`bilevel_lite.kfac.PreparedKFAC` for one solve of which J v is asked, recorded or plain."""
+
+    def __init__(self, recordings, solver, problem, lam, theta, batch):
+        self.recordings, self.at = recordings, (solver, problem, lam, theta, batch)
+        self.plain = self.jv = None
+
+    def solve(self, b: Tensor, diagnose: bool, want_v: bool) -> tuple[Tensor | None, SolveInfo]:
+        found = None if diagnose or want_v else self.recordings.kfac(*self.at, b)
+        if found is not None:
+            self.jv, info = found
+            return None, info
+        solver, *at = self.at
+        self.plain = solver.prepare(*at, cross=True, once=True)
+        return self.plain.solve(b, diagnose, want_v)
+
+    def cross(self, v: Tensor | None) -> tuple[Tensor, str]:
+        if self.plain is None:
+            return self.jv, f"{type(self.at[0]).__name__}'s own pass, recorded"
+        return self.plain.cross(v)
+
+
+def _fresh(solver: Solver, loss: Loss) -> bool:
+    """True for a KFAC that builds all anew at each solve and looks at nothing on the way."""
+    return (
+        type(solver) is KFAC
+        and isinstance(loss, WeightedRisk)
+        and loss.weight is not None
+        and solver.every == 1
+        and not (solver.ema or solver.fixed_batch)
+        and solver.damping_rule != "exact"
+        and solver.damping + 2 * loss.l2 > 0
+    )
+
+
 # ------------------------------------------------------------------ what a method keeps
 
 
@@ -278,7 +351,9 @@ class Recordings:
         return out
 
     def prepare(self, solver: Solver, problem: BilevelProblem, *at: Any, cross: bool) -> Any:
-        """`bilevel_lite.solvers.Solver.prepare` for one solve, with recorded products."""
+        """`bilevel_lite.solvers.Solver.prepare` for one solve, with recorded products or passes."""
+        if self.on and cross and _fresh(solver, problem.inner_loss):
+            return _KFACRecorded(self, solver, problem, *at)
         prepared = solver.prepare(problem, *at, cross=cross, once=True)
         if type(prepared) is Prepared and solver.curvature == "hessian":
             prepared.matvec.operator = self._second(problem.inner_loss, *at)
@@ -305,6 +380,35 @@ class Recordings:
             return None
         return both
 
+    def kfac(
+        self, solver: KFAC, problem: BilevelProblem, lam: Tensor, theta: Tensor, batch: Any,
+        b: Tensor,
+    ) -> tuple[Tensor, SolveInfo] | None:  # fmt: skip
+        """J G^-1 b, like lam, of a fresh KFAC, and its diagnosis; None where it is not recorded."""
+        what, draws = type(solver).__name__, solver._generator
+        state = draws.get_state()
+
+        def plain():
+            draws.set_state(state)
+            prepared = solver.prepare(problem, lam, theta, batch, cross=True, once=True)
+            _, plain.info = prepared.solve(b, False, want_v=False)
+            return (prepared.cross(None)[0],)
+
+        def record(at):
+            return KFACPass(self._recorder(theta.device), solver, at, b, plain.info)
+
+        found = self._find(what, record, plain, problem.inner_loss, lam, theta, batch, repr(solver))
+        draws.set_state(state)
+        if found is None:
+            return None
+        kept, at = found
+        jv, failed = kept.recording(draws, *at.inputs, b)
+        out = (at.chain(jv),)
+        if bool(failed) or kept.due() and not self._agree(what, at.key, out, plain()):
+            draws.set_state(state)
+            return None
+        return out[0], replace(kept.recording.info)
+
     # -- finding, trusting, dropping
 
     def _recorder(self, device: torch.device) -> Any:
@@ -312,12 +416,15 @@ class Recordings:
             self._recorders[device] = RECORDERS[device.type](device)
         return self._recorders[device]
 
-    def _find(self, what, record, plain, loss, lam, theta, batch) -> tuple[_Kept, Point] | None:
+    def _find(
+        self, what, record, plain, loss, lam, theta, batch, *frozen: Hashable
+    ) -> tuple[_Kept, Point] | None:
         """The recording for these shapes, made if there is none yet; None for the plain path."""
         if not (self.on and _wanted(theta)):
             return None
         try:
             at = point(loss, lam, theta, batch)
+            at.key = (*at.key, *frozen)
         except _Dropped as why:
             return self._drop((what, str(why)), what, str(why))
         key = what, at.key

@@ -580,7 +580,7 @@ def _input_columns(module: nn.Module, a: Tensor, ones: bool) -> Tensor:
     columns = a.new_empty(d + ones, *windows.shape[3:])
     columns[:d].view(windows.shape).copy_(windows)
     if ones:
-        columns[d] = 1
+        columns[d].fill_(1)
     return columns.view(d + ones, -1)
 
 

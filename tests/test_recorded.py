@@ -12,7 +12,7 @@ from pretend_graphs import PretendGraphs
 from torch import nn
 
 import bilevel_lite as bl
-from bilevel_lite import recorded
+from bilevel_lite import kronecker, recorded
 from bilevel_lite.data import Batches
 from bilevel_lite.refuse import NotFinite
 
@@ -25,6 +25,8 @@ def graphs(monkeypatch):
     counting = type("Counting", (PretendGraphs,), {"captured": 0, "replayed": 0})
     monkeypatch.setitem(recorded.RECORDERS, "cpu", counting)
     monkeypatch.delenv("BILEVEL_LITE_GRAPHS", raising=False)
+    monkeypatch.setattr(kronecker, "in_batches", True)  # KFAC as on another device
+    monkeypatch.setattr(kronecker, "in_numpy", False)  # what torch does not see is not recorded
     torch.set_default_dtype(F64)
     yield counting
     torch.set_default_dtype(torch.float32)
@@ -111,6 +113,72 @@ def test_a_recorded_run_has_the_numbers_of_the_plain_one(name, solver, graphs, m
     plain = trajectory(method(name, SOLVERS[solver]()))
     assert graphs.replayed == before
     assert apart(with_graphs, plain) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fisher": "empirical"},
+        {"fisher": "exact"},
+        {"samples": 3},
+        {"bias": "separate", "damping_rule": "factored"},
+        {"rest": "damping"},
+    ],
+)
+def test_a_recorded_kfac_draws_and_solves_as_the_plain_one(options, graphs, monkeypatch):
+    def run():
+        m = method("conv", bl.KFAC(0.1, **options))
+        return trajectory(m), m
+
+    here, m = run()
+    kept = [key for key in m.recorded.kept if key[0] == "KFAC"]
+    assert kept and not m.recorded.lines
+    there, other = plain(monkeypatch, run)
+    assert apart(here, there) < 1e-9
+    states = [one.solver.state_dict()["generator"] for one in (m, other)]
+    assert torch.equal(*states)  # the same numbers were drawn
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": 2}, {"ema": 0.9}, {"damping_rule": "exact"}, {"fixed_batch": True}]
+)
+def test_a_kfac_that_remembers_is_not_recorded(options, graphs, monkeypatch):
+    def run():
+        m = method("mlp", bl.KFAC(0.1, **options))
+        return trajectory(m), m
+
+    here, m = run()
+    assert not [key for key in m.recorded.kept if key[0] == "KFAC"]
+    assert apart(here, plain(monkeypatch, run)[0]) < 1e-9
+
+
+def test_a_factorisation_that_fails_in_a_replay_is_repeated_plainly(graphs, monkeypatch):
+    class Failing(graphs):
+        failed = 0
+
+        def capture(self, function):
+            result, replay = super().capture(function)
+            if result[-1].dtype != torch.bool:
+                return result, replay
+
+            def fails():  # as a pass does whose Cholesky factor does not exist
+                replay()
+                Failing.failed += 1
+                result[0].data.fill_(float("nan"))
+                result[1].data.fill_(True)
+
+            return result, fails
+
+    monkeypatch.setitem(recorded.RECORDERS, "cpu", Failing)
+
+    def run():
+        m = method("mlp", bl.KFAC(0.1))
+        return trajectory(m), m.solver.state_dict()["generator"]
+
+    here, draws = run()
+    assert Failing.failed == 6
+    there, other = plain(monkeypatch, run)
+    assert apart(here, there) < 1e-12 and torch.equal(draws, other)
 
 
 # ------------------------------------------------------------------ what would be frozen is not

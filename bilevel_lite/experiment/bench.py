@@ -38,7 +38,8 @@ from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import cg
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import cross_vp, hvp, theta_gradient
+from bilevel_lite.products import cross_vp, hvp
+from bilevel_lite.recorded import Recordings
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.session import no_tf32
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
@@ -91,6 +92,7 @@ class Case:
         self.outer = tuple(t[n : 2 * n].contiguous() for t in (self.x, self.y, self.index))
         self.v = torch.randn(self.theta.shape, generator=g).to(device)
         self.params = [p for p in model.parameters() if p.requires_grad]
+        self.recorded = Recordings()
 
     # -- ours
 
@@ -102,7 +104,7 @@ class Case:
         step = 0.1
         out = {
             "gradient": self.plain_gradient,
-            "gradient in theta": lambda: theta_gradient(loss, *at),
+            "gradient in theta": lambda: self.recorded.theta_gradient(loss, *at, "inner_loss"),
             "hvp": lambda: hvp(loss, *at, self.v),
             "ggn": lambda: ggn_vp(loss, *at, self.v),
             "cross": lambda: cross_vp(loss, *at, self.v),
@@ -138,7 +140,8 @@ class Case:
 
     def hypergradient(self, solver) -> Tensor:
         """The package's hypergradient, by as many steps as the solver was asked for."""
-        h, info = implicit(self.problem, self.lam, self.theta, self.inner, self.outer, solver)
+        at = self.problem, self.lam, self.theta, self.inner, self.outer, solver
+        h, info = implicit(*at, recorded=self.recorded)  # as a method does it
         if info.solve.iterations != getattr(solver, "iters", info.solve.iterations):
             raise RuntimeError(f"bench: {solver} stopped after {info.solve.iterations} steps")
         return h

@@ -140,6 +140,8 @@ def run_job(
         if last:
             break
 
+    for line in method.recorded.lines:  # on a GPU: what ran kernel by kernel, and why
+        print(line)
     best = state["best"]
     chosen = best if "theta" in best else folder.read_tensors(_chosen(state))
     lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
