@@ -185,10 +185,8 @@ class SecondRecorded:
     The pass that builds the graph of grad_theta G; v -> H v; v -> J v.
     """
 
-    recorded = True
-
     def __init__(self, recorder: Any, at: Point):
-        self.risk, self.at = at.risk, at
+        self.risk, self.place = at.risk, None
         self.build = Recording(recorder, self._build, at.inputs)
         v = at.inputs[1]
         self.h = Recording(recorder, partial(self._product, "theta"), (v,))
@@ -206,19 +204,34 @@ class SecondRecorded:
         (out,) = torch.autograd.grad(self.grad, variable, v, retain_graph=True, allow_unused=True)
         return (torch.zeros_like(variable) if out is None else out,)
 
-    def go_to(self, at: Point) -> "SecondRecorded":
-        """Build the graph at another point; return itself."""
-        self.at = at
+    def go_to(self, at: Point) -> "_There":
+        """Build the graph at a point; the products there."""
         self.build(*at.inputs)
-        return self
+        self.place = _There(self, at)
+        return self.place
+
+
+class _There:
+    """H v and J v at one point; it builds the graph again if another point was visited since."""
+
+    recorded = True
+
+    def __init__(self, both: SecondRecorded, at: Point):
+        self.both, self.at = both, at
+
+    def _product(self, recording, v):
+        if self.both.place is not self:
+            self.both.build(*self.at.inputs)
+            self.both.place = self
+        return recording(v)[0]
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return H v."""
-        return self.h(v)[0]
+        return self._product(self.both.h, v)
 
     def cross(self, v: Tensor) -> Tensor:
         """Return J v, like lam."""
-        return self.at.chain(self.j(v)[0])
+        return self.at.chain(self._product(self.both.j, v))
 
 
 class KFACPass:
@@ -356,11 +369,11 @@ class Recordings:
             return _KFACRecorded(self, solver, problem, *at)
         prepared = solver.prepare(problem, *at, cross=cross, once=True)
         if type(prepared) is Prepared and solver.curvature == "hessian":
-            prepared.matvec.operator = self._second(problem.inner_loss, *at)
+            prepared.matvec.operator = self.second(problem.inner_loss, *at)
         return prepared
 
-    def _second(self, loss, lam, theta, batch):
-        """v -> H v and v -> J v at a point, recorded; None where they are not."""
+    def second(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any) -> _There | None:
+        """v -> H v at a point, and its `cross`, v -> J v; None where they are not recorded."""
         ones = torch.ones_like(theta)
 
         def plain():

@@ -115,6 +115,43 @@ def test_a_recorded_run_has_the_numbers_of_the_plain_one(name, solver, graphs, m
     assert apart(with_graphs, plain) < 1e-9
 
 
+METHODS = {
+    "amigo": lambda *at, **o: bl.AmIGO(*at, linear_steps=3, linear_lr=0.3, inner_steps=2, **o),
+    "stocbio": lambda *at, **o: bl.StocBiO(*at, terms=3, linear_lr=0.3, inner_steps=2, **o),
+    "nbo": lambda *at, **o: bl.NBO(*at, linear_lr=0.3, **o),
+    "soba": lambda *at, **o: bl.SOBA(*at, linear_lr=0.3, **o),
+    "f2sa": lambda *at, **o: bl.F2SA(*at, inner_steps=2, **o),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_have_the_numbers_of_the_plain_path(name, graphs, monkeypatch):
+    def run():
+        like = method()
+        problem, batches = like.problem, like.batches
+        m = METHODS[name](
+            problem, like.lam, like.theta, inner_batch=batches["inner"],
+            outer_batch=batches["outer"], inner_lr=0.1, outer_lr=1.0,
+        )  # fmt: skip
+        return trajectory(m)
+
+    here = run()
+    assert graphs.replayed > 5
+    assert apart(here, plain(monkeypatch, run)) < 1e-9
+
+
+def test_two_points_of_one_recording_keep_apart(graphs):
+    m = method()
+    risk, batch = m.problem.inner_loss, m.batches["inner"].draw()
+    points = m.theta, m.theta + 1
+    operators = [m.recorded.second(risk, m.lam, theta, batch) for theta in points]
+    v = torch.linspace(-1, 1, len(m.theta))
+    for theta, operator in [*zip(points, operators, strict=True), (points[0], operators[0])]:
+        assert apart([operator(v)], [bl.products.hvp(risk, m.lam, theta, batch, v)]) < 1e-12
+        truth = bl.products.cross_vp(risk, m.lam, theta, batch, v, "double_backward")
+        assert apart([operator.cross(v)], [truth]) < 1e-12
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -398,9 +435,6 @@ def test_a_weight_that_is_not_finite_says_so(graphs):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["linear", "mlp", "conv"])
 def test_cuda_records_and_has_the_numbers_of_the_plain_path(name, solver, monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA")
-
     def run():
         m = method(name, SOLVERS[solver]())
         device = torch.device("cuda")

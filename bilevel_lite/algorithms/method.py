@@ -323,7 +323,8 @@ class Method(Resumable):
         def product(v: Tensor) -> Tensor:
             nonlocal operator
             if operator is None:  # not before it is needed
-                operator = hvp_operator(self.problem.inner_loss, self.lam, self.theta, batch)
+                at = self.problem.inner_loss, self.lam, self.theta, batch
+                operator = self.recorded.second(*at) or hvp_operator(*at)
             self._spend("hvp", batch)
             return operator(v)
 
@@ -336,7 +337,9 @@ class Method(Resumable):
     def _cross(self, batch: Any, v: Tensor) -> Tensor:
         """J v here: 2 gradients."""
         self._spend("cross", batch)
-        return cross_vp(self.problem.inner_loss, self.lam, self.theta, batch, v)
+        at = self.problem.inner_loss, self.lam, self.theta, batch
+        there = self.recorded.second(*at)
+        return cross_vp(*at, v) if there is None else there.cross(v)
 
     def _hypergradient(
         self,
