@@ -172,7 +172,7 @@ def _frozen(model: nn.Module) -> Hashable:
     """What a recording holds of a model: its modules with their settings, where its numbers lie."""
     modules, fixed = [], []
     for m in model.modules():
-        modules.append((id(m), *(v for v in vars(m).values() if type(v) in SETTINGS)))
+        modules.append((type(m), id(m), *(v for v in vars(m).values() if type(v) in SETTINGS)))
         tensors = [p for p in m._parameters.values() if p is not None and not p.requires_grad]
         tensors += [b for b in m._buffers.values() if b is not None]
         fixed += [t.data_ptr() for t in tensors]

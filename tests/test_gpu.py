@@ -64,7 +64,7 @@ def test_at_the_limit_processes_stop_as_by_the_keyboard_or_are_killed(tmp_path):
         f"open({str(tmp_path / 'b')!r}, 'w').close()\ntime.sleep(600)"
     )
     slot = gpu.Slot(tmp_path, "cpu", 600.0)
-    slot.grace = 5.0
+    slot.grace = 10.0
     at_work = (tmp_path / "a", tmp_path / "b")
     slot.over = lambda: all(path.exists() for path in at_work)
     slot.run([job(tmp_path, "polite", polite), job(tmp_path, "deaf", deaf)])
@@ -92,7 +92,8 @@ def test_the_order_and_the_processes(tmp_path):
     words = ["--out", str(tmp_path), "--device", "cpu", "--chapters", "0", "--study", STUDY]
     words += ["--study", "run ridge-of-nobody --set rows=60", "--models", "linear"]
     tests, bench, notebooks, study, other = gpu.groups(gpu.read(words))
-    assert tests[0].command[-2:] == ["tests/test_kfac.py", "tests/test_session.py"]
+    files = ["kfac", "recorded", "session"]
+    assert tests[0].command[-3:] == [f"tests/test_{name}.py" for name in files]
     assert bench[0].command[3:8] == ["bench", "--device", "cpu", "--rounds", "5"]
     assert [one.what for one in notebooks] == ["00_tour", "00_tour_solutions"]
     assert study[0].command[3:] == [
