@@ -152,7 +152,7 @@ class Replay:
         """The value of a pair (kind, data)."""
         kind, data = pair
         if kind == "x":
-            raise CannotReplay(data)
+            raise CannotReplay(f"the answer is of type {data}")
         if kind == "a":
             return data.clone().numpy()
         if kind in "ul":
@@ -167,7 +167,7 @@ class Replay:
         def call(*args, **kwargs):
             calls, k = self.record["functions"][index], self.next[index]
             if k >= len(calls):
-                raise CannotReplay("more calls than were recorded")
+                raise CannotReplay("the check asks more than was asked")
             self.next[index] += 1
             entry = calls[k]
             for path, values in entry["events"]:
