@@ -193,15 +193,14 @@ def test_fresh_draws_are_others_and_the_same_for_one_seed():
 def test_a_mistake_that_gives_the_truth_is_nobodys_mistake():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        truth = torch.randn(3, generator=generator)
-        noise = torch.randn(3, generator=generator)
-        near = truth + 2e-7 * truth.norm() * noise / noise.norm()
-        same = [("accused", truth), ("accused", truth + 1e-9 * noise * truth.norm())]
+        truth, noise = torch.randn(2, 3, generator=generator)
+        noise = noise * truth.norm() / noise.norm()
+        near, other = truth + 2e-7 * noise, truth + 1e-3 * noise
+        same = [("accused", truth), ("accused", truth + 1e-9 * noise)]
         exercises.compare(truth, truth, same, "x")
-        for got in (truth.float(), truth + 3e-8 * truth.norm() * noise / noise.norm()):
+        for got in (near, near.float()):
             with pytest.raises(exercises.Wrong, match="nearly right"):
                 exercises.compare(got, truth, same, "x")
-        other = truth + 1e-3 * truth.norm() * noise / noise.norm()
         for got in (other, other.float()):  # a mistake keeps its name in single precision
             with pytest.raises(exercises.Wrong, match="that one"):
                 exercises.compare(got, truth, [*same, ("that one", other)], "x")

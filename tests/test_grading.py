@@ -87,7 +87,8 @@ def test_cheats_get_nothing(tmp_path):
         'bl.exercises.check = lambda *a: print("Exercise 1.1: correct.")',
         'bl.exercises.check("1.1", lambda lam: 0 * lam)',
         # the package, torch, and what judges
-        "import bilevel_lite.exercises.ch01 as ch\nch._compare = ch.compare = lambda *a, **k: None\n"
+        "import bilevel_lite.exercises.ch01 as ch\n"
+        "ch._compare = ch.compare = lambda *a, **k: None\n"
         "torch.linalg.solve = lambda A, b: 0 * b",
         'bl.exercises.check("1.2", lambda *a: torch.ones(4))',
         'bl.exercises.judge = lambda *a: ("correct", "")\n'
@@ -128,7 +129,8 @@ def test_crashes_stay_in_their_cell_and_exits_leave_what_was_done(tmp_path):
         ONE,
         'def endless(*args):\n    return endless(*args)\nbl.exercises.check("1.2", endless)',
         'bl.exercises.check("1.3", lambda *a: sys.exit())',
-        'for _ in range(50):\n    print("x" * 10**7)\nbl.exercises.check("1.5", (1, -1, .5, 2 / 3))',
+        'for _ in range(50):\n    print("x" * 10**7)\n'
+        'bl.exercises.check("1.5", (1, -1, 1 / 2, 2 / 3))',
         "import os; os._exit(0)",
         'bl.exercises.check("1.6", 1)',
     )

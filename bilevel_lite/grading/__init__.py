@@ -8,8 +8,8 @@ prints, returns from its own ``check`` or changes in the package cannot make it 
 
 What this does not do: it is no sandbox. A submission runs with the rights of who grades; it is kept
 from opening notebooks and from starting programs by a hook in Python, no more. It can read the
-checks, and take a truth out of one. An answer that is an object of the package (`OBJECTS`) is judged
-in its own process only: ``confirmed`` is then false.
+checks, and take a truth out of one. An answer that is an object of the package (`OBJECTS`) is
+judged in its own process only: ``confirmed`` is then false.
 """
 
 import csv

@@ -35,7 +35,7 @@ class TimeUp(BaseException):
     """Raised by the alarm; no `except Exception` stops it."""
 
 
-class Sink(io.TextIOBase):
+class _Sink(io.TextIOBase):
     """Takes what a submission prints, and forgets it."""
 
     def writable(self):
@@ -133,7 +133,7 @@ def main() -> None:
     module.__dict__.update(display=lambda *_: None)
     sys.modules["__main__"] = module
     warnings.simplefilter("ignore")
-    sys.stdout, sys.stderr, sys.stdin = Sink(), Sink(), io.StringIO()
+    sys.stdout, sys.stderr, sys.stdin = _Sink(), _Sink(), io.StringIO()
     sys.argv = ["submission"]
     sys.addaudithook(guard)
     for position, source in enumerate(order["cells"]):
