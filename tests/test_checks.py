@@ -5,7 +5,9 @@ other clothes, and on other draws than the students'.
 """
 
 import functools
+import re
 
+import form
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,13 @@ def test_right_answers_are_accused_of_nothing_on_any_draw(number, seed):
 def test_wrong_answers_pass_on_no_draw(number, index):
     with exercises.fresh(1):
         assert exercises.judge(number, ANSWERS[number][1][index])[0] == "not yet"
+
+
+def test_the_page_for_teachers_says_where_the_seed_does_not_matter():
+    text = (form.ROOT / "chapters" / "TEACHING.md").read_text("utf-8")
+    said = set(re.findall(r"\d+\.\d+", text.split("*Where the seed does not matter.*")[1][:700]))
+    assert said <= set(NUMBERS)
+    assert said >= {n for n in VALUES if not n[-1].isalpha()} | exercises.KEPT
 
 
 def test_fresh_draws_are_others_and_the_same_for_one_seed():

@@ -82,6 +82,7 @@ PARTS = {
     "methods": ([*METHODS.values()], 950),
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2380),
+    "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1380),
 }
 LARGEST = {"method": 100, "task": 420}  # one file of algorithms/, of tasks/
