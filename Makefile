@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lab html test baseline quick execute check elsewhere bench gpu figures lint repo clean
+.PHONY: help setup run lab html test baseline quick execute check elsewhere bench gpu figures lint student repo clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,9 @@ figures: setup ## draw the figures from figures/data
 lint: setup ## style of the code, the notebooks' too
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+student: setup ## the edition for students, without answers, in _build/student
+	$(BIN)/python chapters/book/student.py
 
 repo: setup ## set the repository's address everywhere: that of origin, or ADDRESS=owner/name
 	$(BIN)/python chapters/book/book.py repo $(ADDRESS)

@@ -273,6 +273,21 @@ def parser() -> argparse.ArgumentParser:
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
     gather.add_argument("--name", required=True, help="of the result, and so of the file")
     gather.add_argument("--to", metavar="DIR", help="another folder of figures")
+
+    marks = commands.add_parser(
+        "grade",
+        help="run the exercise checks of submitted notebooks on fresh draws",
+        description="Each notebook runs in a process of its own, with a time limit; the verdicts "
+        "are made outside it. No sandbox: see chapters/TEACHING.md.",
+        formatter_class=Help,
+    )
+    marks.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help="or folders of them")
+    marks.add_argument("--seed", type=int, metavar="N", help="of the draws (default: a new one)")
+    marks.add_argument("--out", metavar="FILE", help="write JSON")
+    marks.add_argument("--csv", metavar="FILE", help="write CSV, a line for each exercise")
+    marks.add_argument(
+        "--timeout", type=float, metavar="S", default=600.0, help="seconds for one notebook"
+    )
     return top
 
 
@@ -406,6 +421,15 @@ def _figures(names: list[str], to: str | None) -> None:
         )
 
 
+def _grade(notebooks: list[str], seed: int | None, out: str | None, timeout: float, csv) -> int:
+    from bilevel_lite import grading
+
+    result = grading.grade(notebooks, seed, timeout)
+    print(grading.summary(result))
+    grading.write(result, out, csv)
+    return int(any(one["error"] for one in result["submissions"]))
+
+
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
     """Read an option's SETTING=VALUE words."""
     out = {}
@@ -437,6 +461,8 @@ def main(arguments: list[str] | None = None) -> int:
             _tasks(options["task"])
         elif command == "bench":
             _bench(options)
+        elif command == "grade":
+            return _grade(**options)
         elif command == "collect":
             print(collect(options["folders"], options["name"], options["to"]).resolve())
         else:

@@ -27,6 +27,13 @@ def stub(*args, **kwargs):
     raise NotImplementedError
 
 
+def empty(*args, **kwargs):
+    """Say what is to be done."""
+
+
+def dots(*args, **kwargs): ...
+
+
 def test_every_exercise_has_answers_to_test_it_with():
     assert set(ANSWERS) == set(exercises._CHECKS)
     short = [n for n, (right, wrong) in ANSWERS.items() if right is None or len(wrong) < 2]
@@ -52,7 +59,7 @@ def test_wrong_is_refused_with_a_sentence(number, index, capsys):
 def test_stubs_are_not_attempted(number, capsys):
     answers = [None, ...]
     if callable(ANSWERS[number][0]):
-        answers += [stub, lambda *args, **kwargs: None]
+        answers += [stub, empty, dots, lambda *args, **kwargs: ...]
     for answer in answers:
         assert not exercises.check(number, answer)
         assert capsys.readouterr().out == f"{name(number)}: not attempted yet.\n"

@@ -82,6 +82,7 @@ PARTS = {
     "methods": ([*METHODS.values()], 950),
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2740),
+    "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1530),
 }
 LARGEST = {"method": 100, "task": 460}  # one file of algorithms/, of tasks/

@@ -219,6 +219,7 @@ def render(done: dict, *options: str) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         nb = done.get(path) or nbformat.read(path, as_version=4)
         target.write_text(dumps(described(nb)), encoding="utf-8", newline="\n")
+    shutil.copy(ROOT / "chapters" / "TEACHING.md", source / "chapters")
     write_index(source)
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]
