@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bilevel_lite.exercises import Wrong, close, draw, exercise
+from bilevel_lite.exercises import Wrong, close, draw, exercise, numbers
 
 
 def _same(got, other, rtol=1e-6):
@@ -31,24 +31,62 @@ def _tensors(result, names, what):
     return [value.detach().cpu().double() for value in result]
 
 
+def _array(part):
+    """A part of an answer as a tensor where it can be one."""
+    try:
+        return torch.as_tensor(part)
+    except (TypeError, ValueError, RuntimeError):
+        return part
+
+
+@exercise("7.A")
+def check_half(answer):
+    """Weights of one half: the limits of (7.2), for a matrix of norm 1."""
+    values, sigma = numbers(answer, 2), 0.5
+    found = [abs(sigma ** (2 * power) - sigma) / sigma for power in (1, 0)]
+    if all(abs(v - t) <= 1e-6 for v, t in zip(values, (0.25, 0.5), strict=True)):
+        raise Wrong("Those are differences; a relative error divides by sigma Omega, 1/2 of Omega.")
+    if values == found[::-1]:
+        raise Wrong("The two are exchanged: sigma^2 = 1/4 is nearer to 1/2 than 1 is.")
+    hints = (
+        "The limit is sigma^2 Omega, the truth sigma Omega.",
+        "The limit is Omega, the truth sigma Omega.",
+    )
+    for k, (value, truth, hint) in enumerate(zip(values, found, hints, strict=True)):
+        if not abs(value - truth) <= 1e-6:
+            raise Wrong(f"Number {k + 1}: {value:.4g} is not right. {hint}")
+
+
+@exercise("7.B")
+def check_knows_labels(answer):
+    """Which probes are made of the labels of the data."""
+    told = {
+        "all classes": "These probes know the labels only through theta, so their size hardly "
+        "goes with weights that follow the labels.",
+        "drawn": "A drawn label comes from the model's probabilities, not from the data's label.",
+        "empirical": None,
+    }
+    word = answer.strip().lower().replace("-", " ") if isinstance(answer, str) else None
+    word = {"all class": "all classes", "exact": "all classes", "mc": "drawn"}.get(word, word)
+    if word not in told:
+        raise Wrong('Answer with "all classes", "drawn" or "empirical".')
+    if told[word]:
+        raise Wrong(told[word])
+
+
 @exercise("7.1")
 def check_equal_weights(answer):
-    """From the scalar case: K = 1, b = 1, where v and the damping can be read off."""
-    try:
-        values = [float(value) for value in answer]
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be four numbers.") from None
-    if len(values) != 4:
-        raise Wrong(f"The answer should be four numbers; there are {len(values)}.")
+    """From the scalar case: G = 1, b = 1, where v and the damping can be read off."""
+    values = numbers(answer, 4)
     sigma, tau, found = 0.25, 0.02, []
     for power in (2, 0):  # the right curvature is sigma
         curvature = sigma**power
         found += [sigma / curvature, tau * sigma / curvature]
     hints = (
         "The curvature is sigma^2 where sigma would be right; v is its inverse.",
-        "Write (c K + tau I) as c (K + ...).",
+        "Write (alpha G + tau I) as alpha (G + ...).",
         "The curvature is 1 where sigma would be right.",
-        "Write (c K + tau I) as c (K + ...), with c above 1.",
+        "Write (alpha G + tau I) as alpha (G + ...), with alpha above 1.",
     )
     if all(abs(v - t) <= 1e-6 * t for v, t in zip(values, found[2:] + found[:2], strict=True)):
         raise Wrong("The two rules are swapped: with a weight below 1, sigma^2 is smaller.")
@@ -102,9 +140,11 @@ def check_empirical_factors(empirical_factors):
         sigma = 0.1 + draw(generator, n).square()
         if zero:
             sigma[[2, 5]] = 0.0
-        g = sigma[:, None] * gamma / n
+        grad = sigma[:, None] * gamma / n
         A, B = _tensors(
-            empirical_factors(a.clone(), g.clone(), sigma.clone()), ("A", "B"), "two matrices, A, B"
+            empirical_factors(a.clone(), grad.clone(), sigma.clone()),
+            ("A", "B"),
+            "two matrices, A, B",
         )
         if A.shape == (d1, d1) and B.shape == (d2, d2):
             raise Wrong("A belongs to the inputs and comes first; they are swapped.")
@@ -132,16 +172,22 @@ def check_empirical_factors(empirical_factors):
             B,
             moment(1),
             [
-                ("g carries 1/n, so g.T @ g carries it twice; and sigma is squared.",
+                ("grad carries 1/n, so grad.T @ grad carries it twice; and sigma is squared.",
                  moment(2, 1 / n)),
-                ("sigma enters B squared: g carries it, and g occurs twice.", moment(2)),
-                ("sigma enters B squared: g carries it, and g occurs twice.", moment(2, 1 / n**2)),
-                ("sigma is gone: divide g by its root, not by sigma.", moment(0)),
+                ("sigma enters B squared: grad carries it, and occurs twice.", moment(2)),
+                ("sigma enters B squared: grad carries it, and occurs twice.",
+                 moment(2, 1 / n**2)),
+                ("sigma is gone: divide grad by its root, not by sigma.", moment(0)),
                 ("sigma is gone, and n is wrong too.", moment(0, 1 / n**2)),
                 ("sigma enters to the power 3: divide by the root instead.", moment(3)),
-                ("g carries 1/n, so g.T @ g carries it twice: multiply by n.", moment(1, 1 / n)),
-                ("B is too small by n^2: g carries 1/n.", moment(1, 1 / n**2)),
+                ("grad carries 1/n, so grad.T @ grad carries it twice: multiply by n.",
+                 moment(1, 1 / n)),
+                ("B is too small by n^2: grad carries 1/n.", moment(1, 1 / n**2)),
                 ("B is too large by n: divide by n once.", moment(1, n)),
+                ("sigma enters B squared, and n^2 is once too much: n grad.T @ grad has the right "
+                 "n.", moment(2, n)),
+                ("The mean goes over all n examples, also over those of weight zero.",
+                 moment(1, n / max(1, int((sigma > 0).sum())))),
             ],
         )  # fmt: skip
         close(B, moment(1), "B", 1e-8)
@@ -196,18 +242,21 @@ def check_class_weights(repaired):
 @exercise("7.5")
 def check_weighted_is_worse(weighted_is_worse):
     """Both relative errors, from the matrices themselves."""
-    a, h, sigma = _tensors(weighted_is_worse(), ("a", "h", "sigma"), "a, h, sigma")
-    if a.dim() != 2 or a.shape[1] != 2 or not h.shape == sigma.shape == a.shape[:1]:
+    answer = weighted_is_worse() if callable(weighted_is_worse) else weighted_is_worse
+    if isinstance(answer, tuple | list):  # of tensors, arrays or nested lists
+        answer = [_array(part) for part in answer]
+    a, omega, sigma = _tensors(answer, ("a", "omega", "sigma"), "a, omega, sigma")
+    if a.dim() != 2 or a.shape[1] != 2 or not omega.shape == sigma.shape == a.shape[:1]:
         raise Wrong(
-            f"The shapes are {tuple(a.shape)}, {tuple(h.shape)}, {tuple(sigma.shape)}; "
+            f"The shapes are {tuple(a.shape)}, {tuple(omega.shape)}, {tuple(sigma.shape)}; "
             "expected (n, 2), (n,), (n,)."
         )
-    for name, value in (("h", h), ("sigma", sigma)):
-        if not bool(((value >= 0.1 - 1e-12) & (value <= 10 + 1e-12)).all()):
+    for name, value in (("omega", omega), ("sigma", sigma)):
+        if not bool(((value >= 0.1 - 1e-6) & (value <= 10 + 1e-5)).all()):
             raise Wrong(f"{name} should lie between 0.1 and 10.")
     if not float(a.norm()) > 0 or not bool(torch.isfinite(a).all()):
         raise Wrong("The inputs a should be finite and not all zero.")
-    n, product = len(a), sigma * h
+    n, product = len(a), sigma * omega
     block, B = (a.T * product) @ a / n, product.mean()
     plain = B * a.T @ a / n
     weighted = B * (a.T * sigma) @ a / sigma.sum()
@@ -216,7 +265,7 @@ def check_weighted_is_worse(weighted_is_worse):
         raise Wrong("It is the other way round: here A_sigma is exact and A is not.")
     if not errors[0] < 1e-10:
         raise Wrong(
-            f"The unweighted A is off by {errors[0]:.2g}: sigma_i h_i must not depend on a_i."
+            f"The unweighted A is off by {errors[0]:.2g}: sigma_i omega_i must not depend on a_i."
         )
     if not errors[1] >= 0.5:
         raise Wrong(
@@ -266,6 +315,9 @@ def check_best_input_factor(best_input_factor):
                 ("The weights need gamma^T B gamma, not the squared length of gamma.",
                  total(sigma * size) / square),
                 ("Divide by n: the block is a mean.", n * truth),
+                ("The weights are right, but they are no probabilities: divide by n times the "
+                 "squared Frobenius norm of B, not by their sum.", total(along * sigma) / (
+                     along * sigma).mean()),
                 ("B enters by gamma^T B gamma, not by its inverse.", total(sigma * inverse) / d1),
             ],
         )  # fmt: skip

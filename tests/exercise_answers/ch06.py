@@ -21,14 +21,30 @@ def path_by_solves(A, B, V, taus):
     return torch.stack(out)
 
 
+def path_by_one_eigh(A, B, V, taus):
+    values, U = torch.linalg.eigh(torch.kron(B, A))
+    return torch.stack([(U @ (U.T @ V.flatten() / (values + tau))).view_as(V) for tau in taus])
+
+
+def path_turned(A, B, V, taus, how):
+    (alpha, U_A), (beta, U_B) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+    into = {"back": U_B.T @ V @ U_A, "into": U_B @ V @ U_A, "none": V}[how]
+    out = [into / (torch.outer(beta, alpha) + tau) for tau in taus]
+    if how == "into":
+        return torch.stack(out)
+    return torch.stack([U_B @ v @ (U_A if how == "back" else U_A.T) for v in out])
+
+
 def path_again_and_again(A, B, V, taus):
     return torch.cat([path(A, B, V, [tau]) for tau in taus])
 
 
-def block_solve(A, B, V, delta, l2, tau=lambda delta, l2: delta + 2 * l2, power=0.5, inside=0.0):
+def block_solve(
+    A, B, V, delta, l2, tau=lambda delta, l2: delta + 2 * l2, power=0.5, inside=0.0, split=1
+):
     eye_A, eye_B, t = torch.eye(len(A)).to(A), torch.eye(len(B)).to(B), tau(delta, l2)
     A, B = A + inside * l2 * eye_A, B + inside * l2 * eye_B
-    pi = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt()
+    pi = ((A.trace() / len(A)) / (B.trace() / len(B))).sqrt() ** split
     A, B = A + pi * t**power * eye_A, B + t**power / pi * eye_B
     return torch.linalg.solve(A, torch.linalg.solve(B, V).T).T
 
@@ -45,6 +61,8 @@ singular = torch.diag(torch.tensor([1.0, 0.0]))
 eye = torch.eye(2)
 
 RIGHT = {
+    "6.A": "b",
+    "6.B": "factored",
     "6.1": (0.8, 5, 0.6106),
     "6.2": best_pi,
     "6.3": path,
@@ -54,6 +72,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "6.A": ["a", "c", "d", "spring", 2],
+    "6.B": ["full", "heuristic", "exact", "all", 3],
     "6.1": [
         (0.2, 5, 0.6106),
         (0.8, 25, 0.6106),
@@ -78,6 +98,10 @@ WRONG = {
         lambda *a: path(*a, damp=lambda b, a, t: torch.outer(b, a)),
         lambda *a: path(*a, back=False),
         lambda *a: path(*a)[0],
+        lambda A, B, V, taus: path_turned(A, B, V, taus, "back"),
+        lambda A, B, V, taus: path_turned(A, B, V, taus, "into"),
+        lambda A, B, V, taus: path_turned(A, B, V, taus, "none"),
+        path_by_one_eigh,
         path_by_solves,
         path_again_and_again,
     ],
@@ -91,10 +115,15 @@ WRONG = {
         lambda *a: block_solve(*a, inside=1),
         lambda *a: block_solve(*a, tau=lambda delta, l2: delta),
         lambda *a: block_solve(*a).T,
+        lambda *a: block_solve(*a, split=-1),
+        lambda *a: block_solve(*a, split=0),
+        lambda *a: block_solve(*a, tau=lambda delta, l2: (delta**0.5 + (2 * l2) ** 0.5) ** 2),
+        lambda A, B, V, delta, l2: path(A, B, V, [delta + 2 * l2])[0],
     ],
     "6.5": [
         (eye, eye, torch.tensor([[0.0, 1.0], [0.0, 0.01]]), 1e-8),
         (singular, singular, torch.ones(2, 2), 1e-8),
+        lambda: (singular, singular, torch.ones(2, 2), 1e-8),
         (singular, singular, torch.tensor([[0.0, 1.0], [0.0, 0.01]]), 1.0),
         (-singular, singular, torch.ones(2, 2), 1e-8),
         (0 * eye, singular, torch.ones(2, 2), 1e-8),
@@ -110,6 +139,10 @@ WRONG = {
         lambda H_1, H_2, b, dampings: choose(H_2, H_1, b, dampings),
         lambda *a: choose(*a, q=lambda v, H_1, H_2, b: v @ H_2 @ v - b @ v),
         lambda *a: choose(*a, q=lambda v, H_1, H_2, b: (H_2 @ v - b).norm()),
+        lambda *a: choose(*a, q=lambda v, H_1, H_2, b: (v - torch.linalg.solve(H_2, b)).norm()),
+        lambda H_1, H_2, b, dampings: 0.1,
+        lambda H_1, H_2, b, dampings: dampings[0],
+        lambda H_1, H_2, b, dampings: choose((H_1 + H_2) / 2, (H_1 + H_2) / 2, b, dampings),
         lambda *a: a[3].index(choose(*a)),
         lambda *a: 0.123,
         lambda *a: torch.ones(2),

@@ -40,6 +40,8 @@ def best(a, gamma, sigma, B, weight=None, divide=None):
 
 
 RIGHT = {
+    "7.A": (0.5, 1),
+    "7.B": "empirical",
     "7.1": (4, 0.08, 0.25, 0.005),
     "7.2": lambda sigma: (sigma / sigma.mean()).sqrt(),
     "7.3": factors,
@@ -49,6 +51,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "7.A": [(1, 0.5), (0.25, 0.5), (0.5, 0.5), (0.0, 1.0), (0.5,), "half"],
+    "7.B": ["drawn", "all classes", "exact", "Fisher", 3],
     "7.1": [
         (0.25, 0.005, 4, 0.08),
         (2, 0.04, 0.5, 0.01),
@@ -86,6 +90,8 @@ WRONG = {
         lambda a, g, sigma: factors(
             a[sigma > 0], len(a) / int((sigma > 0).sum()) * g[sigma > 0], sigma[sigma > 0]
         ),
+        lambda a, g, sigma: (a.T @ a / len(a), len(a) ** 2 * g.T @ g),
+        lambda a, g, sigma: factors(a, g, sigma, scale=lambda n: n**2 / int((sigma > 0).sum())),
         lambda a, g, sigma: factors(a, g, sigma)[::-1],
         lambda a, g, sigma: factors(a, g, sigma)[1],
         lambda a, g, sigma: (0.0, 1.0),
@@ -111,7 +117,8 @@ WRONG = {
         lambda: (groups()[0].T[:1], *groups()[1:]),
         lambda: (groups()[0], groups()[1][:, None], groups()[2]),
         lambda: (0 * groups()[0], *groups()[1:]),
-        lambda: (groups()[0].tolist(), *groups()[1:]),
+        lambda: ("a", *groups()[1:]),
+        groups(on_h=torch.ones_like),
     ],
     "7.6": [
         lambda a, gamma, sigma, B: a.T @ a / len(a),
@@ -122,6 +129,9 @@ WRONG = {
         lambda *args: best(*args, weight=lambda g, s, B, along: s**2 * along),
         lambda *args: best(*args, weight=lambda g, s, B, along: s * g.square().sum(1)),
         lambda *args: len(args[0]) * best(*args),
+        lambda a, gamma, sigma, B: best(
+            a, gamma, sigma, B, divide=lambda B: (sigma * ((gamma @ B) * gamma).sum(1)).mean()
+        ),
         lambda *args: best(
             *args,
             weight=lambda g, s, B, along: s * (torch.linalg.solve(B, g.T).T * g).sum(1),
