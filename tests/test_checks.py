@@ -94,7 +94,7 @@ def test_a_missing_return_is_told(number):
         assert (verdict, "`return` missing" in sentence) == ("not yet", True)
 
 
-@pytest.mark.parametrize("number", FUNCTIONS)
+@pytest.mark.parametrize("number", [n for n in FUNCTIONS if n != "7.5"])  # takes values too
 @pytest.mark.parametrize("value", [3.0, torch.ones(3), "x", (1, 2)], ids=lambda v: str(type(v)))
 def test_a_value_for_a_function_is_told(number, value):
     verdict, sentence = exercises.judge(number, value)
