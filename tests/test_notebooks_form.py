@@ -293,7 +293,8 @@ def converted(chapter, monkeypatch):
     nb, path = chapter
     link = "[Solutions](solutions/05_toy_solutions.ipynb)"
     title, aims, setup, *rest = nb.cells
-    title.source += f"\n\n{link}\n\nReading: about 5 minutes\n(core), 10 with *Going deeper*; exercises: 15 minutes."
+    stated = "about 5 minutes\n(core), 10 with *Going deeper*; exercises: 15 minutes."
+    title.source += f"\n\n{link}\n\nReading: {stated}"
 
     def stop(name):
         check = f'guess = None\nbl.exercises.check("{name}", guess)'
@@ -338,7 +339,7 @@ CONVERTED = {
     "no link to the solutions": (replace("[Solutions](", "("), "link to the solutions"),
     "a cell of 25 lines": (replace("x = 3\n", "x = 3\n" * 24), "more than 24"),
     "Going deeper without the tag": (untag("deeper: more"), "has no tag"),
-    "Going deeper at another level": (replace("### Going deeper: m", "#### Going deeper: m"), "###"),
+    "Going deeper at another level": (replace("### Going deeper: m", "## Going deeper: m"), "###"),
     "a tag without a block": (tag("deeper"), "no block begins"),
     "a heading inside a block": (replace("$$1$$", "#### Aside"), "a heading inside"),
     "a heading inside a block, later": (replace("$$\n2", "## Aside\n\n$$\n2"), "a heading inside"),
