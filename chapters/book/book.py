@@ -24,6 +24,7 @@ from pathlib import Path
 
 import form
 import nbformat
+import pages
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm.auto import tqdm
@@ -203,26 +204,16 @@ def render(done: dict, *options: str) -> int:
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         nb = done.get(path) or nbformat.read(path, as_version=4)
-        target.write_text(dumps(described(nb)), encoding="utf-8", newline="\n")
+        target.write_text(dumps(pages.described(nb, path)), encoding="utf-8", newline="\n")
     write_index(source)
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]
     status = subprocess.run(command, check=False).returncode
+    if problems := pages.broken((BUILD / "html").resolve()):
+        print("\n".join(problems), file=sys.stderr)
+        status = status or 1
     print(f"The book: open {(BUILD / 'html' / 'index.html').as_uri()}")
     return status
-
-
-def described(nb):
-    """A copy that says of each figure, to who cannot see it, what the cell below reads in it."""
-    nb, heading = copy.deepcopy(nb), ""
-    for cell, below in zip(nb.cells, [*nb.cells[1:], None], strict=True):
-        heading = (form.headings(cell) or [(0, heading)])[-1][1]
-        if form.figures(cell):
-            reads = below is not None and below.cell_type == "markdown"
-            text = below.source.split("\n\n")[0] if reads else f"Figure: {heading}"
-            text = " ".join(re.sub(r"[*`#]", "", text).split())
-            cell.metadata["mystnb"] = {"image": {"alt": text}}
-    return nb
 
 
 def write_index(source: Path) -> None:

@@ -3,8 +3,12 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from sphinx.util import logging
+
 sys.path.insert(0, str(Path(__file__).parent))
 import form  # noqa: E402
+import pages  # noqa: E402
 
 project = "bilevel_lite"
 author = "The bilevel_lite authors"
@@ -31,7 +35,24 @@ html_theme_options = {
 }
 
 
+def fold(app, document):
+    """Fold each block *Going deeper*, from below its heading to where `pages` marked its end."""
+    for section in list(document.findall(nodes.section)):
+        if not section.next_node(nodes.title).astext().startswith("Going deeper"):
+            continue
+        ends = [k for k, node in enumerate(section) if node.astext().strip() == pages.ENDS]
+        if len(ends) != 1:
+            logging.getLogger(__name__).warning(
+                "a block Going deeper does not end", location=section
+            )
+            continue
+        section[ends[0]] = nodes.raw("", "</details>", format="html")
+        opens = '<details class="deeper"><summary>Not needed for what follows: open it</summary>'
+        section.insert(1, nodes.raw("", opens, format="html"))
+
+
 def setup(app):
+    app.connect("doctree-read", fold)
     # sphinx-mathjax-offline copies MathJax into _static and names the variant with web fonts, which
     # some browsers refuse on pages opened from a folder. The SVG variant needs none.
     app.config.mathjax_path = "mathjax/tex-svg.js"
