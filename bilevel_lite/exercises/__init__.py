@@ -4,6 +4,11 @@ A check prints one line and returns whether the answer is right. A stub (a funct
 NotImplementedError or returns None or ..., or ``...`` itself) is "not attempted yet". A check
 compares with an independent truth on data that the student has not seen, and its message says
 what was wrong in words.
+
+Example:
+    >>> bl.exercises.check("1.1", None)
+    Exercise 1.1: not attempted yet.
+    False
 """
 
 from importlib import import_module
@@ -50,6 +55,11 @@ def check(number: str, answer) -> bool:
     Raises:
         TypeError: if ``number`` is no string (1.10 and 1.1 are one number, but two exercises).
         ValueError: for an unknown exercise number.
+
+    Example:
+        >>> bl.exercises.check("1.1", None)
+        Exercise 1.1: not attempted yet.
+        False
     """
     if not isinstance(number, str):
         raise TypeError(f"number: got {number!r}, expected a string such as '1.2'")
