@@ -11,6 +11,7 @@ import form
 import nbformat
 import pages
 import pytest
+import reference
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 LEAST = (  # a picture of one point
@@ -129,3 +130,39 @@ def test_a_notebook_that_fails_makes_the_command_fail(monkeypatch):
     monkeypatch.setattr(book, "attempt", lambda path, **options: None)
     monkeypatch.setattr(book, "render", lambda done, *options: 0)
     assert book.command_run("0") == book.command_check("0") == 2  # the chapter and its solutions
+
+
+def test_a_docstring_becomes_what_sphinx_reads():
+    lines = [
+        "One line with |x| and theta*.",
+        "",
+        "    v = ||b||,",
+        "        c",
+        "",
+        "More of ``a|b`` and `c|d`.",
+        "",
+        "Args:",
+        "    **common: See |there|.",
+        "        Goes on.",
+        "",
+        "Example:",
+        "    >>> 2 ** 3 | 4",
+    ]
+    reference.prepared(lines)
+    assert lines == [
+        r"One line with \|x\| and theta\*.",
+        "",
+        "::",
+        "",
+        "    v = ||b||,",
+        "        c",
+        "",
+        "More of ``a|b`` and `c|d`.",
+        "",
+        "Args:",
+        r"    **common: See \|there\|.",
+        "        Goes on.",
+        "",
+        "Example:",
+        "    >>> 2 ** 3 | 4",
+    ]

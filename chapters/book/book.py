@@ -25,6 +25,7 @@ from pathlib import Path
 import form
 import nbformat
 import pages
+import reference
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm.auto import tqdm
@@ -205,6 +206,9 @@ def render(done: dict, *options: str) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         nb = done.get(path) or nbformat.read(path, as_version=4)
         target.write_text(dumps(pages.described(nb, path)), encoding="utf-8", newline="\n")
+    for name, text in reference.pages().items():
+        (source / name).write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "chapters" / "NOTATION.md", source / "notation.md")
     write_index(source)
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]

@@ -9,14 +9,26 @@ from sphinx.util import logging
 sys.path.insert(0, str(Path(__file__).parent))
 import form  # noqa: E402
 import pages  # noqa: E402
+import reference  # noqa: E402
 
 project = "bilevel_lite"
 author = "The bilevel_lite authors"
 project_copyright = "The bilevel_lite authors. Text: CC BY 4.0, code: MIT"
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+]
+autodoc_typehints = "none"  # a signature is for reading; the types stand in the code
+napoleon_numpy_docstring = False
+default_role = "py:obj"  # `CG` in a docstring is a link
 nb_execution_mode = "off"  # the notebooks bring their outputs
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -53,6 +65,9 @@ def fold(app, document):
 
 def setup(app):
     app.connect("doctree-read", fold)
+    app.connect(  # before napoleon, whose priority is 500
+        "autodoc-process-docstring", lambda *given: reference.prepared(given[-1]), priority=400
+    )
     # sphinx-mathjax-offline copies MathJax into _static and names the variant with web fonts, which
     # some browsers refuse on pages opened from a folder. The SVG variant needs none.
     app.config.mathjax_path = "mathjax/tex-svg.js"
