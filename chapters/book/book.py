@@ -24,6 +24,7 @@ from pathlib import Path
 
 import form
 import nbformat
+import notation
 import pages
 import reference
 from nbclient import NotebookClient
@@ -163,6 +164,9 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
         path.write_text(dumps(nb), encoding="utf-8", newline="\n")
         for problem in form.problems(nb, path):
             print(f"  form: {problem}")
+        if path.name[:2] in form.CONVERTED:
+            for problem in notation.problems(nb):
+                print(f"  notation: {problem}")
     return failures
 
 
