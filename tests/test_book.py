@@ -166,3 +166,39 @@ def test_a_docstring_becomes_what_sphinx_reads():
         "Example:",
         "    >>> 2 ** 3 | 4",
     ]
+
+
+@pytest.mark.parametrize("name", ["which_method.md", "coming_from.md"])
+def test_the_numbers_of_a_page_are_all_stored(name):
+    text = pages.filled(name)
+    assert "<<" not in text
+    assert len(re.findall(r"\d\.\d", text)) > 10
+
+
+def test_what_the_pages_say_of_the_numbers_holds():
+    peers, bench, study = pages.stored("peers"), pages.bench, pages.study
+    for model in ("mlp", "lenet", "resnet18"):
+        assert bench(model, "kfac-mc") < bench(model, "cg-3")
+        assert bench("resnet18", "kfac-mc") <= bench(model, "kfac-mc") <= bench("mlp", "kfac-mc")
+    assert abs(bench("linear", "kfac-mc") / bench("linear", "cg-10") - 1) < 0.1
+    assert bench("linear", "kfac-mc, first factor kept") < bench("linear", "cg-3")
+    small, large = "hyperclean_mnist_mlp_solvers", "hyperclean_cifar10_solvers_large"
+    assert abs(study(small, "kfac") - study(small, "cg-3")) < 0.014  # what three seeds can tell
+    assert study(large, "cg-3") < study(large, "kfac")
+    costs, memory, errors = peers["costs"], peers["memory"], peers["errors"]
+    kfac = costs["KFAC, Monte Carlo"]["bilevel_lite"]
+    others = [by for by in costs["CG, 3 steps"].values()]
+    assert all(kfac[0] > by[0] and kfac[k] < by[k] for by in others for k in (1, 2, 3) if by[k])
+    assert (round(min(pages.gain()), 1), round(max(pages.gain()), 1)) == (2.0, 2.4)
+    assert pages.slower("CG, 3 steps", (1, 2, 3)) < 5 and pages.slower("CG, 3 steps", (0,)) > 10
+    assert pages.slower("Neumann, 10 terms", (1, 2, 3)) < 13
+    assert memory["KFAC, Monte Carlo"]["bilevel_lite"] < min(memory["CG, 3 steps"].values()) / 3
+    assert memory["10 unrolled steps"]["bilevel_lite"] < 0.6 * memory["10 unrolled steps"]["higher"]
+    steps = costs["10 unrolled steps"]
+    assert all(steps["higher"][k] < steps["bilevel_lite"][k] for k in (2, 3))
+    assert peers["gradients"]["CG, 10 steps"] < peers["gradients"]["KFAC, Monte Carlo"]
+    assert errors["CG, 10 steps"][0] < errors["KFAC, Monte Carlo"][0] < errors["CG, 3 steps"][0]
+    assert errors["CG, 30 steps"][0] < errors["CG, 3 steps, preconditioned by KFAC"][0]
+    job = peers["job"]
+    assert job["bilevel_lite, CG, 3 steps"] == job["hypertorch, CG, 3 steps"]
+    assert job["bilevel_lite, CG, 3 steps"] < job["bilevel_lite, KFAC"]

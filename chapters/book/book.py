@@ -213,6 +213,8 @@ def render(done: dict, *options: str) -> int:
     for name, text in reference.pages().items():
         (source / name).write_text(text, encoding="utf-8")
     shutil.copy(ROOT / "chapters" / "NOTATION.md", source / "notation.md")
+    for name in ("which_method.md", "coming_from.md"):
+        (source / name).write_text(pages.filled(name), encoding="utf-8")
     write_index(source)
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]

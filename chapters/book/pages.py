@@ -5,10 +5,13 @@ renders. The pages that are no notebooks come from chapters/book/*.md and chapte
 """
 
 import copy
+import json
 import re
 import unicodedata
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import mean
 from urllib.parse import unquote, urlsplit
 
 import form
@@ -101,6 +104,118 @@ def described(nb, path: Path | None = None):
             cells[0].source += f"\n\n[Solutions of the exercises{link}"
     nb.cells = cells
     return nb
+
+
+@cache
+def stored(name: str) -> dict:
+    """A stored result, ``figures/data/NAME.json``; or ``peers``, the measurements of others."""
+    folder = form.ROOT / "figures" / "data" if name != "peers" else Path(__file__).parent
+    return json.loads((folder / f"{name}.json").read_text("utf-8"))
+
+
+def bench(model: str, row: str) -> float:
+    """What a row of the benchmark costs, in gradients."""
+    (run,) = stored("bench_cpu")["runs"]
+    (case,) = (case for case in run["cases"] if case["model"] == model)
+    return case["rows"][row]["ratio"]
+
+
+def study(name: str, method: str) -> float:
+    """Mean test loss of a method in a study."""
+    rows = [row for run in stored(name)["runs"] for row in run["results"]]
+    (row,) = (row for row in rows if row["method"] == method)
+    return mean(run["best"]["test_loss"] for run in row["runs"])
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table; None is a dash."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |"
+        for line in lines
+    )
+
+
+BENCH_ROWS = {
+    "identity": "identity", "CG, 3 steps": "cg-3", "CG, 10 steps": "cg-10",
+    "Neumann, 10 terms": "neumann-10", "KFAC, Monte Carlo": "kfac-mc",
+    "the same, first factor kept": "kfac-mc, first factor kept", "EKFAC, Monte Carlo": "ekfac-mc",
+}  # fmt: skip
+MODELS = ["linear", "mlp", "lenet", "resnet18"]
+
+
+def bench_table() -> str:
+    """What each solver costs, by model."""
+    rows = [
+        [text, *(f"{bench(model, row):.1f}" for model in MODELS)]
+        for text, row in BENCH_ROWS.items()
+    ]
+    return table(["hypergradient", "linear", "MLP", "LeNet", "ResNet-18"], rows)
+
+
+def peers_table() -> str:
+    """What each library needs for the same hypergradient, by model."""
+    rows = []
+    for what, by in stored("peers")["costs"].items():
+        for library, costs in by.items() if what != "unit" else ():
+            rows.append([what, library, *(c if c is None else f"{c:.1f}" for c in costs)])
+    return table(["hypergradient", "library", *stored("peers")["models"]], rows)
+
+
+def gain() -> list[float]:
+    """How many times cheaper KFAC is than each CG-3 but torchopt's, on the convolutional models."""
+    costs = stored("peers")["costs"]
+    kfac = costs["KFAC, Monte Carlo"]["bilevel_lite"]
+    cg = [by for library, by in costs["CG, 3 steps"].items() if library != "torchopt"]
+    return [by[k] / kfac[k] for by in cg for k in (2, 3) if by[k]]
+
+
+def slower(what: str, models: tuple[int, ...]) -> float:
+    """By how many percent ours is slower than the quickest other library, at worst."""
+    costs = dict(stored("peers")["costs"][what])
+    ours = costs.pop("bilevel_lite")
+    return max(100 * (ours[k] / min(by[k] for by in costs.values() if by[k]) - 1) for k in models)
+
+
+def number(asked: str) -> str:
+    """What stands for ``<<asked>>`` on a page, from the stored measurements."""
+    kind, _, rest = asked.partition(" ")
+    peers = stored("peers")
+    if asked == "github":
+        return f"https://github.com/{form.address()}"
+    if asked == "versions":
+        return "\n".join(f"- {name}: {version}" for name, version in peers["versions"].items())
+    if kind == "table":
+        return {"bench": bench_table, "peers": peers_table}[rest]()
+    if kind == "bench":
+        model, _, row = rest.partition(" ")
+        return f"{bench(model, row):.1f}"
+    if kind == "study":
+        return f"{study(*rest.split()):.3f}"
+    if kind == "gain":
+        return f"{ {'low': min, 'high': max}[rest](gain()):.1f}"
+    if kind == "slower":
+        where, _, what = rest.partition(" ")
+        return f"{slower(what, (0,) if where == 'linear' else (1, 2, 3)):.0f}"
+    if kind == "memory":
+        given = peers["memory"]
+        what, _, library = rest.rpartition(" ")
+        return str(given[what][library] if what else given[rest])
+    if kind == "peer":
+        what, library, model = re.fullmatch(r"(.+) (\S+) (\d)", rest).groups()
+        return f"{peers['costs'][what][library][int(model)]:.1f}"
+    if kind == "error":
+        return str(peers["errors"][rest][0])
+    if kind == "gradients":
+        given = peers["gradients"][rest]
+        return f"{given[0]} to {given[1]}" if isinstance(given, list) else str(given)
+    return f"{peers['job'][rest]:.4f}"
+
+
+def filled(name: str) -> str:
+    """A page of this folder with its numbers."""
+    text = (Path(__file__).parent / name).read_text("utf-8")
+    return re.sub(r"<<([^>]+)>>", lambda match: number(" ".join(match[1].split())), text)
 
 
 class Page(HTMLParser):
