@@ -132,6 +132,15 @@ def test_a_notebook_that_fails_makes_the_command_fail(monkeypatch):
     assert book.command_run("0") == book.command_check("0") == 2  # the chapter and its solutions
 
 
+def test_a_methods_signature_is_short():
+    given = "(problem, lam, theta, solver, *, inner_lr=None, outer_lr=None)"
+    assert (
+        reference.shortened(given, "bilevel_lite.AID") == "(problem, lam, theta, solver, **common)"
+    )
+    assert reference.shortened(given, "bilevel_lite.algorithms.method.Method") == given
+    assert reference.shortened("(iters, tol=1e-10)", "bilevel_lite.CG") == "(iters, tol=1e-10)"
+
+
 def test_a_docstring_becomes_what_sphinx_reads():
     lines = [
         "One line with |x| and theta*.",
@@ -152,7 +161,7 @@ def test_a_docstring_becomes_what_sphinx_reads():
     assert lines == [
         r"One line with \|x\| and theta\*.",
         "",
-        "::",
+        ".. code-block:: text",
         "",
         "    v = ||b||,",
         "        c",

@@ -4,6 +4,7 @@ import re
 from statistics import mean
 
 import form
+import pages
 import pytest
 
 from bilevel_lite import experiment
@@ -121,6 +122,13 @@ def test_the_costs_are_the_stored_ones():
     for name, text in (("kfac-mc", "holds {} MiB beyond"), ("hvp", "product holds {} MiB,"),
                        ("curvlinops kfac-mc", "\n{} MiB.")):  # fmt: skip
         assert text.format(round(rows[name]["bytes"] / 2**20)) in README
+
+
+def test_the_costs_of_other_libraries_are_the_stored_ones():
+    for what in ("CG, 3 steps", "KFAC, Monte Carlo"):
+        for library, costs in pages.stored("peers")["costs"][what].items():
+            cells = " | ".join("fails" if cost is None else f"{cost:.1f}" for cost in costs)
+            assert f"| {what}: {library} | {cells} |" in README
 
 
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)

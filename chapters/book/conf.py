@@ -68,6 +68,13 @@ def setup(app):
     app.connect(  # before napoleon, whose priority is 500
         "autodoc-process-docstring", lambda *given: reference.prepared(given[-1]), priority=400
     )
+    app.connect(
+        "autodoc-process-signature",
+        lambda _, kind, name, thing, options, signature, returns: (
+            reference.shortened(signature, name),
+            returns,
+        ),
+    )
     # sphinx-mathjax-offline copies MathJax into _static and names the variant with web fonts, which
     # some browsers refuse on pages opened from a folder. The SVG variant needs none.
     app.config.mathjax_path = "mathjax/tex-svg.js"

@@ -73,7 +73,7 @@ def prepared(lines: list[str]) -> None:
         if text and block is None:
             if blank and indent > above and found:
                 block = indent
-                found += [" " * above + "::", ""]
+                found += [" " * above + ".. code-block:: text", ""]
             else:
                 above = indent
                 line = escaped(line)
@@ -88,6 +88,12 @@ def escaped(line: str) -> str:
     for k in range(0, len(parts), 2):
         parts[k] = re.sub(r"([|*])", r"\\\1", parts[k])
     return "".join(parts)
+
+
+def shortened(signature: str, name: str) -> str:
+    """A method's signature with what all methods share as ``**common``, as its docstring has it."""
+    head, _, shared = (signature or "").partition(", *, inner_lr=")
+    return f"{head}, **common)" if shared and not name.endswith(".Method") else signature
 
 
 def pages() -> dict[str, str]:
