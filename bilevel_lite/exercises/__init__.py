@@ -4,11 +4,6 @@ A check prints one line and returns whether the answer is right. A stub (a funct
 NotImplementedError or returns None or ..., or ``...`` itself) is "not attempted yet". A check
 compares with an independent truth on data that the student has not seen, and its message says
 what was wrong in words.
-
-Example:
-    >>> bl.exercises.check("1.1", None)
-    Exercise 1.1: not attempted yet.
-    False
 """
 
 from importlib import import_module
@@ -57,7 +52,7 @@ def check(number: str, answer) -> bool:
         ValueError: for an unknown exercise number.
 
     Example:
-        >>> bl.exercises.check("1.1", None)
+        >>> bl.exercises.check("1.1", ...)
         Exercise 1.1: not attempted yet.
         False
     """
