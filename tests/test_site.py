@@ -33,13 +33,15 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     deeper = {"metadata": {"tags": ["deeper"]}}
     shown = new_output("display_data", data={"image/png": LEAST})
+    table = {"text/markdown": "| a | b |\n|---|---|\n| $x$ | 2 |"}
+    displayed = new_output("display_data", data=table)
     badge = form.BADGE.format(address="OWNER/bilevel-lite", path="chapters/05_toy.ipynb")
     cells = [
         new_markdown_cell(f"# 5. Toy\n\n{badge}"),
         new_markdown_cell("## 5.1 A question"),
         new_code_cell("secret = 1", metadata={"tags": ["hide-input"]}),
         new_markdown_cell("### Going deeper: a proof\n\nIt is $x$:\n\n$$x$$"),
-        new_code_cell("deep = 1"),
+        new_code_cell("deep = 1", outputs=[displayed]),
         new_markdown_cell("On we go."),
         new_markdown_cell("### Going deeper: another\n\nThe last word."),
         new_markdown_cell("## 5.2 A figure"),
@@ -70,6 +72,7 @@ def test_a_block_going_deeper_is_folded(site):
     assert "The last word" in blocks[1] and "A figure" not in blocks[1]
     assert all("<h3>" not in block and "<section" not in block for block in blocks)
     assert "deeper-ends" not in page
+    assert "<td" in blocks[0] and "|---|" not in page  # a displayed table is one
 
 
 def test_machinery_is_folded_and_a_figure_speaks(site):

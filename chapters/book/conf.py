@@ -30,6 +30,7 @@ nb_execution_mode = "off"  # the notebooks bring their outputs
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # a table that a cell displays is a table here too
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # solutions go from the title to `### Exercise` at once
@@ -59,7 +60,7 @@ def fold(app, document):
             )
             continue
         section[ends[0]] = nodes.raw("", "</details>", format="html")
-        opens = '<details class="deeper"><summary>Not needed for what follows: open it</summary>'
+        opens = '<details class="deeper"><summary>Not needed for what follows: open to read</summary>'
         section.insert(1, nodes.raw("", opens, format="html"))
 
 
