@@ -60,7 +60,9 @@ def fold(app, document):
             )
             continue
         section[ends[0]] = nodes.raw("", "</details>", format="html")
-        opens = '<details class="deeper"><summary>Not needed for what follows: open to read</summary>'
+        opens = (
+            '<details class="deeper"><summary>Not needed for what follows: open to read</summary>'
+        )
         section.insert(1, nodes.raw("", opens, format="html"))
 
 

@@ -113,6 +113,19 @@ def pages() -> dict[str, str]:
         listed = ", ".join(f":py:obj:`~bilevel_lite.{name}`" for name in names)
         contents.append(f":doc:`{file}`\n    {listed}\n")
         files.append(f"   {file}")
+    text = ["Modules", "=======", ""]
+    for name in MODULES:
+        text += [
+            f"bilevel_lite.{name}",
+            "-" * (13 + len(name)),
+            "",
+            f".. automodule:: bilevel_lite.{name}",
+            "",
+        ]
+    found["api_modules.rst"] = "\n".join(text)
+    listed = ", ".join(f":py:mod:`~bilevel_lite.{name}`" for name in MODULES)
+    contents.append(f":doc:`api_modules`\n    {listed}\n")
+    files.append("   api_modules")
     tree = ["", ".. toctree::", "   :hidden:", "", *files, ""]
     head = "The package, name by name"
     found["api.rst"] = "\n".join([head, "=" * len(head), "", INTRODUCTION, *contents, *tree])
