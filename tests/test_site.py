@@ -21,6 +21,7 @@ def test_a_text_is_plain():
     told = pages.plain(r"The *line* of `f` ends [here](x.md) at $\theta^*$.")
     assert told == "The line of f ends here at θ^*."
     assert pages.spoken(r"\tfrac12\lVert\hat\theta\rVert \le \frac{a}{b}") == "1/2‖θ‖ ≤ a/b"
+    assert pages.spoken(r"\lambda \propto 1/\sqrt M, \mathrm{tr}\,\Omega") == "λ ∝ 1/√ M, tr Ω"
     assert pages.spoken(r"\kappa \approx 30\,000") == "κ ≈ 30 000"
     assert pages.first_sentences("Short. " + "A longer one, " * 6 + "ends. Third.").count(".") == 2
     both = "Left: " + "falls " * 12 + ". It does. Right: rises. And more."

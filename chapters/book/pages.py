@@ -23,8 +23,12 @@ SIGNS = {
     "nabla": "∇", "partial": "∂", "ell": "ℓ", "top": "T", "infty": "∞", "sum": "sum", "pm": "±",
     "approx": "≈", "sim": "~", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠",
     "ll": "≪", "gg": "≫", "cdot": "·", "times": "×", "otimes": "⊗", "odot": "⊙", "in": "∈",
+    "lambda": "λ", "Lambda": "Λ", "sqrt": "√",  # Unicode says lamda
+    "Vert": "‖", "vert": "|", "mid": "|", "langle": "⟨", "rangle": "⟩", "ldots": "…", "dots": "…",
+    "leftarrow": "←", "rightarrow": "→", "mapsto": "→", "Rightarrow": "⇒", "succeq": "⪰",
     "to": "→", "lVert": "‖", "rVert": "‖", "lvert": "|", "rvert": "|", "propto": "∝",
 }  # fmt: skip
+SILENT = r"math\w+|text\w*|left|right|[bB]ig\w*|operatorname|displaystyle|limits|phantom|underbrace"
 
 
 def spoken(formula: str) -> str:
@@ -42,7 +46,7 @@ def spoken(formula: str) -> str:
         try:
             return unicodedata.lookup(f"GREEK {size} LETTER {name.removeprefix('var').upper()}")
         except KeyError:
-            return name if name in ("min", "max", "log", "exp", "arg", "softmax") else ""
+            return "" if re.fullmatch(SILENT, name) else name
 
     text = " ".join(re.sub(r"[{}\\]", "", re.sub(r"\\([A-Za-z]+)", sign, text)).split())
     return re.sub(r"‖ ?(.*?) ?‖", r"‖\1‖", text)
