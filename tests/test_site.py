@@ -1,5 +1,6 @@
 """The site: texts of figures, folds, links, the reference, and pages that read their numbers."""
 
+import json
 import re
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_the_numbers_of_a_page_are_all_stored(name):
     text = pages.filled(name)
     assert "<<" not in text
     assert len(re.findall(r"\d\.\d", text)) > 10
+
+
+def test_a_stored_benchmark_of_a_gpu_is_shown(monkeypatch, tmp_path):
+    data = tmp_path / "figures" / "data"
+    data.mkdir(parents=True)
+    stored = pages.stored("bench_cpu")
+    (data / "bench_cuda.json").write_text(json.dumps(stored))  # any: of another device here
+    monkeypatch.setattr(form, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "stored", lambda name: stored)
+    said = pages.gpu_section()
+    assert said.endswith(pages.bench_table()) and "costs 0.5 to 2.9 times" in said
+    (data / "bench_cuda.json").unlink()
+    assert pages.gpu_section() == "Nothing here was measured on a GPU."
 
 
 def test_what_the_pages_say_of_the_numbers_holds():

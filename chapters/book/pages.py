@@ -117,9 +117,9 @@ def stored(name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text("utf-8"))
 
 
-def bench(model: str, row: str) -> float:
+def bench(model: str, row: str, name: str = "bench_cpu") -> float:
     """What a row of the benchmark costs, in gradients."""
-    (run,) = stored("bench_cpu")["runs"]
+    (run,) = stored(name)["runs"]
     (case,) = (case for case in run["cases"] if case["model"] == model)
     return case["rows"][row]["ratio"]
 
@@ -148,13 +148,28 @@ BENCH_ROWS = {
 MODELS = ["linear", "mlp", "lenet", "resnet18"]
 
 
-def bench_table() -> str:
+def bench_table(name: str = "bench_cpu") -> str:
     """What each solver costs, by model."""
     rows = [
-        [text, *(f"{bench(model, row):.1f}" for model in MODELS)]
+        [text, *(f"{bench(model, row, name):.1f}" for model in MODELS)]
         for text, row in BENCH_ROWS.items()
     ]
     return table(["hypergradient", "linear", "MLP", "LeNet", "ResNet-18"], rows)
+
+
+def gpu_section() -> str:
+    """The same on a GPU, where that has been stored."""
+    if not (form.ROOT / "figures" / "data" / "bench_cuda.json").exists():
+        return "Nothing here was measured on a GPU."
+    (run,) = stored("bench_cuda")["runs"]
+    gains = [bench(m, "cg-3", "bench_cuda") / bench(m, "kfac-mc", "bench_cuda") for m in MODELS]
+    origin = run["provenance"]
+    return (
+        f"On a GPU ({origin['device']}, commit {origin['commit']}) problems of "
+        "this size wait for the launching of kernels, not for arithmetic, so that the rows come "
+        f"closer: CG-3 costs {min(gains):.1f} to {max(gains):.1f} times what KFAC costs there.\n\n"
+        + bench_table("bench_cuda")
+    )
 
 
 def peers_table() -> str:
@@ -190,7 +205,7 @@ def number(asked: str) -> str:
     if asked == "versions":
         return "\n".join(f"- {name}: {version}" for name, version in peers["versions"].items())
     if kind == "table":
-        return {"bench": bench_table, "peers": peers_table}[rest]()
+        return {"bench": bench_table, "peers": peers_table, "gpu": gpu_section}[rest]()
     if kind == "bench":
         model, _, row = rest.partition(" ")
         return f"{bench(model, row):.1f}"
