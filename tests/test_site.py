@@ -85,6 +85,19 @@ def test_machinery_is_folded_and_a_figure_speaks(site):
     assert pages.broken(site) == []
 
 
+def test_a_chapter_links_its_solutions_once():
+    kfac = form.ROOT / "chapters" / "05_kfac.ipynb"
+    nb = nbformat.read(kfac, as_version=4)
+    link = "](solutions/05_kfac_solutions.ipynb)"
+    for cell in nb.cells:  # the site must add it
+        cell.source = cell.source.replace(link, "]()")
+    for given in (nb, pages.described(nb)):
+        shown = "".join(cell.source for cell in pages.described(given).cells)
+        assert shown.count(link) == 1
+    solved = nbformat.read(form.solution_of(kfac), as_version=4)
+    assert "[Solutions of" not in pages.described(solved).cells[0].source
+
+
 def test_what_is_broken_in_a_site_is_said(tmp_path):
     (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a id="there" href="c.html">2</a>')
     (tmp_path / "b.html").write_text('<img src="a.html" alt=""><a href="a.html#there">3</a>')

@@ -29,6 +29,7 @@ import pages
 import reference
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from pages import described
 from tqdm.auto import tqdm
 
 ROOT, HERE, BUILD = form.ROOT, Path(__file__).parent, form.ROOT / "_build"
@@ -209,12 +210,7 @@ def render(done: dict, *options: str) -> int:
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         nb = done.get(path) or nbformat.read(path, as_version=4)
-        target.write_text(dumps(pages.described(nb, path)), encoding="utf-8", newline="\n")
-    for name, text in reference.pages().items():
-        (source / name).write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "chapters" / "NOTATION.md", source / "notation.md")
-    for name in ("which_method.md", "coming_from.md"):
-        (source / name).write_text(pages.filled(name), encoding="utf-8")
+        target.write_text(dumps(described(nb)), encoding="utf-8", newline="\n")
     write_index(source)
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]
@@ -226,8 +222,18 @@ def render(done: dict, *options: str) -> int:
     return status
 
 
+def write_pages(source: Path) -> None:
+    """Write the pages that are no notebooks: the reference, the notation, those with numbers."""
+    for name, text in reference.pages().items():
+        (source / name).write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "chapters" / "NOTATION.md", source / "notation.md")
+    for name in ("which_method.md", "coming_from.md"):
+        (source / name).write_text(pages.filled(name), encoding="utf-8")
+
+
 def write_index(source: Path) -> None:
-    """Fill the list of chapters into index.md."""
+    """Fill the list of chapters into index.md, and write the pages that it links."""
+    write_pages(source)
     rows, contents = [], {"chapters": [], "solutions": []}
     for path in form.chapters():
         first = nbformat.read(path, as_version=4).cells[0].source.splitlines()

@@ -81,14 +81,16 @@ def first_sentences(markdown: str, least: int = 60) -> str:
     return found
 
 
-def described(nb, path: Path | None = None):
-    """A copy for the site of the notebook stored at ``path``.
+def described(nb):
+    """A copy of a notebook for the site.
 
     Each figure is said, to who cannot see it, to be what the cell below reads in it; blocks *Going
-    deeper* are marked, to be folded; the badge becomes a link that needs no network; a chapter
-    links its solutions.
+    deeper* are marked, to be folded; the badge, which says where the notebook is stored, becomes a
+    link that needs no network; a chapter links its solutions.
     """
     nb, heading, cells = copy.deepcopy(nb), "", []
+    badge = BADGE.search(nb.cells[0].source)
+    path = form.ROOT / "chapters" / badge[1].partition("/chapters/")[2] if badge else None
     ends = {block[-1] for block in form.deeper_blocks(nb)}
     for position, cell in enumerate(nb.cells):
         heading = (form.headings(cell) or [(0, heading)])[-1][1]
