@@ -148,6 +148,17 @@ def audit(
 
     Cost: d products for each exact solve (one at theta*, one at theta, one for each solver whose
     system is another), the solvers themselves, and ``draws`` minibatch hypergradients each.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> report = bl.audit(*at, solvers=[bl.CG(1), bl.CG(2)])
+        >>> [(row.name, round(row.relative_error, 3)) for row in report.rows]
+        [('CG', 0.8), ('CG (2)', 0.0)]
     """
     require_variable("lam", lam)
     require_variable("theta", theta)

@@ -116,6 +116,15 @@ def kfac_operator(
     The arguments and errors are those of `kfac_factors`; ``rest`` is that of `KFAC`.
 
     Cost: a product costs B V A per layer; the build costs what `kfac_factors` costs.
+
+    Example:
+        >>> from bilevel_lite.blocks import kfac_operator
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> kfac_operator(risk, *at, fisher="exact") @ torch.eye(2)
+        tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]])
     """
     done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
     return block_operator(_kronecker, done, risk, theta)

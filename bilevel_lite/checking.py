@@ -121,6 +121,16 @@ def check(
 
     Cost: one hypergradient, one direct solve (d products) where d allows, two J v by other routes,
     two gradients for each of two residuals, two inner solves per direction.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = torch.zeros(2), torch.zeros(2), None, None
+        >>> report = bl.check(problem, *at, bl.CG(2), solve_inner=lambda lam: lam, verbose=False)
+        >>> report.passed, report.relative_error_exact < 1e-6
+        (True, True)
     """
     tiny = max(torch.finfo(t.dtype).eps for t in (lam, theta))
     rtol = (1e-4 if tiny < 1e-12 else 1e-2) if rtol is None else rtol
@@ -265,6 +275,16 @@ def finite_difference_hypergradient(
             finite number.
 
     Cost: two inner solves per direction.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> solve = lambda lam: lam  # theta*
+        >>> h = bl.finite_difference_hypergradient(problem, torch.zeros(2), solve_inner=solve)
+        >>> h.round(decimals=3)
+        tensor([-2., -2.])
     """
     require_problem(problem)
     require_variable("lam", lam)

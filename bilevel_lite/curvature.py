@@ -538,6 +538,15 @@ class Hessian(Operator):
         batch: Passed on.
 
     Cost: 2 gradients per product.
+
+    Example:
+        >>> from bilevel_lite.curvature import Hessian
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> Hessian(risk, *at) @ torch.eye(2)
+        tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]])
     """
 
     def __init__(self, loss, lam: Tensor, theta: Tensor, batch: Any = None):
@@ -565,6 +574,15 @@ class GGN(Operator):
 
     Cost: counted as 2 gradients per product (measured between 1.7 and 3.3).
     Source: Schraudolph (2002).
+
+    Example:
+        >>> from bilevel_lite.curvature import GGN
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> GGN(risk, *at) @ torch.eye(2)
+        tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]])
     """
 
     @differentiating
@@ -691,6 +709,15 @@ class EmpiricalFisher(_ProbeFisher):
     The arguments and errors are those of `GGN`.
 
     Cost: counted as 2 gradients per product.
+
+    Example:
+        >>> from bilevel_lite.curvature import EmpiricalFisher
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> EmpiricalFisher(risk, *at) @ torch.eye(2)
+        tensor([[ 0.0625, -0.0625],
+                [-0.0625,  0.0625]])
     """
 
 
@@ -716,6 +743,15 @@ class Fisher(_ProbeFisher):
         ValueError: as `GGN`, or for an unknown ``fisher`` or number of samples.
 
     Cost: counted as 2 gradients per product.
+
+    Example:
+        >>> from bilevel_lite.curvature import Fisher
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> Fisher(risk, *at, fisher="exact") @ torch.eye(2)
+        tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]])
     """
 
     def __init__(
@@ -739,5 +775,13 @@ def ggn_vp(
     """One GGN-vector product G v, shape (d,); see `GGN` for many at one point.
 
     Cost: 2 gradients.
+
+    Example:
+        >>> from bilevel_lite.curvature import ggn_vp
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> ggn_vp(risk, *at, torch.tensor([1.0, 0.0]))
+        tensor([ 0.1875, -0.1875])
     """
     return GGN(risk, lam, theta, batch) @ v

@@ -140,6 +140,17 @@ class EKFAC(KFAC):
     Cost: (1 + probes) / 2 gradients where built, and two eigendecompositions a layer, each in the
     smaller of the factor's two spaces. Holds the output gradients of every probe at once.
     Source: George et al. (2018).
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+        >>> problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        >>> batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
+        >>> at = problem, torch.ones(2), torch.zeros(6), batch, batch
+        >>> bl.hypergradient(*at, solver=bl.EKFAC(fisher="exact", damping=0.1)).round(decimals=3)
+        tensor([-0.2270, -0.2270])
+        >>> bl.hypergradient(*at, solver=bl.Direct(damping=0.1)).round(decimals=3)  # the truth
+        tensor([-0.2270, -0.2270])
     """
 
     damping_rule: str = field(default="exact", init=False)
@@ -185,6 +196,15 @@ def ekfac_operator(
     The arguments and errors are those of `bilevel_lite.kfac.kfac_operator`.
 
     Cost: as an `EKFAC` solve.
+
+    Example:
+        >>> from bilevel_lite.ekfac import ekfac_operator
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> (ekfac_operator(risk, *at, fisher="exact") @ torch.eye(2)).round(decimals=4)
+        tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]])
     """
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True

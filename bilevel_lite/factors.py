@@ -350,6 +350,16 @@ def kfac_factors(
     Cost: half a gradient (forward) and half a gradient a probe, plus the products that form A, B.
     Source: Martens and Grosse (2015); Grosse and Martens (2016); the weights: arXiv 2603.29108,
     app. A.2.
+
+    Example:
+        >>> from bilevel_lite.factors import kfac_factors
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(1, 2, bias=False))
+        >>> theta = torch.tensor([3.0, 1.0]).log()  # so that the probabilities are 3/4 and 1/4
+        >>> at = torch.zeros(0), theta, (torch.ones(1, 1), torch.tensor([0]))
+        >>> [(A, B)] = kfac_factors(risk, *at, fisher="exact").values()
+        >>> A, B
+        (tensor([[1.]]), tensor([[ 0.1875, -0.1875],
+                [-0.1875,  0.1875]]))
     """
     done = estimate(
         risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False

@@ -132,6 +132,15 @@ def hypergradient(
 
     Cost: 1 gradient (b and the direct term), the solver's products, 1 cross product.
     Source: Bengio (2000); Pedregosa (2016); Lorraine et al. (2020).
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = torch.zeros(2)  # theta* = lam here, and Phi = ||lam - 1||^2
+        >>> bl.hypergradient(problem, lam, lam, None, None, solver=bl.CG(2))
+        tensor([-2., -2.])
     """
     require_problem(problem)
     require_variable("lam", lam)

@@ -256,6 +256,21 @@ class KFAC(Solver):
     costs one backward pass more (none under ``"empirical"``, whose probe is the losses' gradient,
     weighted), and is counted as 2 gradients all the same, what J v counts by any way.
     Source: Martens and Grosse (2015); as a hypergradient solver arXiv 2603.29108.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+        >>> problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        >>> batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
+        >>> at = problem, torch.ones(2), torch.zeros(6), batch, batch
+        >>> kfac = bl.KFAC(fisher="exact", damping=0.1)
+        >>> bl.hypergradient(*at, solver=kfac).round(decimals=3)  # damps each factor, so more
+        tensor([-0.1070, -0.1070])
+        >>> kfac = bl.KFAC(fisher="exact", damping=0.1, damping_rule="exact")
+        >>> bl.hypergradient(*at, solver=kfac).round(decimals=3)
+        tensor([-0.2270, -0.2270])
+        >>> bl.hypergradient(*at, solver=bl.Direct(damping=0.1)).round(decimals=3)  # the truth
+        tensor([-0.2270, -0.2270])
     """
 
     damping: float = not_negative(default=1e-3)
@@ -624,6 +639,18 @@ class KFACRichardson(Solver):
 
     Cost: one product a step (one less from zero) and the KFAC build.
     Source: our reading of AmIGO (arXiv 2111.14580) with KFAC, as arXiv 2603.29108 suggests it.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+        >>> problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        >>> batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
+        >>> at = problem, torch.ones(2), torch.zeros(6), batch, batch
+        >>> solver = bl.KFACRichardson(iters=30, kfac=bl.KFAC(fisher="exact", damping=0.1))
+        >>> bl.hypergradient(*at, solver=solver).round(decimals=3)
+        tensor([-0.2780, -0.2780])
+        >>> bl.hypergradient(*at, solver=bl.Direct()).round(decimals=3)  # the truth
+        tensor([-0.2780, -0.2780])
     """
 
     iters: int = whole(default=1)

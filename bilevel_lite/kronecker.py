@@ -560,6 +560,12 @@ def heuristic_damping(a: Factor, b: Factor, tau: float) -> tuple[Tensor, Tensor]
         delta_A and delta_B, tensors of shape (); their product is tau. pi is 1 where a trace is 0.
 
     Source: Martens and Grosse (2015), section 6.3.
+
+    Example:
+        >>> from bilevel_lite.kronecker import Matrix, heuristic_damping
+        >>> a, b = Matrix(torch.diag(torch.tensor([4.0, 4.0]))), Matrix(torch.tensor([[1.0]]))
+        >>> heuristic_damping(a, b, tau=0.01)  # pi = 2
+        (tensor(0.2000), tensor(0.0500))
     """
     mean_a, mean_b = a.trace() / a.dim, b.trace() / b.dim
     zero = ~((mean_a > 0) & (mean_b > 0))
@@ -652,6 +658,13 @@ def kronecker_inverse(
         ValueError: for an unknown rule, or if the damped block is singular.
 
     Cost: per factor the cube of the smaller of its dimension and its number of columns.
+
+    Example:
+        >>> from bilevel_lite.kronecker import Matrix, kronecker_inverse
+        >>> a, b = Matrix(torch.diag(torch.tensor([4.0, 4.0]))), Matrix(torch.tensor([[1.0]]))
+        >>> weight, bias = kronecker_inverse(a, b, tau=0.01)
+        >>> weight(torch.ones(1, 2)).round(decimals=4)  # 1 / (4.2 * 1.05)
+        tensor([[0.2268, 0.2268]])
     """
     if rule not in RULES:
         raise ValueError(f"damping_rule: got {rule!r}, expected one of {', '.join(RULES)}")

@@ -31,11 +31,31 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class NegativeCurvatureWarning(UserWarning):
-    """CG met a direction p with p^T H p <= 0: H is not positive definite and CG does not apply."""
+    """CG met a direction p with p^T H p <= 0: H is not positive definite and CG does not apply.
+
+    Example:
+        >>> import warnings
+        >>> from bilevel_lite import linsolve
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     info = linsolve.cg(lambda v: -v, torch.ones(2), iters=2)
+        >>> seen[0].category.__name__
+        'NegativeCurvatureWarning'
+    """
 
 
 class DivergenceWarning(UserWarning):
-    """A Neumann series whose summands grow: its sum is no approximation of H^-1 b."""
+    """A Neumann series whose summands grow: its sum is no approximation of H^-1 b.
+
+    Example:
+        >>> import warnings
+        >>> from bilevel_lite import linsolve
+        >>> with warnings.catch_warnings(record=True) as seen:
+        ...     warnings.simplefilter("always")
+        ...     info = linsolve.neumann(lambda v: 3 * v, torch.ones(2), terms=9, step=1.0)
+        >>> seen[0].category.__name__
+        'DivergenceWarning'
+    """
 
 
 @dataclass
@@ -157,6 +177,12 @@ def cg(
         NegativeCurvatureWarning: and stops with the last good iterate, if p^T H p <= 0.
 
     Cost: one product per step, plus one with ``x0``. Source: Hestenes and Stiefel (1952).
+
+    Example:
+        >>> from bilevel_lite import linsolve
+        >>> H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> linsolve.cg(lambda v: H @ v, b, iters=2).solution.round(decimals=4)
+        tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
     apply = _Watched(matvec, damping)
@@ -228,6 +254,12 @@ def cg_normal(
 
     Cost: 2 products per step plus 1, as in the released code of arXiv 2603.29108; with ``x0``
     plus 3.
+
+    Example:
+        >>> from bilevel_lite import linsolve
+        >>> H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> linsolve.cg_normal(lambda v: H @ v, b, iters=2).solution.round(decimals=4)
+        tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
     apply = _Watched(matvec, damping)
@@ -296,6 +328,12 @@ def neumann(
 
     Cost: terms - 1 products, fewer once the summands vanish.
     Source: Lorraine et al. (2020).
+
+    Example:
+        >>> from bilevel_lite import linsolve
+        >>> H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> linsolve.neumann(lambda v: H @ v, b, terms=50, step=0.3).solution.round(decimals=4)
+        tensor([0.2000, 0.6000])
     """
     at_least("terms", terms, 1)
     if not step > 0:
@@ -386,6 +424,12 @@ def richardson(
 
     Cost: one product a step, one less from zero.
     Source: Richardson (1911).
+
+    Example:
+        >>> from bilevel_lite import linsolve
+        >>> H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> linsolve.richardson(lambda v: H @ v, b, steps=50, step=0.3).solution.round(decimals=4)
+        tensor([0.2000, 0.6000])
     """
     at_least("steps", steps, 1)
     if not step > 0:
@@ -414,6 +458,12 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:
 
     Raises:
         ValueError: if the matrix is singular to working precision.
+
+    Example:
+        >>> from bilevel_lite import linsolve
+        >>> H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+        >>> linsolve.direct(H, b).solution.round(decimals=4)
+        tensor([0.2000, 0.6000])
     """
     apply = _Watched(lambda v: v, damping)
     matrix = matrix + damping * torch.eye(len(matrix), dtype=b.dtype, device=b.device)

@@ -1,4 +1,13 @@
-"""The models that the tasks need, as plain modules."""
+"""The models that the tasks need, as plain modules.
+
+Example:
+    >>> bl.models.mlp(4, 3, hidden=8)
+    Sequential(
+      (0): Linear(in_features=4, out_features=8, bias=True)
+      (1): Tanh()
+      (2): Linear(in_features=8, out_features=3, bias=True)
+    )
+"""
 
 import math
 
@@ -9,7 +18,12 @@ from bilevel_lite.trust import rowwise
 
 
 def linear(inputs: int, classes: int, bias: bool = True) -> nn.Module:
-    """Softmax regression: logits = W x + c, with d = (inputs + bias) * classes parameters."""
+    """Softmax regression: logits = W x + c, with d = (inputs + bias) * classes parameters.
+
+    Example:
+        >>> bl.flatten(bl.models.linear(4, 3)).numel()
+        15
+    """
     return nn.Linear(inputs, classes, bias=bias)
 
 
@@ -17,6 +31,10 @@ def mlp(inputs: int, classes: int, hidden: int = 256) -> nn.Module:
     """One hidden layer of ``hidden`` tanh units.
 
     tanh rather than ReLU, so that the inner loss has a Hessian everywhere.
+
+    Example:
+        >>> bl.flatten(bl.models.mlp(4, 3, hidden=8)).numel()
+        67
     """
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, classes))
 
@@ -30,6 +48,10 @@ def lenet(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
     Raises:
         ValueError: for images below 16 x 16, of which nothing would be left.
+
+    Example:
+        >>> bl.flatten(bl.models.lenet((1, 28, 28), 10)).numel()
+        44426
     """
     channels, height, width = shape
     if min(height, width) < 16:
@@ -81,6 +103,10 @@ def resnet18(shape: tuple[int, int, int], classes: int, stem: str = "cifar") -> 
         ValueError: for an unknown ``stem``.
 
     Source: He et al. (2016), arXiv 1512.03385.
+
+    Example:
+        >>> bl.flatten(bl.models.resnet18((3, 32, 32), 10)).numel()
+        11173962
     """
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"stem: got {stem!r}, expected 'cifar' or 'imagenet'")
@@ -112,6 +138,10 @@ def build(name: str, shape: int | tuple[int, ...], classes: int, **options) -> n
 
     Raises:
         ValueError: if the name is unknown, or the model takes images and ``shape`` is none.
+
+    Example:
+        >>> bl.flatten(bl.models.build("linear", 4, 3)).numel()
+        15
     """
     if name not in MODELS:
         raise ValueError(f"model: got {name!r}, expected one of {sorted(MODELS)}")

@@ -37,7 +37,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def flatten(model: nn.Module) -> Tensor:
-    """Copy the module's trainable parameters into one detached vector theta, shape (d,)."""
+    """Copy the module's trainable parameters into one detached vector theta, shape (d,).
+
+    Example:
+        >>> bl.flatten(torch.nn.Linear(3, 2)).shape
+        torch.Size([8])
+    """
     return torch.cat([p.detach().reshape(-1) for p in trainable(model).values()])
 
 
@@ -53,6 +58,11 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
     Raises:
         ValueError: if ``theta`` does not have exactly as many entries as the module.
+
+    Example:
+        >>> named = bl.unflatten(torch.nn.Linear(3, 2), torch.arange(8.0))
+        >>> named["weight"].shape, named["bias"]
+        (torch.Size([2, 3]), tensor([6., 7.]))
     """
     params = trainable(model)
     sizes = [p.numel() for p in params.values()]
@@ -73,7 +83,14 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 
 
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
-    """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name."""
+    """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name.
+
+    Example:
+        >>> from bilevel_lite.params import predict
+        >>> predict(torch.nn.Linear(2, 1), torch.tensor([1.0, 2.0, 0.5]), torch.eye(2))
+        tensor([[1.5000],
+                [2.5000]])
+    """
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     note(model)
     with lock_of_modules(), nothing_again("model"):

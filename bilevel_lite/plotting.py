@@ -1,4 +1,9 @@
-"""One style for every figure of the book."""
+"""One style for every figure of the book.
+
+Example:
+    >>> figure, ax = bl.plotting.figure()
+    >>> line = ax.plot([1, 2])
+"""
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -63,6 +68,11 @@ def figure(columns: int = 1, height: float = 2.8, **kwargs):
 
     Returns:
         (figure, axes) as ``plt.subplots`` gives them.
+
+    Example:
+        >>> figure, axes = bl.plotting.figure(columns=2)
+        >>> len(axes), figure.get_size_inches().tolist()
+        (2, [9.0, 2.8])
     """
     width = 5.0 if columns == 1 else 9.0
     return plt.subplots(1, columns, figsize=(width, height), **kwargs)

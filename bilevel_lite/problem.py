@@ -28,6 +28,14 @@ class BilevelProblem:
 
     Raises:
         TypeError: if one of the two cannot be called.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> problem.outer_loss(None, torch.zeros(2), None)
+        tensor(2.)
     """
 
     def __init__(self, inner_loss: Loss, outer_loss: Loss):

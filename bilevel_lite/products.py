@@ -82,6 +82,13 @@ def gradient(
         ValueError: if the value is not one finite number or does not depend on ``theta``.
 
     Cost: 1 gradient.
+
+    Example:
+        >>> from bilevel_lite import products
+        >>> g = lambda lam, theta, batch: (lam * theta**3).sum()
+        >>> lam, theta = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> products.gradient(g, lam, theta)
+        (tensor(3.), tensor([1., 1.]), tensor([3., 6.]))
     """
     lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with way_out(name):
@@ -179,6 +186,13 @@ def hvp_operator(
             not be that of b and J), or holds an operation without a second derivative.
 
     Cost: counted as 2 gradients per product.
+
+    Example:
+        >>> from bilevel_lite import products
+        >>> g = lambda lam, theta, batch: (lam * theta**3).sum()
+        >>> lam, theta = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> products.hvp_operator(g, lam, theta)(torch.ones(2))
+        tensor([ 6., 12.])
     """
     lam, theta = lam.detach().clone(), _leaf(theta, loss)
     grad = _gradient_graph(loss, lam, theta, batch)
@@ -253,6 +267,13 @@ def hvp(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor
     """One Hessian-vector product H v, shape (d,); see `hvp_operator` for many at one point.
 
     Cost: 2 gradients.
+
+    Example:
+        >>> from bilevel_lite import products
+        >>> g = lambda lam, theta, batch: (lam * theta**3).sum()
+        >>> lam, theta = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> products.hvp(g, lam, theta, None, torch.ones(2))  # 6 lam theta v
+        tensor([ 6., 12.])
     """
     return hvp_operator(loss, lam, theta, batch)(v)
 
@@ -261,6 +282,14 @@ def hessian(loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None) -> Tensor
     """The Hessian in theta as a matrix, shape (d, d), column by column; for small problems.
 
     Cost: d products.
+
+    Example:
+        >>> from bilevel_lite import products
+        >>> g = lambda lam, theta, batch: (lam * theta**3).sum()
+        >>> lam, theta = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> products.hessian(g, lam, theta)
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
     """
     return dense(hvp_operator(loss, lam, theta, batch), theta)
 
@@ -308,6 +337,13 @@ def cross_vp(
             replaced by the one that can).
 
     Cost: counted as 2 gradients.
+
+    Example:
+        >>> from bilevel_lite import products
+        >>> g = lambda lam, theta, batch: (lam * theta**3).sum()
+        >>> lam, theta = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+        >>> products.cross_vp(g, lam, theta, None, torch.ones(2))  # 3 theta^2 v
+        tensor([3., 3.])
     """
     return cross_and_route(loss, lam, theta, batch, v, mode)[0]
 

@@ -192,6 +192,13 @@ class WeightedRisk:
         ValueError: for an unknown loss, a negative ``l2``, a weight whose parameters cannot be told
             or ``weight_slope`` without a weight that reads the losses.
         TypeError: for a hook that cannot be called, or a subclass that defines an argument's name.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> risk = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+        >>> batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
+        >>> risk(torch.tensor([1.0, 0.0]), torch.zeros(6), batch)  # (1/2) log 2
+        tensor(0.3466)
     """
 
     def __init_subclass__(cls, **options):
@@ -686,6 +693,13 @@ class SumOfRisks:
         TypeError: for a term that is no `WeightedRisk`, or a subclass that overrides its structure.
         ValueError: for no term, coefficients that do not fit, an l2 as said, or a term with a
             parameter that ``model`` does not hold.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> risk = bl.SumOfRisks([bl.WeightedRisk(model), bl.WeightedRisk(model)], [1.0, 3.0])
+        >>> batch = torch.eye(2), torch.tensor([0, 1])
+        >>> risk(torch.zeros(0), torch.zeros(6), (batch, batch))  # 4 log 2
+        tensor(2.7726)
     """
 
     def __init__(

@@ -90,6 +90,11 @@ def setup(seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.device:
 
     Returns:
         The device to put data and parameters on, its libraries loaded (see `pick_device`).
+
+    Example:
+        >>> device = bl.setup(seed=0)
+        >>> torch.get_default_dtype()
+        torch.float64
     """
     from bilevel_lite import plotting
 
@@ -105,6 +110,10 @@ def progress(iterable, **kwargs):
 
     Under nbval and in stored notebooks the bar is off, because its text would never be the same.
     Keyword arguments go to ``tqdm``.
+
+    Example:
+        >>> sum(k for k in bl.progress(range(4)))
+        6
     """
     if os.environ.get("BILEVEL_LITE_PROGRESS") == "0":
         return iterable

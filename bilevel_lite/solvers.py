@@ -274,6 +274,16 @@ class Direct(Solver):
         ValueError: in `solve`, if theta has more than ``max_dim`` entries or H is singular.
 
     Cost: d products (2 d gradients) and a factorisation.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> bl.hypergradient(*at, solver=bl.Direct()).round(decimals=3)
+        tensor([-2., -2.])
     """
 
     damping: float = not_negative(default=0.0)
@@ -302,6 +312,16 @@ class Identity(Solver):
         ValueError: if ``step`` is not positive.
 
     Cost: nothing. Source: Luketina et al. (2016).
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> bl.hypergradient(*at, solver=bl.Identity(0.1)).round(decimals=3)
+        tensor([-0.4000, -3.6000])
     """
 
     step: float = positive()
@@ -327,6 +347,16 @@ class Neumann(Solver):
         ValueError: in `solve`, if the series diverges beyond the largest number.
 
     Cost: terms - 1 products.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> bl.hypergradient(*at, solver=bl.Neumann(100, step=0.1)).round(decimals=3)
+        tensor([-2., -2.])
     """
 
     terms: int = whole()
@@ -358,6 +388,18 @@ class CG(Solver):
         NegativeCurvatureWarning: if H is not positive definite along a direction.
 
     Cost: ``iters`` products, one more with a warm start.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> bl.hypergradient(*at, solver=bl.CG(1)).round(decimals=3)
+        tensor([-0.4000, -3.6000])
+        >>> bl.hypergradient(*at, solver=bl.CG(2)).round(decimals=3)
+        tensor([-2., -2.])
     """
 
     iters: int = whole()
@@ -419,6 +461,16 @@ class CGNormal(Solver):
     products.
 
     Cost: 2 * iters + 1 products, two more with a warm start.
+
+    Example:
+        >>> scale = torch.tensor([1.0, 9.0])
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: (scale * (theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> at = problem, torch.zeros(2), torch.zeros(2), None, None  # the truth is (-2, -2)
+        >>> bl.hypergradient(*at, solver=bl.CGNormal(2)).round(decimals=3)
+        tensor([-2., -2.])
     """
 
     iters: int = whole()

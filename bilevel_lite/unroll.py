@@ -112,6 +112,16 @@ def unrolled_hypergradient(
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
     lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam, theta0 = torch.zeros(2), torch.ones(2)
+        >>> h = bl.unrolled_hypergradient(problem, lam, theta0, steps=20, lr=0.2)
+        >>> h.round(decimals=3)  # theta* = lam here, and Phi = ||lam - 1||^2
+        tensor([-2., -2.])
     """
     require_problem(problem)
     require_variable("lam", lam)

@@ -6,6 +6,7 @@ import time
 import book
 import form
 import nbformat
+import pages
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -16,7 +17,7 @@ def test_a_figures_text_is_what_the_cell_below_reads_in_it():
     reads = new_markdown_cell("Left: *both* fall\nby `half`.\n\nMore.")
     cells = [new_markdown_cell("## A heading"), new_code_cell("1", outputs=[PICTURE]), reads]
     nb = new_notebook(cells=[*cells, new_code_cell("2", outputs=[PICTURE])])
-    shown = book.described(nb)
+    shown = pages.described(nb)
     said = [cell.metadata.mystnb["image"]["alt"] for cell in shown.cells if form.figures(cell)]
     assert said == ["Left: both fall by half.", "Figure: A heading"]
     assert not nb.cells[1].metadata  # the notebook itself stays
@@ -24,7 +25,7 @@ def test_a_figures_text_is_what_the_cell_below_reads_in_it():
 
 @pytest.mark.parametrize("path", form.chapters() + form.solutions(), ids=lambda path: path.stem)
 def test_every_figure_is_said_to_show_something(path):
-    for cell in book.described(nbformat.read(path, as_version=4)).cells:
+    for cell in pages.described(nbformat.read(path, as_version=4)).cells:
         if form.figures(cell):
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 15
 

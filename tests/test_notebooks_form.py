@@ -282,3 +282,107 @@ def test_normalising_twice_changes_nothing_more(chapter):
     once = book.dumps(nb)
     assert book.dumps(book.normalise(nbformat.reads(once, as_version=4))) == once
     assert form.problems(nb, chapter[1]) == []
+
+
+# The newer anatomy, which holds for the chapters in form.CONVERTED.
+
+
+@pytest.fixture
+def converted(chapter, monkeypatch):
+    monkeypatch.setattr(form, "CONVERTED", ("05",))
+    nb, path = chapter
+    link = "[Solutions](solutions/05_toy_solutions.ipynb)"
+    title, aims, setup, *rest = nb.cells
+    stated = "about 5 minutes\n(core), 10 with *Going deeper*; exercises: 15 minutes."
+    title.source += f"\n\n{link}\n\nReading: {stated}"
+
+    def stop(name):
+        check = f'guess = None\nbl.exercises.check("{name}", guess)'
+        return [
+            new_markdown_cell(f"**Predict ({name}).** Which is larger?"),
+            code(check, printed("not attempted yet\n")),
+        ]
+
+    deeper = {"metadata": {"tags": ["deeper"]}}
+    added = [
+        *stop("5.A"),
+        code("bl.drawings.ch05.layer()\nplt.show()"),
+        *stop("5.B"),
+        new_markdown_cell("### Going deeper: why\n\n" + "word " * 300 + "\n\n$$1$$", **deeper),
+        code("z = 1  # deep", tags=["deeper"]),
+        new_markdown_cell("### Going deeper: more\n\n$$\n2\n$$", **deeper),
+    ]
+    rest = [cell for cell in rest if "x = 7" not in cell.source]
+    return finish([title, aims, setup, *rest[:-5], *added, *rest[-5:]]), path
+
+
+def test_a_good_converted_chapter_passes(converted):
+    assert form.problems(*converted) == []
+
+
+def untag(text):
+    def change(nb):
+        find(nb, text).metadata.pop("tags")
+
+    return change
+
+
+CONVERTED = {
+    "no second stop": (without("(5.B)"), "the stops are"),
+    "stops in the wrong order": (
+        lambda nb: [replace("(5.A)", "(5.C)")(nb), replace('"5.A"', '"5.C"')(nb)],
+        "the stops are",
+    ),
+    "a stop without a question": (replace(" Which is larger?", ""), "the stops are"),
+    "a stop that checks nothing": (replace('"5.A"', '"5.B"'), "does not check"),
+    "no drawing": (without("bl.drawings"), "drawing"),
+    "no link to the solutions": (replace("[Solutions](", "("), "link to the solutions"),
+    "a cell of 25 lines": (replace("x = 3\n", "x = 3\n" * 24), "more than 24"),
+    "Going deeper without the tag": (untag("deeper: more"), "has no tag"),
+    "Going deeper at another level": (replace("### Going deeper: m", "## Going deeper: m"), "###"),
+    "a tag without a block": (tag("deeper"), "no block begins"),
+    "a heading inside a block": (replace("$$1$$", "#### Aside"), "a heading inside"),
+    "a heading inside a block, later": (replace("$$\n2", "## Aside\n\n$$\n2"), "a heading inside"),
+    "no minutes": (replace("Reading: about", "Reading takes"), "does not say"),
+    "too few minutes": (replace("about 5 minutes", "about 2 minutes"), "minutes (core)"),
+    "too many minutes": (replace("5 minutes\n(core), 10", "5 minutes\n(core), 30"), "with Going"),
+    "other minutes of exercises": (replace("exercises: 15", "exercises: 25"), "exercises"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_broken_rule_of_the_newer_anatomy_is_seen(name, converted, monkeypatch):
+    nb, path = converted
+    change, complaint = CONVERTED[name]
+    change(nb)
+    assert any(complaint in problem for problem in form.problems(nb, path))
+    monkeypatch.setattr(form, "CONVERTED", ())
+    assert not any(complaint in problem for problem in form.problems(nb, path))
+
+
+def test_minutes_are_counted_as_the_rule_says():
+    deep = {"metadata": {"tags": ["deeper"]}}
+    references = new_markdown_cell("## References\n\n" + "word " * 300)
+    cells = [
+        new_markdown_cell("# A title\n\n" + "word " * 148),  # 150 words: one minute
+        code("setup = 1\n" * 90, tags=["setup"]),
+        new_markdown_cell("$$x$$\n\n\\begin{align*}\ny\n\\end{align*}"),  # two equations: three
+        code("a = 1\n\n" * 18),  # two minutes
+        code("hidden = 1\n" * 90, tags=["hide-input"]),
+        new_markdown_cell("### Going deeper: x\n\n$$y$$" + " $a + b$" * 147, **deep),  # 150, one
+        new_markdown_cell(
+            "## Exercises\n\n### Exercise 5.1 (difficulty 1/5, about 7 min)\n\n$$1$$"
+        ),
+        new_markdown_cell("### Exercise 5.2 (difficulty 1/5, about 8 min)"),
+        references,
+    ]
+    core, all_of_it, exercises = form.minutes(finish(cells))
+    assert (core, all_of_it, exercises) == pytest.approx((6, 8.5, 15))
+
+
+def test_blocks_that_follow_each_other_are_two():
+    deep = {"metadata": {"tags": ["deeper"]}}
+    one, two = (new_markdown_cell(f"### Going deeper: {k}", **deep) for k in "ab")
+    cells = [one, code("1", tags=["deeper"]), two, new_markdown_cell("On."), code("2")]
+    assert form.deeper_blocks(finish(cells)) == [range(0, 2), range(2, 3)]
+    assert form.deeper_blocks(finish(cells[:3])) == [range(0, 2), range(2, 3)]

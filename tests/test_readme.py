@@ -4,6 +4,7 @@ import re
 from statistics import mean
 
 import form
+import pages
 import pytest
 
 from bilevel_lite import experiment
@@ -161,6 +162,13 @@ def test_what_is_said_of_the_gpu_is_what_was_measured():
     assert p["device"] == "NVIDIA H200"
     rounds = [row["rounds"] for case in gpu["cases"] for row in case["rows"].values()]
     assert sorted(set(rounds)) == [2, 5] and rounds.count(2) == 1
+
+
+def test_the_costs_of_other_libraries_are_the_stored_ones():
+    for what in ("CG, 3 steps", "KFAC, Monte Carlo"):
+        for library, costs in pages.stored("peers")["costs"][what].items():
+            cells = " | ".join("fails" if cost is None else f"{cost:.1f}" for cost in costs)
+            assert f"| {what}: {library} | {cells} |" in README
 
 
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)

@@ -16,6 +16,17 @@ class AID(Method):
 
     Cost of a step: inner_steps gradients and one hypergradient.
     Source: Domke (2012); Pedregosa (2016); Grazzi et al. (2020).
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.AID(problem, lam, theta, bl.CG(2), inner_lr=0.3, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(20)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     solver: Solver = instance(Solver, "a solver such as bilevel_lite.CG(3)", help="How v is found")

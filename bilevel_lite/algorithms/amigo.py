@@ -26,6 +26,17 @@ class AmIGO(Method):
     Cost of a step: inner_steps + 1 gradients, linear_steps products (one less at the first call,
     where v is zero), 1 cross product, the KFAC builds.
     Source: Arbel and Mairal (2022), arXiv 2111.14580; with KFAC arXiv 2603.29108, our readings.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.AmIGO(problem, lam, theta, linear_lr=0.3, inner_lr=0.3, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(20)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")

@@ -27,6 +27,17 @@ class BOME(Method):
 
     Cost of a step: copy_steps + 3 gradients.
     Source: Ye et al. (2022), arXiv 2209.08709.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.BOME(problem, lam, theta, inner_lr=0.1, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(60)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     copy_steps: int = whole(default=10, help="T, steps of the copy's descent")

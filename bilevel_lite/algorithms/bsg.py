@@ -23,6 +23,16 @@ class BSG1(Method):
 
     Cost of a step: inner_steps + 2 gradients.
     Source: Giovannelli, Kent and Vicente (2021), arXiv 2110.00604.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> method = bl.BSG1(problem, torch.zeros(1), torch.ones(1), inner_lr=0.1, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(100)]
+        >>> method.lam.round(decimals=1)
+        tensor([1.])
     """
 
     inner_steps: int = whole(default=1, help="Steps on theta per outer iteration")

@@ -32,6 +32,17 @@ class BVFSM(Method):
 
     Cost of a step: 3 inner_steps + 3 gradients, half a one for a look at g, or at f where gap > 0.
     Source: Liu et al. (2021), arXiv 2106.07991 and 2110.04974.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.BVFSM(problem, lam, theta, inner_lr=0.1, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(50)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="Steps on z, and on theta")

@@ -20,6 +20,17 @@ class F2SA(Method):
 
     Cost of a step: 3 inner_steps + 3 gradients.
     Source: Kwon et al. (2023), arXiv 2301.10945.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.F2SA(problem, lam, theta, inner_lr=0.1, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(40)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="T, steps on z, which starts at theta, and on theta")

@@ -27,6 +27,17 @@ class ITD(Method):
     gradient for a look at g in the end. In forward mode 2 a step and entry of lam, instead of the
     T gradients and of the double backward passes.
     Source: Maclaurin et al. (2015); Franceschi et al. (2017); truncated: Shaban et al. (2019).
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.ITD(problem, lam, theta, inner_steps=5, inner_lr=0.3, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(20)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")

@@ -138,6 +138,22 @@ class Method(Resumable):
     A method may be made and stepped where gradients are off (``no_grad``, ``inference_mode``).
     Inner steps may draw random numbers (dropout in training mode); where a method compares values
     of a loss on one batch, they are of the same draws, and second derivatives are refused.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.AID(problem, lam, theta, bl.CG(2), inner_lr=0.3, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(5)]
+        >>> method.iteration
+        5
+        >>> saved = method.state_dict()
+        >>> again = bl.AID(problem, method.lam, method.theta, bl.CG(2), inner_lr=0.3, outer_lr=0.3)
+        >>> again.load_state_dict(saved)
+        >>> torch.equal(again.step().hypergradient, method.step().hypergradient)
+        True
     """
 
     problem: BilevelProblem

@@ -34,6 +34,17 @@ class NBO(Method):
     Cost of a step: 1 gradient of g and 2 of f, 2 steps + 1 products (with "cg" 2 (steps + 1) + 1;
     H v is free while v is zero), 1 cross product.
     Source: Dong et al. (2025), arXiv 2505.02101; equations from secondary sources.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.NBO(problem, lam, theta, linear_lr=0.3, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(60)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     solve: str = one_of("gd", "sgd", "cg", default="gd", help="How both systems are solved")

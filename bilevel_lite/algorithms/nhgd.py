@@ -40,6 +40,17 @@ class NHGD(Method):
     Cost of a step: inner_steps + 1 gradients, 1 cross product; M costs 4 d^2 operations an inner
     step, a KFAC with an ema its estimate (about 1 gradient) an inner step.
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.NHGD(problem, lam, theta, inner_lr=0.3, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(60)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="S, steps on theta per outer iteration")

@@ -27,6 +27,20 @@ class SABA(SOBA):
 
     Cost of a step: as SOBA; the first step also fills the tables, one pass over all batches.
     Source: Dagreou et al. (2022).
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, x: ((theta - lam - x) ** 2).sum(),  # solved by lam + mean of x
+        ...     lambda lam, theta, x: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> x = [torch.tensor([0.5]), torch.tensor([-0.5])]
+        >>> rates = {"linear_lr": 0.1, "inner_lr": 0.1, "outer_lr": 0.05}
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.SABA(problem, lam, theta, inner_batches=x, outer_batches=x,
+        ...                  generator=torch.Generator().manual_seed(0), **rates)
+        >>> steps = [method.step() for _ in range(200)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_batches: list

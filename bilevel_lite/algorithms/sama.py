@@ -26,6 +26,17 @@ class SAMA(Method):
 
     Cost of a step: inner_steps + 3 gradients.
     Source: Choe et al. (2023), arXiv 2310.05674.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.SAMA(problem, lam, theta, inner_lr=0.1, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(60)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="Steps on theta per outer iteration")

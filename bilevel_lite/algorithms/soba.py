@@ -23,6 +23,17 @@ class SOBA(Method):
 
     Cost of a step: 2 gradients and one double backward pass (2), which gives H v and J v.
     Source: Dagreou, Ablin, Vaiter and Moreau (2022), arXiv 2201.13409.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.SOBA(problem, lam, theta, linear_lr=0.3, inner_lr=0.3, outer_lr=0.1)
+        >>> steps = [method.step() for _ in range(100)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     linear_lr: float = positive(help="Step on v, in units of 1 / curvature", search=(0.02, 1.0))

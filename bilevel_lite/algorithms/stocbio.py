@@ -22,6 +22,17 @@ class StocBiO(Method):
 
     Cost of a step: inner_steps + 1 gradients, terms - 1 products, 1 cross product.
     Source: Ji, Yang and Liang (2021), arXiv 2010.07962.
+
+    Example:
+        >>> problem = bl.BilevelProblem(
+        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+        ... )
+        >>> lam = theta = torch.zeros(2)
+        >>> method = bl.StocBiO(problem, lam, theta, inner_lr=0.3, outer_lr=0.3)
+        >>> steps = [method.step() for _ in range(40)]
+        >>> method.lam.round(decimals=2)
+        tensor([1., 1.])
     """
 
     inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")

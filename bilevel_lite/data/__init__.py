@@ -2,6 +2,10 @@
 
 `load` looks first in the folder named by BILEVEL_LITE_DATA, then in the download cache, then on
 the network. Every file is checked against a SHA-256 before it is read; nothing is unpickled.
+
+Example:
+    >>> bl.data.load("digits").image_shape
+    (8, 8)
 """
 
 import torch
@@ -42,6 +46,11 @@ def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> 
     Raises:
         ValueError: for an unknown name.
         DataError: if a file cannot be had, or is corrupted or truncated.
+
+    Example:
+        >>> digits = bl.data.load("digits")
+        >>> digits.x.shape, digits.y.shape, digits.num_classes
+        (torch.Size([1437, 64]), torch.Size([1437]), 10)
     """
     loaders = {"mnist": mnist.load, "cifar10": cifar10.load, "digits": _load_digits}
     if name not in loaders:
@@ -53,6 +62,10 @@ def available(name: str, fallback: str = "digits") -> str:
     """Return ``name`` if it can be loaded, else ``fallback``, saying so in one line.
 
     For notebooks: nothing fails and nothing hangs on a machine without network or local data.
+
+    Example:
+        >>> bl.data.available("digits")
+        'digits'
     """
     try:
         load(name)

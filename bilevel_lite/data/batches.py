@@ -24,6 +24,13 @@ class Batches:
     Raises:
         ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
             label is out of range.
+
+    Example:
+        >>> x, y = torch.arange(6.0).reshape(6, 1), torch.zeros(6, dtype=torch.int64)
+        >>> batches = bl.data.Batches(x, y, 3, torch.Generator().manual_seed(0))
+        >>> inputs, labels, index = batches.draw()
+        >>> torch.equal(inputs, x[index]), inputs.shape
+        (True, torch.Size([3, 1]))
     """
 
     def __init__(

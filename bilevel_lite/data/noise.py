@@ -22,6 +22,11 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
 
     Raises:
         ValueError: if the sizes are negative or do not fit.
+
+    Example:
+        >>> train, tuning = bl.data.split(10, (7, 2), torch.Generator().manual_seed(0))
+        >>> len(train), len(tuning), set(train.tolist()) & set(tuning.tolist())
+        (7, 2, set())
     """
     if min(sizes) < 0 or sum(sizes) > n:
         raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
@@ -55,6 +60,12 @@ def corrupt_labels(
     Raises:
         ValueError: if the rate or a label is out of range, or ``transition`` has another shape,
             negative entries, or rows that do not add up to 1.
+
+    Example:
+        >>> y, generator = torch.zeros(1000, dtype=torch.int64), torch.Generator().manual_seed(0)
+        >>> noisy, wrong = bl.data.corrupt_labels(y, rate=0.5, num_classes=10, generator=generator)
+        >>> round(wrong.double().mean().item(), 1), torch.equal(wrong, noisy != y)
+        (0.5, True)
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
@@ -74,7 +85,14 @@ def corrupt_labels(
 
 
 def pair_flips(num_classes: int) -> Tensor:
-    """Return the transition matrix that turns every label c into the next one, (c + 1) mod C."""
+    """Return the transition matrix that turns every label c into the next one, (c + 1) mod C.
+
+    Example:
+        >>> bl.data.pair_flips(3)
+        tensor([[0., 1., 0.],
+                [0., 0., 1.],
+                [1., 0., 0.]])
+    """
     return torch.eye(num_classes).roll(1, 1)
 
 
@@ -100,6 +118,11 @@ def standardise(dataset: Dataset) -> Dataset:
 
     Returns:
         The same dataset with other ``x`` and ``x_test``.
+
+    Example:
+        >>> digits = bl.data.standardise(bl.data.load("digits"))
+        >>> abs(digits.x.mean().item()) < 1e-6, round(digits.x.std().item(), 2)
+        (True, 1.0)
     """
     channels = dataset.image_shape[0] if len(dataset.image_shape) == 3 else 1
     x = dataset.x.view(len(dataset.x), channels, -1)

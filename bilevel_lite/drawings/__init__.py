@@ -1,6 +1,10 @@
 """The drawings of the chapters that are no data plots: ``bl.drawings.ch01.loop()``.
 
 One module a chapter; each function returns a figure. What they are drawn with stands here.
+
+Example:
+    >>> figure, ax = bl.drawings.canvas(width=4, height=2)
+    >>> bl.drawings.box(ax, 2, 1, "theta")
 """
 
 from importlib import import_module
@@ -26,6 +30,11 @@ def canvas(width: float = 9.0, height: float = 2.8, columns: int = 1):
 
     Returns:
         (figure, axes), as ``plt.subplots`` gives them.
+
+    Example:
+        >>> figure, ax = bl.drawings.canvas(width=4, height=2)
+        >>> ax.get_xlim() == (0, 4)
+        True
     """
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     for ax in axes[0]:

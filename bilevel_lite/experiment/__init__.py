@@ -1,4 +1,9 @@
-"""Runs and their results: nothing in here knows a task."""
+"""Runs and their results: nothing in here knows a task.
+
+Example:
+    >>> bl.experiment.stored("bench_cpu")["kind"]
+    'bench'
+"""
 
 from bilevel_lite.experiment.folder import (
     Clock,

@@ -384,6 +384,11 @@ def stored(name: str, to: str | Path | None = None) -> dict:
     Raises:
         ValueError: if there is none of that name.
         RunError: if it was edited, or made by another version.
+
+    Example:
+        >>> (run,) = bl.experiment.stored("bench_cpu")["runs"]
+        >>> [case["model"] for case in run["cases"]]
+        ['linear', 'mlp', 'lenet', 'resnet18']
     """
     for folder in _sources(to):
         path = folder / f"{name}.json"

@@ -1,4 +1,9 @@
-"""The bilevel tasks of the book: one file each, and one line here, by which it is known."""
+"""The bilevel tasks of the book: one file each, and one line here, by which it is known.
+
+Example:
+    >>> "hypercleaning" in bl.tasks.__all__
+    True
+"""
 
 from bilevel_lite.tasks import hypercleaning, long_tail
 

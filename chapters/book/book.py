@@ -24,8 +24,12 @@ from pathlib import Path
 
 import form
 import nbformat
+import notation
+import pages
+import reference
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from pages import described
 from tqdm.auto import tqdm
 
 ROOT, HERE, BUILD = form.ROOT, Path(__file__).parent, form.ROOT / "_build"
@@ -170,6 +174,9 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
         path.write_text(dumps(nb), encoding="utf-8", newline="\n")
         for problem in form.problems(nb, path):
             print(f"  form: {problem}")
+        if path.name[:2] in form.CONVERTED:
+            for problem in notation.problems(nb):
+                print(f"  notation: {problem}")
     return failures
 
 
@@ -224,25 +231,25 @@ def render(done: dict, *options: str) -> int:
     options = [*options, "-q", "--keep-going", "-E", "-b", "html", "-c", HERE]
     command = [sys.executable, "-m", "sphinx", *options, source, BUILD / "html"]
     status = subprocess.run(command, check=False).returncode
+    if problems := pages.broken((BUILD / "html").resolve()):
+        print("\n".join(problems), file=sys.stderr)
+        status = status or 1
     print(f"The book: open {(BUILD / 'html' / 'index.html').as_uri()}")
     return status
 
 
-def described(nb):
-    """A copy that says of each figure, to who cannot see it, what the cell below reads in it."""
-    nb, heading = copy.deepcopy(nb), ""
-    for cell, below in zip(nb.cells, [*nb.cells[1:], None], strict=True):
-        heading = (form.headings(cell) or [(0, heading)])[-1][1]
-        if form.figures(cell):
-            reads = below is not None and below.cell_type == "markdown"
-            text = below.source.split("\n\n")[0] if reads else f"Figure: {heading}"
-            text = " ".join(re.sub(r"[*`#]", "", text).split())
-            cell.metadata["mystnb"] = {"image": {"alt": text}}
-    return nb
+def write_pages(source: Path) -> None:
+    """Write the pages that are no notebooks: the reference, the notation, those with numbers."""
+    for name, text in reference.pages().items():
+        (source / name).write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "chapters" / "NOTATION.md", source / "notation.md")
+    for name in ("which_method.md", "coming_from.md"):
+        (source / name).write_text(pages.filled(name), encoding="utf-8")
 
 
 def write_index(source: Path) -> None:
-    """Fill the list of chapters into index.md."""
+    """Fill the list of chapters into index.md, and write the pages that it links."""
+    write_pages(source)
     rows, contents = [], {"chapters": [], "solutions": []}
     for path in form.chapters():
         first = nbformat.read(path, as_version=4).cells[0].source.splitlines()

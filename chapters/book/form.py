@@ -43,6 +43,14 @@ CLOSING = ["When it fails", "Exercises", "Summary", "References"]
 # hide-input: machinery, folded in the site; deeper: part of a *Going deeper* block, folded there
 TAGS = {"setup", "nbval-ignore-output", "hide-input", "deeper"}
 EXERCISE = re.compile(r"Exercise (\d+[a-z]?\.\d+) \(difficulty [1-5]/5, about \d+ min\)")
+# Chapters that have been rewritten to the newer anatomy ("06"): `converted_problems`, and
+# chapters/NOTATION.md in tests/test_notation.py, hold for these.
+CONVERTED = ()
+DEEPER = "### Going deeper: "
+MINUTES = re.compile(
+    r"Reading: about (\d+) minutes? \(core\)(?:, (\d+) with \*Going deeper\*)?"
+    r"; exercises: (?:about )?(\d+) minutes?"
+)
 CHECK_CALL = re.compile(r"bl\.exercises\.check\(\s*[\"']([^\"']+)[\"']")
 FORBIDDEN_TEXT = {
     "a memory address": r"0x[0-9a-f]{6,}",
@@ -257,7 +265,115 @@ def chapter_problems(nb, path: Path, code) -> list[str]:
         prose = after["source"].strip() if after and after["cell_type"] == "markdown" else ""
         if figures(cell) and (prose.startswith("#") or len(prose.split()) < 5):
             found.append(f"cell {cell.get('id')}: no sentence reads its figure in the next cell")
+    if NAME.fullmatch(path.name)[1] in CONVERTED:
+        found += converted_problems(nb, path, code)
     return found + exercise_problems(nb, path)
+
+
+def deeper_blocks(nb) -> list[range]:
+    """Where the blocks *Going deeper* stand: a cell that begins one, and the tagged ones below."""
+    found, start = [], None
+    for position, cell in enumerate([*nb["cells"], None]):
+        goes_on = cell is not None and "deeper" in tags(cell)
+        begins = goes_on and cell["cell_type"] == "markdown" and cell["source"].startswith(DEEPER)
+        if start is not None and (begins or not goes_on):
+            found.append(range(start, position))
+            start = None
+        if goes_on and start is None:
+            start = position
+    return found
+
+
+def converted_problems(nb, path: Path, code) -> list[str]:
+    """The newer anatomy: two stops, a drawing, *Going deeper*, short cells, honest minutes."""
+    found = stop_problems(nb, path)
+    if not any("bl.drawings." in cell["source"] for cell in code):
+        found.append("no cell calls a drawing: bl.drawings.chNN.name()")
+    if f"](solutions/{solution_of(path).name})" not in "".join(
+        cell["source"] for cell in nb["cells"][:3]
+    ):
+        found.append("no link to the solutions notebook at the start")
+    for cell in code:
+        if lines(cell) > 24:
+            found.append(f"cell {cell.get('id')}: {lines(cell)} lines, more than 24")
+    for block in deeper_blocks(nb):
+        first, *rest = (nb["cells"][position] for position in block)
+        if first["cell_type"] != "markdown" or not first["source"].startswith(DEEPER):
+            found.append(f"cell {first.get('id')}: tagged deeper, but no block begins here")
+        for cell in [first, *rest]:
+            if len(headings(cell)) > (cell is first):
+                found.append(f"cell {cell.get('id')}: a heading inside a block Going deeper")
+    for cell in nb["cells"]:
+        if any(text.startswith("Going deeper") for _, text in headings(cell)):
+            if not cell["source"].startswith(DEEPER) or "deeper" not in tags(cell):
+                found.append(f"cell {cell.get('id')}: does not begin `{DEEPER}...` or has no tag")
+    return found + minute_problems(nb)
+
+
+def stop_problems(nb, path: Path) -> list[str]:
+    """Two stops, N.A and N.B, each a question and a cell that checks a guess."""
+    found, stops = [], []
+    for cell, after in zip(nb["cells"], [*nb["cells"][1:], None], strict=True):
+        if cell["cell_type"] == "markdown" and cell["source"].startswith("**Predict"):
+            match = re.match(r"\*\*Predict \((\d+[a-z]?\.[A-Z])\)\.\*\* \S", cell["source"])
+            stops.append(match[1] if match else cell["source"].splitlines()[0])
+            if after is None or stops[-1] not in CHECK_CALL.findall(after["source"]):
+                found.append(f"stop {stops[-1]}: the next cell does not check a guess for it")
+    if stops != [f"{number(path)}.A", f"{number(path)}.B"]:
+        found.append(f"the stops are {stops}, not {number(path)}.A and {number(path)}.B")
+    return found
+
+
+def words_equations(source: str) -> tuple[int, int]:
+    """Words and displayed equations of a Markdown cell; a formula in a line counts as a word."""
+    displayed = r"\$\$.*?\$\$|\\begin\{(equation|align)(\*?)\}.*?\\end\{\1\2\}"
+    rest = re.sub(displayed, " ", source, flags=re.DOTALL)
+    rest = re.sub(r"\]\([^)]*\)|<[^>]+>", "] ", rest)
+    rest = re.sub(r"\$[^$]+\$", "formula", rest)
+    words = [word for word in rest.split() if re.search(r"\w", word)]
+    return len(words), len(re.findall(displayed, source, re.DOTALL))
+
+
+def minutes(nb) -> tuple[float, float, int]:
+    """What a chapter takes: to read its core, to read all of it, and its exercises, as they say.
+
+    150 words a minute, 1.5 minutes a displayed equation, 9 lines of code a minute. The setup cell,
+    folded code, the exercises and the references are not counted as reading.
+    """
+    core = deep = exercise = 0
+    section = ""
+    for cell in nb["cells"]:
+        for level, text in headings(cell):
+            section = text if level <= 2 else section
+            if match := re.search(r"about (\d+) min\)", text):
+                exercise += int(match[1])
+        if section in ("Exercises", "References") or {"setup", "hide-input"} & set(tags(cell)):
+            continue
+        if cell["cell_type"] == "markdown":
+            words, equations = words_equations(cell["source"])
+            spent = words / 150 + 1.5 * equations
+        else:
+            spent = lines(cell) / 9
+        core, deep = core + spent * ("deeper" not in tags(cell)), deep + spent
+    return core, deep, exercise
+
+
+def minute_problems(nb) -> list[str]:
+    """The title says how long the chapter takes, to within 30 % of what its text gives."""
+    stated = MINUTES.search(" ".join(nb["cells"][0]["source"].split()))
+    core, deep, exercise = minutes(nb)
+    if not stated:
+        return [
+            "the title does not say `Reading: about X minutes (core), Y with *Going deeper*; "
+            f"exercises: Z minutes`; counted: {core:.0f}, {deep:.0f}, {exercise}"
+        ]
+    found, said = [], (stated[1], stated[2] or stated[1], stated[3])
+    for what, says, counted in zip(
+        ("core", "with Going deeper", "exercises"), said, (core, deep, exercise), strict=True
+    ):
+        if not 0.7 * counted <= int(says) <= 1.3 * counted:
+            found.append(f"minutes ({what}): the title says {says}, counted {counted:.0f}")
+    return found
 
 
 def exercises(nb) -> dict[str, list[str]]:
