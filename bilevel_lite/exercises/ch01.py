@@ -75,9 +75,9 @@ def check_two_roads(answer):
         (partial - 8 / 9, "That moves theta*, but b = theta* - 1 = 1/3 is missing as a factor."),
     )
     for value, sentence in mistakes:
-        if abs(second - value) < 0.003:
+        if abs(second - value) < 0.006:
             raise Wrong(sentence)
-    if not abs(second - total) < 0.003:
+    if not abs(second - total) < 0.006:
         raise Wrong(
             f"The hypergradient is not {second:.3g}: add (theta* - 1) times the derivative of "
             "theta* to the first number."
