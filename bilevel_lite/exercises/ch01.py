@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bilevel_lite.checking import finite_difference_hypergradient
-from bilevel_lite.exercises import Wrong, compare, exercise
+from bilevel_lite.exercises import Wrong, compare, exercise, numbers
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import gradient, hessian
 
@@ -55,6 +55,52 @@ SIGN = "The implicit term has the wrong sign: dtheta*/dlam = -H^-1 J^T."
 DIRECT_ONLY = "Only the direct term is there: theta* moves with lam too."
 
 
+@exercise("1.A")
+def check_two_roads(answer):
+    """At lam = 1/2 of section 1.1: df/dlam = 1/20, and dPhi/dlam = 1/20 - 8/27."""
+    partial, total = 1 / 20, 1 / 20 - 8 / 27
+    first, second = numbers(answer, 2)
+    if abs(first - total) + abs(second - partial) < 0.01:
+        raise Wrong("These are the two numbers, in the other order: the partial one comes first.")
+    if not abs(first - partial) < 0.001:
+        raise Wrong(
+            f"The partial derivative is not {first:.3g}: hold theta still and differentiate "
+            "lam^2 / 20."
+        )
+    mistakes = (
+        (partial, "That is the partial derivative again; theta* moves with lam, too."),
+        (-8 / 27, "The second number lacks the direct part, which is the first number."),
+        (8 / 27 + partial, "The sign is wrong: theta* = 2 / (1 + lam) falls when lam rises."),
+        (partial - 4 / 9, "The derivative of 2 / (1 + lam) is -2 / (1 + lam)^2: mind the square."),
+        (partial - 8 / 9, "That moves theta*, but b = theta* - 1 = 1/3 is missing as a factor."),
+    )
+    for value, sentence in mistakes:
+        if abs(second - value) < 0.006:
+            raise Wrong(sentence)
+    if not abs(second - total) < 0.006:
+        raise Wrong(
+            f"The hypergradient is not {second:.3g}: add (theta* - 1) times the derivative of "
+            "theta* to the first number."
+        )
+
+
+@exercise("1.B")
+def check_orders_of_multiplication(answer):
+    """m = 20, d = 1,000,000: solves and stored numbers of (J H^-1) b and of J (H^-1 b)."""
+    m, d = 20, 1_000_000
+    names = ("linear solves for D", "linear solves for v", "numbers in D", "numbers in v")
+    hints = (
+        "D has one column for each entry of lam: H z = J^T e_j, for j = 1, ..., m.",
+        "v solves one system, H v = b, however many hyperparameters there are.",
+        "D has a row for each entry of theta and a column for each entry of lam.",
+        "v is like theta.",
+    )
+    truths = (m, 1, m * d, d)
+    for value, name, truth, hint in zip(numbers(answer, 4), names, truths, hints, strict=True):
+        if not abs(value - truth) < 1e-6 * truth:
+            raise Wrong(f"The {name}: not {value:.10g}. {hint}")
+
+
 @exercise("1.1")
 def check_toy(toy_hypergradient):
     """theta* = 3 / (1 + e^lam); f = (theta - 1)^2 / 2 + lam / 10."""
@@ -80,22 +126,37 @@ def check_toy(toy_hypergradient):
         )
 
 
+def _without_n(lam, train, validation):
+    """The implicit term of exercise 1.2 with X^T X for X^T X / n: in v, in both solves, in all."""
+    (X, y), (X_val, y_val) = train, validation
+    right, summed = (X.T @ X / n + torch.diag(lam.exp()) for n in (len(y), 1))
+    for in_theta, in_v, n in (
+        (right, summed, len(y)),
+        (summed, summed, len(y)),
+        (summed,) * 2 + (1,),
+    ):
+        theta = torch.linalg.solve(in_theta, X.T @ y / n)
+        b = X_val.T @ (X_val @ theta - y_val) / len(y_val)
+        yield -lam.exp() * theta * torch.linalg.solve(in_v, b)
+
+
 @exercise("1.2")
 def check_ridge(ridge_hypergradient):
     """Autograd through the closed form of theta*, on two problems of different sizes."""
-    for seed, rho, centre, d in ((11, 0.02, -1.5, 4), (12, 0.05, 0.7, 6)):
+    for seed, pull, centre, d in ((11, 0.02, -1.5, 4), (12, 0.05, 0.7, 6)):
         train, validation = _regression(seed, d=d)
         lam = 0.5 * _draw(torch.Generator().manual_seed(seed + 50), d) - 1
 
-        def phi(lam, train=train, validation=validation, rho=rho, centre=centre):
-            penalty = 0.5 * rho * (lam - centre).square().sum()
+        def phi(lam, train=train, validation=validation, pull=pull, centre=centre):
+            penalty = 0.5 * pull * (lam - centre).square().sum()
             return _half_mse(_ridge(train, lam.exp()), validation) + penalty
 
-        truth, direct = _slope(phi, lam), rho * (lam - centre)
+        truth, direct = _slope(phi, lam), pull * (lam - centre)
         implicit = truth - direct
         scale = len(validation[1]) / len(train[1])
+        forgot_n = _without_n(lam, train, validation)
         _compare(
-            ridge_hypergradient(lam.clone(), train, validation, rho, centre),
+            ridge_hypergradient(lam.clone(), train, validation, pull, centre),
             truth,
             [
                 (FORGOT_DIRECT, implicit),
@@ -107,6 +168,7 @@ def check_ridge(ridge_hypergradient):
                     "b is a mean over the validation set: divide by n_v.",
                     direct + implicit * len(validation[1]),
                 ),
+                *[("H is a mean over the training set: X^T X / n.", direct + h) for h in forgot_n],
             ],
         )
 
@@ -202,13 +264,8 @@ def check_repaired(repaired):
 
 @exercise("1.5")
 def check_orders(answer):
-    """Balance of a * eps^k and delta / eps."""
-    try:
-        values = [float(value) for value in answer]
-    except (TypeError, ValueError):
-        raise Wrong("The answer should be four numbers, (slope, slope, p, s).") from None
-    if len(values) != 4:
-        raise Wrong(f"The answer should be four numbers; there are {len(values)}.")
+    """Balance of a * eps^k and nu / eps."""
+    values = numbers(answer, 4)
     hints = (
         (
             "1, the slope of truncation",
@@ -216,15 +273,19 @@ def check_orders(answer):
             "Nothing cancels the second derivative in a one-sided difference.",
         ),
         (
-            "2, the slope where delta rules",
+            "2, the slope where nu rules",
             -1,
             "The error of the values is divided by eps, so it grows as eps falls.",
         ),
-        ("3, the power p", 1 / 2, "Set eps^k equal to delta / eps, with k from number 1."),
         (
-            "4, the power s",
+            "3, the power of nu in the best eps",
+            1 / 2,
+            "Set eps^k equal to nu / eps; k is number 1.",
+        ),
+        (
+            "4, the power of nu in the smallest error",
             2 / 3,
-            "For central differences the best eps is delta^(1/3); put it into eps^2.",
+            "For central differences the best eps is nu^(1/3); put it into eps^2.",
         ),
     )
     for value, (name, truth, hint) in zip(values, hints, strict=True):
@@ -232,37 +293,50 @@ def check_orders(answer):
             raise Wrong(f"Number {name}, is not {value:.3g}. {hint}")
 
 
+def _half_l2(sigma, train, validation, l2):
+    """Exercise 1.6 with rho I in H, where 2 rho I belongs."""
+    (X, y), (X_val, y_val) = train, validation
+    H = X.T @ (sigma[:, None] * X) / len(y) + l2 * torch.eye(X.shape[1]).to(X)
+    theta = torch.linalg.solve(H, X.T @ (sigma * y) / len(y))
+    b = X_val.T @ (X_val @ theta - y_val) / len(y_val)
+    return -(X @ theta - y) * (X @ torch.linalg.solve(H, b)) / len(y)
+
+
 @exercise("1.6")
 def check_weights(weight_hypergradient):
     """Autograd through the closed form of weighted ridge regression."""
-    for seed, alpha in ((16, 0.3), (17, 0.05)):
+    for seed, l2 in ((16, 0.3), (17, 0.05)):
         train, validation = _regression(seed, n=23, n_val=31, d=5)
         (X, y), n, d = train, len(train[1]), 5
-        w = 0.2 + torch.rand(
+        sigma = 0.2 + torch.rand(
             n, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64
         )
-        ridge = alpha * torch.eye(d, dtype=torch.float64)
+        ridge = 2 * l2 * torch.eye(d, dtype=torch.float64)
 
-        def solve(w, X=X, y=y, n=n, ridge=ridge):
-            return torch.linalg.solve(X.T @ (w[:, None] * X) / n + ridge, X.T @ (w * y) / n)
+        def solve(sigma, X=X, y=y, n=n, ridge=ridge):
+            return torch.linalg.solve(X.T @ (sigma[:, None] * X) / n + ridge, X.T @ (sigma * y) / n)
 
-        truth = _slope(lambda w, solve=solve, v=validation: _half_mse(solve(w), v), w)
-        theta = solve(w)
+        truth = _slope(lambda sigma, solve=solve, v=validation: _half_mse(solve(sigma), v), sigma)
+        theta = solve(sigma)
         b = validation[0].T @ (validation[0] @ theta - validation[1]) / len(validation[1])
         residual = X @ theta - y
         unweighted = torch.linalg.solve(X.T @ X / n + ridge, b)
-        plain = _ridge(train, torch.full((d,), alpha, dtype=torch.float64))
+        plain = _ridge(train, torch.full((d,), 2 * l2, dtype=torch.float64))
         b_plain = validation[0].T @ (validation[0] @ plain - validation[1]) / len(validation[1])
         v_plain = torch.linalg.solve(X.T @ X / n + ridge, b_plain)
-        weights = "H is missing the weights: it is X^T diag(w) X / n + alpha I."
+        weights = "H is missing the weights: it is X^T diag(sigma) X / n + 2 rho I."
         _compare(
-            weight_hypergradient(w.clone(), train, validation, alpha),
+            weight_hypergradient(sigma.clone(), train, validation, l2),
             truth,
             [
                 ("The implicit term has the wrong sign.", -truth),
+                (
+                    "The Hessian of rho ||theta||^2 is 2 rho I.",
+                    _half_l2(sigma, train, validation, l2),
+                ),
                 ("The factor 1/n of the inner loss is missing in J.", n * truth),
-                ("J does not contain the weights: g is linear in w.", w * truth),
-                ("J does not contain the weights, and carries 1/n.", n * w * truth),
+                ("J does not contain the weights: g is linear in sigma.", sigma * truth),
+                ("J does not contain the weights, and carries 1/n.", n * sigma * truth),
                 (weights, -residual * (X @ unweighted) / n),
                 ("theta* and H both need the weights.", -(X @ plain - y) * (X @ v_plain) / n),
                 ("J is missing the residual x_i^T theta - y_i.", truth / residual),

@@ -11,13 +11,17 @@ def toy(lam, direct=1 / 10, sign=-1, inner=True):
     return direct + sign * (e if inner else 1) * theta * (theta - 1) / (1 + e)
 
 
-def ridge(lam, train, validation, rho, centre, direct=1, sign=-1, rows=None, factor=True):
+def ridge(
+    lam, train, validation, pull, centre, direct=1, sign=-1, rows=None, factor=True,
+    summed=(False, False, False),
+):  # fmt: skip
     (X, y), (X_val, y_val) = train, validation
-    H = X.T @ X / len(y) + torch.diag(lam.exp())
-    theta = torch.linalg.solve(H, X.T @ y / len(y))
+    n_theta, n_y, n_v = (1 if one else len(y) for one in summed)
+    H_theta, H = (X.T @ X / n + torch.diag(lam.exp()) for n in (n_theta, n_v))
+    theta = torch.linalg.solve(H_theta, X.T @ y / n_y)
     b = X_val.T @ (X_val @ theta - y_val) / (rows(train, validation) if rows else len(y_val))
     v = torch.linalg.solve(H, b)
-    return direct * rho * (lam - centre) + sign * (lam.exp() if factor else 1) * theta * v
+    return direct * pull * (lam - centre) + sign * (lam.exp() if factor else 1) * theta * v
 
 
 def shared(lam, train, validation):
@@ -35,21 +39,33 @@ def repaired(
 
 
 def weights(
-    w, train, validation, alpha, sign=-1, divide=True, in_h=True, in_j=False, in_theta=True
+    sigma,
+    train,
+    validation,
+    l2,
+    sign=-1,
+    divide=True,
+    in_h=True,
+    in_j=False,
+    in_theta=True,
+    twice=2,
 ):
     (X, y), (X_val, y_val) = train, validation
     n, eye = len(y), torch.eye(train[0].shape[1]).to(train[0])
-    one = torch.ones_like(w)
+    one = torch.ones_like(sigma)
     H, H_theta = [
-        X.T @ ((w if use else one)[:, None] * X) / n + alpha * eye for use in (in_h, in_theta)
+        X.T @ ((sigma if use else one)[:, None] * X) / n + twice * l2 * eye
+        for use in (in_h, in_theta)
     ]
-    theta = torch.linalg.solve(H_theta, X.T @ ((w if in_theta else one) * y) / n)
+    theta = torch.linalg.solve(H_theta, X.T @ ((sigma if in_theta else one) * y) / n)
     v = torch.linalg.solve(H, X_val.T @ (X_val @ theta - y_val) / len(y_val))
     result = sign * (X @ theta - y) * (X @ v) / (n if divide else 1)
-    return w * result if in_j else result
+    return sigma * result if in_j else result
 
 
 RIGHT = {
+    "1.A": (0.05, -133 / 540),
+    "1.B": (20, 1, 20_000_000, 1_000_000),
     "1.1": toy,
     "1.2": ridge,
     "1.3": lambda lam, train, validation: shared(lam, train, validation).sum(),
@@ -59,6 +75,25 @@ RIGHT = {
 }
 
 WRONG = {
+    "1.A": [
+        (-0.246, 0.05),
+        (0.05, 0.05),
+        (0.05, -8 / 27),
+        (0.05, 0.05 + 8 / 27),
+        (0.05, 0.05 - 4 / 9),
+        (0.05, 0.05 - 8 / 9),
+        (0.05, 1.0),
+        (0.1, -0.246),
+        (0.05,),
+        "falls",
+    ],
+    "1.B": [
+        (1_000_000, 1, 20_000_000, 1_000_000),
+        (20, 20, 20_000_000, 1_000_000),
+        (20, 1, 1_000_000, 1_000_000),
+        (20, 1, 20_000_000, 20),
+        (20, 1),
+    ],
     "1.1": [
         lambda lam: toy(lam, direct=0),
         lambda lam: toy(lam, sign=1),
@@ -74,6 +109,9 @@ WRONG = {
         lambda *a: ridge(*a, factor=False),
         lambda *a: ridge(*a, rows=lambda train, validation: len(train[1])),
         lambda *a: ridge(*a, rows=lambda train, validation: 1),
+        lambda *a: ridge(*a, summed=(False, False, True)),
+        lambda *a: ridge(*a, summed=(True, False, True)),
+        lambda *a: ridge(*a, summed=(True, True, True)),
         lambda *a: ridge(*a).sum(),
         lambda *a: ridge(*a) * float("nan"),
     ],
@@ -109,6 +147,7 @@ WRONG = {
         lambda *a: weights(*a, in_h=False, in_theta=False),
         lambda *a: weights(*a, in_j=True),
         lambda *a: weights(*a, in_j=True, divide=False),
+        lambda *a: weights(*a, twice=1),
         lambda *a: weights(*a).sum(),
     ],
 }

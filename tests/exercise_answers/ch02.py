@@ -48,7 +48,7 @@ def choose_by_dimension(d, m, T):
     return "forward" if m < d else "reverse", "forward" if m < d else "reverse"
 
 
-def recursion(fix, direct=True, sign=-1.0, shift=0):
+def recursion(fix, direct=True, sign=-1.0, shift=0, turned=False):
     """A reverse recursion with or without its faults."""
 
     def reverse(problem, lam, theta0, lrs):
@@ -57,6 +57,7 @@ def recursion(fix, direct=True, sign=-1.0, shift=0):
             iterates.append(iterates[-1] - lr * gradient(problem.inner_loss, lam, iterates[-1])[2])
         _, h, p = gradient(problem.outer_loss, lam, iterates[-1])
         h = h if direct else torch.zeros_like(h)
+        lrs = lrs[::-1] if turned else lrs
         for t in reversed(range(len(lrs))):
             point = iterates[t + shift]
             jp, hp = update_vjp(problem.inner_loss, lam, point, None, p)
@@ -97,13 +98,15 @@ def heavy_ball(carry=True, collect=True, direct=True):
         for t in reversed(range(steps)):
             q = (q if collect else 0) - lr * p
             jq, hq = update_vjp(problem.inner_loss, lam, iterates[t], None, q)
-            h, p, q = h + jq, p + hq, (beta * q if carry else q)
+            h, p, q = h + jq, p + hq, beta * q if carry else q
         return h
 
     return hypergradient
 
 
 RIGHT = {
+    "2.A": (1.25, -0.125),
+    "2.B": 22,
     "2.1": steps_needed,
     "2.2": choose,
     "2.3": recursion(fix=True),
@@ -113,24 +116,45 @@ RIGHT = {
 }
 
 WRONG = {
+    "2.A": [
+        (0.75, -0.125),
+        (1.25, 0.125),
+        (1.25, -0.25),
+        (1.25, -0.5),
+        (1.25, -0.15625),
+        (1.25, 0.0),
+        (1.25, -5 / 24),
+        (1.25, 3.0),
+        (1.25,),
+    ],
+    "2.B": [10, 21, 21.85, 1, 9, 30, "many", (22, 23)],
     "2.1": [steps_small_end_only, steps_rounded_down, steps_exponential, steps_never_infinite],
-    "2.2": [choose_swapped, choose_by_m_below_t, choose_by_dimension, lambda d, m, T: "forward"],
+    "2.2": [
+        choose_swapped,
+        choose_by_m_below_t,
+        choose_by_dimension,
+        lambda d, m, T: "forward",
+        lambda d, m, T: (1, 2),
+    ],
     "2.3": [
         recursion(fix=False),
         recursion(fix=True, direct=False),
         recursion(fix=True, sign=1.0),
         recursion(fix=True, shift=1),
+        recursion(fix=True, turned=True),
     ],
     "2.4": [
         step_size_derivative(sign=1.0),
         step_size_derivative(late=False),
         step_size_derivative(carry=False),
         lambda problem, lam, theta0, steps, lr: 0.0,
+        lambda *a: step_size_derivative()(*a) / a[3],
     ],
     "2.5": [
         heavy_ball(carry=False),
         heavy_ball(collect=False),
         heavy_ball(direct=False),
+        lambda *a: heavy_ball()(*a[:-1], 0.0),
         lambda problem, lam, theta0, steps, lr, beta: torch.zeros_like(theta0),
     ],
     "2.6": [(1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 2, 2), 2],
