@@ -52,7 +52,14 @@ def weights_and_biases_swapped(lam, theta, batch, classes, l2):
     return right_loss(lam, swapped, batch, classes, l2)
 
 
+def features_first(lam, theta, batch, classes, l2):
+    matrix = theta[:-classes].view(-1, classes).T
+    return right_loss(lam, torch.cat([matrix.flatten(), theta[-classes:]]), batch, classes, l2)
+
+
 RIGHT = {
+    "0.A": 0.0625,
+    "0.B": (2000, 1),
     "0.1": (+1, 0),
     "0.2": right_loss,
     "0.3": lambda rate, classes: rate * (1 - 1 / classes),
@@ -61,6 +68,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "0.A": [0, -0.0625, 0.25, -0.25, -0.125, 0.125, -0.5, 1.0, (0.0625, 1), "a"],
+    "0.B": [(1000, 1), (1001, 1), (2000, 1000), (2000, 650), (1, 1), 2000, "a"],
     "0.1": [(-1, 0), (-1, 1), (+1, 1), (+1, 0.5), (+1, -1), 0, "a"],
     "0.2": [
         first_weights,
@@ -71,6 +80,7 @@ WRONG = {
         half_penalty,
         not_scalar,
         weights_and_biases_swapped,
+        features_first,
     ],
     "0.3": [
         lambda rate, classes: rate,
@@ -87,6 +97,8 @@ WRONG = {
         lambda lam: lam.abs().clamp(max=1),
         lambda lam: lam.clamp(0, 1) / lam.clamp(0, 1).max() * 0.9,
         lambda lam: 0.5,
+        lambda lam: lam.clamp(1e-4, 1 - 1e-4),
+        lambda lam: torch.where((lam < 0) | (lam > 1), torch.nan, lam),
     ],
     "0.5": [
         (32.2, 32.2, 12.2),

@@ -14,6 +14,10 @@ def plan_largest(mu_min, mu_max, tolerance):  # the safe step, not the best one
     return 1 / mu_max, math.ceil(math.log(tolerance) / math.log(1 - mu_min / mu_max))
 
 
+def plan_half(mu_min, mu_max, tolerance):
+    return plan(mu_min, mu_max, tolerance)[0] / 2, plan(mu_min, mu_max, tolerance)[1]
+
+
 def plan_products(mu_min, mu_max, tolerance):  # counts products
     step, terms = plan(mu_min, mu_max, tolerance)
     return step, terms - 1
@@ -49,6 +53,10 @@ def cross_values(losses, theta, v):
 
 def cross_sum(losses, theta, v):  # one number: J v summed over the examples
     return cross(losses, theta, v).sum()
+
+
+def cross_over_d(losses, theta, v):
+    return cross(losses, theta, v) * len(losses(theta)) / len(theta)
 
 
 def cross_row_by_row(losses, theta, v):  # n evaluations
@@ -137,6 +145,8 @@ def energy_residual(matvec, b, k, m):  # the residual norm, not the energy error
 
 
 RIGHT = {
+    "3.A": (0, 0.895),
+    "3.B": (0.001, 0.995),
     "3.1": (3, 90),
     "3.2": plan,
     "3.3": cross,
@@ -146,9 +156,36 @@ RIGHT = {
 }
 
 WRONG = {
+    "3.A": [
+        (0, 0.904),
+        (0, 0.99),
+        (0.895, 0),
+        (1, 0.895),
+        (0, 0.105),
+        (0, 0.01),
+        (0, 0),
+        (0, 0.89),
+        0,
+    ],
+    "3.B": [
+        (0.001, 0.001),
+        (0.995, 0.001),
+        (0.001, 10),
+        (0.001, 0.909),
+        (1, 0.995),
+        (0.1, 0.995),
+        3,
+    ],
     "3.1": [(4, 90), (132, 90), (32, 90), (3, 89), (3, 2301), 3],
-    "3.2": [plan_largest, plan_products, plan_real, plan_square_root],
-    "3.3": [cross_without_mean, cross_negative, cross_values, cross_sum, cross_row_by_row],
+    "3.2": [plan_largest, plan_half, plan_products, plan_real, plan_square_root],
+    "3.3": [
+        cross_without_mean,
+        cross_negative,
+        cross_values,
+        cross_sum,
+        cross_over_d,
+        cross_row_by_row,
+    ],
     "3.4": [
         cg_slips,
         conjugate_gradients(stale=True),
