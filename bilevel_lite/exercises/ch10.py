@@ -10,13 +10,72 @@ def _matrix(generator, c):
     return draw(generator, c, c).exp().softmax(1)
 
 
+def _function(answer):
+    if not callable(answer):
+        raise Wrong("Give the function itself, not what it returns.")
+    return answer
+
+
+@exercise("10.A")
+def check_count(answer):
+    """The mean and standard deviation of a binomial count."""
+    mean, spread = numbers(answer, 2)
+    trials, p = 25_000, 0.9
+    truths = (trials * p, (trials * p * (1 - p)) ** 0.5)
+    mistakes = (
+        [(25_000, "that many are redrawn; one in ten of them is right by luck."),
+         (2_500, "that many redrawn labels are right by luck."),
+         (45_000, "only half of the labels are redrawn."),
+         (27_500, "that many are right."),
+         (0.45, "give the count, not the share.")],
+        [((50_000 * 0.45 * 0.55) ** 0.5,
+          "that would be right if each label were drawn with probability 1/2; here exactly "
+          "25,000 are, and only their new labels are left to chance."),
+         ((50_000 * 0.9 * 0.1) ** 0.5, "only 25,000 labels are left to chance."),
+         (truths[1] ** 2, "that is the variance."),
+         (truths[0] ** 0.5, "that is the root of the mean; a label that is nearly always wrong "
+          "varies less.")],
+    )  # fmt: skip
+    for value, truth, known, name in zip(
+        (mean, spread), truths, mistakes, ("The mean", "The standard deviation"), strict=True
+    ):
+        if abs(value - truth) <= 0.02 * truth:
+            continue
+        for wrong, sentence in known:
+            if abs(value - wrong) <= 0.02 * wrong:
+                raise Wrong(f"{name}: {sentence}")
+        raise Wrong(f"{name}: {value:.6g} is not right. Each redrawn label is wrong with "
+                    "probability 0.9.")  # fmt: skip
+
+
+@exercise("10.B")
+def check_signs(answer):
+    """The signs of the inner products with v."""
+    signs = [(value > 0) - (value < 0) for value in numbers(answer, 3)]
+    H = torch.diag(torch.tensor([1.0, 10.0], dtype=torch.float64))
+    b = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    pulls = torch.tensor([[2.0, 1.0], [1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    by_v, by_b, by_hb = [
+        (pulls @ u).sign().int().tolist() for u in (torch.linalg.solve(H, b), b, H @ b)
+    ]
+    if signs == by_v:
+        return
+    if 0 in signs:
+        raise Wrong("No pull is at a right angle to v: each weight rises or falls.")
+    if signs in (by_b, by_hb):
+        raise Wrong("You went by b, the wish. The step is v = H^-1 b: divide upwards by 10.")
+    if [-sign for sign in signs] == by_v:
+        raise Wrong("All three the other way round: whoever pulls along the step gains weight.")
+    raise Wrong("Take v = H^-1 b, then the inner product of each pull with -v.")
+
+
 @exercise("10.1")
 def check_shares(wrong_shares):
     """By Bayes' rule on the joint table of true and given labels."""
     for seed, c in ((101, 4), (102, 7)):
         generator = torch.Generator().manual_seed(seed)
         T, prior, rate = _matrix(generator, c), draw(generator, c).softmax(0), 0.37
-        got = wrong_shares(rate, T.clone(), prior.clone())
+        got = _function(wrong_shares)(rate, T.clone(), prior.clone())
         if not isinstance(got, tuple | list) or len(got) != 2:
             raise Wrong("Return two things: a number, and a tensor with an entry for each class.")
         eye = torch.eye(c, dtype=torch.float64)
@@ -32,6 +91,8 @@ def check_shares(wrong_shares):
                 ("The first: it is not multiplied by the rate.", 1 - prior @ T.diagonal()),
                 ("The first: the classes are not equally frequent; weigh them by prior.",
                  rate * (1 - T.diagonal().mean())),
+                ("The first: a redrawn label is wrong where P changes it, not where it keeps it.",
+                 rate * prior @ T.diagonal()),
             ],
             "The first",
         )  # fmt: skip
@@ -41,6 +102,9 @@ def check_shares(wrong_shares):
             [
                 ("The second: you condition on the true label, not on the given one.",
                  rate * (1 - T.diagonal())),
+                ("The second: P is transposed. P_ck goes from the true c to the given k, so sum "
+                 "over rows: prior @ M.", 1 - right / (joint.T.new_tensor(1 - rate) * prior
+                                                      + rate * T @ prior)),
                 ("The second: that is the probability that the label is right.",
                  right / joint.sum(0)),
                 ("The second: you divide by the true frequencies; divide by those of the given "
@@ -75,7 +139,7 @@ def check_weight_gradients(weight_gradients):
         biased = v.clone()
         biased[c * d :] = 0
         no_bias = torch.func.jvp(losses, (theta,), (biased,))[1]
-        got = weight_gradients(
+        got = _function(weight_gradients)(
             lam.detach().clone(), theta.clone(), v.clone(), x.clone(), y.clone(), c
         )
         compare(
@@ -88,11 +152,31 @@ def check_weight_gradients(weight_gradients):
                 ("The factor is the sigmoid's derivative, not the weight itself.",
                  -jv / slope * sigma),
                 ("The biases' part of v is missing.", -slope * no_bias / n),
-                ("The one-hot label is missing in p - e.",
+                ("The one-hot label is missing in prob - e.",
                  -slope * _along_p(x, theta, v, c, d) / n),
+                *_other_layouts(x, y, theta, v, c, slope),
             ],
             "The result",
         )  # fmt: skip
+
+
+def _other_layouts(x, y, theta, v, c, slope):
+    """The results if theta and v are read in another order than the exercise says."""
+
+    def columns(t):
+        return x @ t[:-c].view(-1, c) + t[-c:]
+
+    def biases_first(t):
+        return x @ t[c:].view(c, -1).T + t[:c]
+
+    out = []
+    for scores, sentence in (
+        (columns, "The matrix is read by columns: view(C, -1), one row for each class."),
+        (biases_first, "The biases are read from the head; they are the last C entries."),
+    ):
+        off = scores(theta).softmax(1) - torch.nn.functional.one_hot(y, c)
+        out.append((sentence, -slope * (off * scores(v)).sum(1) / len(y)))
+    return out
 
 
 def _along_p(x, theta, v, c, d):
@@ -123,7 +207,7 @@ def check_precision_range(precision_range):
             taken = order[lam[order].argsort(stable=True)[:count]]
             found.append(float(wrong[taken].double().mean()))
         truth = (min(found), sum(found) / len(found), max(found))
-        got = numbers(precision_range(lam.clone(), wrong.clone()), 3)
+        got = numbers(_function(precision_range)(lam.clone(), wrong.clone()), 3)
         for name, value, expected in zip(names, got, truth, strict=True):
             if abs(value - expected) > 1e-9:
                 raise Wrong(
@@ -182,13 +266,15 @@ def check_pipeline(repaired):
         return table[theta][2]
 
     generator = torch.Generator().manual_seed(108)
-    got = repaired(x, y, parts, rate, learn, score, generator)
+    got = _function(repaired)(x, y, parts, rate, learn, score, generator)
     if not isinstance(got, tuple | list) or len(got) != 2:
         raise Wrong("Return the chosen iterate and its score on the test set.")
-    if len(seen["test"]) > 1:
-        raise Wrong("The test set was scored more than once: it took part in a choice.")
     if set(seen["tuning"]) != set(table) or got[0] != 1:
+        if set(seen["test"]) == set(table):
+            raise Wrong("All iterates were scored on the test set: it took part in the choice.")
         raise Wrong("The iterate should be the best on the tuning set.")
+    if len(seen["test"]) > 1:
+        raise Wrong("The choice is right, but look at the test set once: score the chosen one.")
     if seen["test"] != [1] or got[1] != table[1][1]:
         raise Wrong("The second value should be the chosen iterate's score on the test set.")
 
@@ -218,6 +304,7 @@ def check_costs(answer):
         (share, "(d)", 0.9**10, "In one iteration a weight stays with probability 0.9.",
          [(0.0, "the draws are independent: some examples are drawn twice."),
           (1 - 0.9**10, "that is the share that has moved."),
+          (100 * 0.9**10, "give the share as a number between 0 and 1, not in per cent."),
           (0.1**10, "a weight stays where it is with probability 0.9 each time.")]),
     ]  # fmt: skip
     for value, name, truth, hint, mistakes in rows:
@@ -255,21 +342,23 @@ def check_breaking_rate(breaking_rate):
             middle = (low + high) / 2
             low, high = (low, middle) if breaks(middle) else (middle, high)
         truth = torch.tensor(high, dtype=torch.float64)
-        got = breaking_rate(T.clone())
+        got = _function(breaking_rate)(T.clone())
         diagonal, others = T.diagonal(), (T - 2 * eye).max(1).values
         rates = 1 / (1 + others - diagonal)
         mistakes = [
             ("One class is enough: take the smallest rate over the classes.",
              rates.max().clamp(max=1)),
             ("One class is enough: take the smallest rate over the classes.", rates.mean()),
-            ("A redrawn label can be right: T_cc counts for the true one.",
+            ("A redrawn label can be right: P_cc counts for the true one.",
              (1 / (1 + others)).min().clamp(max=1)),
+            ("You compare with the largest entry of a column; what a class c becomes is its row.",
+             (1 / (1 + (T - 2 * eye).max(0).values - diagonal)).min().clamp(max=1)),
             ("There is no rate above 1.", rates.min()),
             ("Compare with the most frequent false label, not with all of them together.",
              (1 / (2 * (1 - diagonal))).min().clamp(max=1)),
         ]  # fmt: skip
         try:
-            compare(got, truth, mistakes, f"The rate for {name}", 1e-9)
+            compare(got, truth, mistakes, f"The rate for {name}", 1e-8)
         except Wrong as wrong:
             text = str(wrong)
             raise Wrong(text if name in text else f"For {name}: {text}") from None

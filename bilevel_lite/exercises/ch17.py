@@ -9,6 +9,76 @@ from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers
 from bilevel_lite.problem import BilevelProblem
 
 
+def _function(answer):
+    if not callable(answer):
+        raise Wrong("Give the function itself, not what it returns.")
+    return answer
+
+
+@exercise("17.A")
+def check_slopes(answer):
+    """Slopes fitted on a problem with one parameter: g = log(1+e^t) - lam t + rho t^2."""
+    newton, hypergradient = numbers(answer, 2)
+    if newton == 2 and hypergradient == 2:
+        raise Wrong(
+            "So one hopes. But at which theta are H and b taken, of which v_+ = H^-1 b is made?"
+        )
+    if newton == 1:
+        raise Wrong("The first: Newton's method squares the error, see (17.3).")
+    if hypergradient == 0:
+        raise Wrong("The second: at e = 0 the hypergradient is exact, so its error does fall.")
+    truths, got = _slopes(), (newton, hypergradient)
+    if got == truths[::-1]:
+        raise Wrong("The other way round: first theta, then the hypergradient.")
+    for value, truth, name in zip(got, truths, ("The first", "The second"), strict=True):
+        if value != truth:
+            raise Wrong(f"{name}: {value:.6g} is not right. Which power of e is left?")
+
+
+def _slopes():
+    """The whole numbers next to the slopes of Newton's error and of (17.2)'s hypergradient."""
+
+    def at(t, lam):
+        s = t.sigmoid()
+        return s - lam + 0.1 * t, s * (1 - s) + 0.1  # g', g''
+
+    lam, star = 0.8, torch.zeros((), dtype=torch.float64)
+    for _ in range(60):
+        slope, curve = at(star, lam)
+        star = star - slope / curve
+
+    def h(t, curve):  # f = t^2, J = -1, v = f' / g''
+        return 2 * t / curve
+
+    errors = []
+    for e in (1e-3, 1e-4):
+        slope, curve = at(star + e, lam)
+        new = star + e - slope / curve
+        errors.append((abs(new - star), abs(h(star + e, curve) - h(star, at(star, lam)[1]))))
+    return tuple(
+        float((first / second).log10().round()) for first, second in zip(*errors, strict=True)
+    )
+
+
+@exercise("17.B")
+def check_scale(answer):
+    """(17.7) with mean zero and N much above n; v is longer by as much as F is smaller."""
+    smaller, longer = numbers(answer, 2)
+    for value, name in ((smaller, "The matrix"), (longer, "v")):
+        if abs(value - 100) <= 2:
+            continue
+        known = {
+            1: "a mean of n gradients scatters less than one gradient does.",
+            10: "the length of a mean falls like the root of n, but q enters twice.",
+            10_000: "the variance of a mean falls like n, not like n squared.",
+            0.01: "give the factor as a number above 1.",
+        }
+        for wrong, sentence in known.items():
+            if abs(value - wrong) <= 0.02 * wrong:
+                raise Wrong(f"{name}: {sentence}")
+        raise Wrong(f"{name}: {value:.6g} is not right. What is the variance of a mean?")
+
+
 def _pair(answer, what):
     """Two tensors, theta and v."""
     if not isinstance(answer, tuple | list) or len(answer) != 2:
@@ -61,15 +131,17 @@ def check_predictions(answer):
             raise Wrong(f"{name}: {value:.6g} is not right. {hint}")
     memory = 7850 / c
     if abs(values[3] - 7850) < 100:
-        raise Wrong("A memory as long as the dimension has c = 1: an excess of 72 %.")
+        raise Wrong("A memory as long as the dimension has nu = 1: an excess of 72 %.")
     if abs(values[3] - 78_500) < 1000:
-        raise Wrong("Nearly twice too long: for small c, (e^c - 1) / c is 1 + c / 2, not 1 + c.")
+        raise Wrong(
+            "Nearly twice too long: for small nu, (e^nu - 1) / nu is 1 + nu / 2, not 1 + nu."
+        )
     if abs(values[3] - 39_250) < 400:
-        raise Wrong("Close, but too short: 1 + c / 2 leaves out c^2 / 6. Solve (17.10) itself.")
+        raise Wrong("Close, but too short: 1 + nu / 2 leaves out nu^2 / 6. Solve (17.10) itself.")
     if not abs(values[3] / memory - 1) < 0.02:
         raise Wrong(
-            f"The memory: {values[3]:.6g} is not right. Solve (e^c - 1) / c = 1.1 for c, for "
-            "example by trial, and then c = d (1 - beta)."
+            f"The memory: {values[3]:.6g} is not right. Solve (e^nu - 1) / nu = 1.1 for nu, for "
+            "example by trial, and then nu = d (1 - beta)."
         )
 
 
@@ -97,7 +169,7 @@ def check_constant(newton_constant):
         plain = (p * (1 - p) * x**2).mean() + 2 * gamma
         plain_t = (p * (1 - p) * (1 - 2 * p) * x**3).mean()
         compare(
-            newton_constant(x.clone(), y.clone(), sigma.clone(), gamma, theta.clone()),
+            _function(newton_constant)(x.clone(), y.clone(), sigma.clone(), gamma, theta.clone()),
             truth,
             [
                 ("The sign is wrong: expand g'(theta) AND g''(theta) around theta*.", -truth),
@@ -113,31 +185,46 @@ def check_constant(newton_constant):
 
 @exercise("17.3")
 def check_fisher(fisher_from_batches):
-    """Every batch drawn once: the estimate is then exact."""
+    """The formula on some of the batches; over all batches it is exact."""
+    fisher_from_batches = _function(fisher_from_batches)
     generator = torch.Generator().manual_seed(173)
-    for N, B in ((7, 3), (6, 2), (6, 5)):
+    for N, n, kept in ((7, 3, 11), (6, 2, 8), (6, 5, 4)):
         rows = draw(generator, N, 3) + torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
-        m, truth = rows.mean(0), rows.T @ rows / N
-        Q = torch.stack([rows[list(batch)].mean(0) for batch in combinations(range(N), B)])
-        second, mm = Q.T @ Q / len(Q), torch.outer(m, m)
-        factor = B * (N - 1) / (N - B)
+        mean, truth = rows.mean(0), rows.T @ rows / N
+        every = torch.stack([rows[list(batch)].mean(0) for batch in combinations(range(N), n)])
+        factor = n * (N - 1) / (N - n)
+
+        def estimate(Q, mm, factor):
+            return mm + factor * (Q.T @ Q / len(Q) - mm)
+
+        mm = torch.outer(mean, mean)
+        if float((estimate(every, mm, factor) - truth).norm()) > 1e-12 * float(truth.norm()):
+            raise AssertionError("the formula of the check is wrong")
+        Q = every[torch.randperm(len(every), generator=generator)[:kept]]
+        second, own = Q.T @ Q / len(Q), torch.outer(Q.mean(0), Q.mean(0))
         compare(
-            fisher_from_batches(Q.clone(), m.clone(), N, B),
-            truth,
+            fisher_from_batches(Q.clone(), mean.clone(), N, n),
+            estimate(Q, mm, factor),
             [
-                ("The mean's share m m^T must be taken out before scaling.", factor * second),
-                ("That is B times the second moment: right at the optimum, for N much above B.",
-                 B * second),
-                ("Put m m^T back after scaling.", factor * (second - mm)),
-                ("The batches are drawn without replacement: the factor is not B.",
-                 mm + B * (second - mm)),
-                ("The factor is upside down.", mm + (second - mm) / factor),
+                ("The mean's share must be taken out before scaling.", factor * second),
+                ("That is n times the second moment: right at the optimum, for N much above n.",
+                 n * second),
+                ("Put the mean's share back after scaling.", factor * (second - mm)),
+                ("The batches are drawn without replacement: the factor is not n.",
+                 estimate(Q, mm, n)),
+                ("The factor is upside down.", estimate(Q, mm, 1 / factor)),
                 ("Nearly: the factor in (17.7) has N - 1, not N.",
-                 mm + B * N / (N - B) * (second - mm)),
+                 estimate(Q, mm, n * N / (N - n))),
                 ("That is the second moment of the batches, without any scale.", second),
                 ("That is a sum over batches, not a mean.", mm + factor * (Q.T @ Q - mm)),
+                ("You use the mean of the rows of Q; that is biased. Use the mean that is given.",
+                 estimate(Q, own, factor)),
+                ("You use the mean of the rows of Q in one of its two places.",
+                 mm + factor * (second - own)),
+                ("You use the mean of the rows of Q in one of its two places.",
+                 own + factor * (second - mm)),
             ],
-            f"The estimate of S for N = {N}, B = {B}",
+            f"The estimate for N = {N}, n = {n}",
         )  # fmt: skip
 
 
@@ -152,6 +239,7 @@ def check_shared_step(shared_step):
     H_new, b, b_new = hessian(theta_new), grad_f(theta), grad_f(theta_new)
     v_new = v - solve(H, H_new @ v - b_new)
     problem = BilevelProblem(inner_loss, outer_loss)
+    shared_step = _function(shared_step)
     got = _pair(
         shared_step(problem, lam.clone(), theta.clone(), v.clone(), len(theta)), "shared_step"
     )
@@ -159,9 +247,10 @@ def check_shared_step(shared_step):
         got[0],
         theta_new,
         [
-            ("theta moves the wrong way: subtract n.", theta + solve(H, grad_g(theta))),
+            ("The order: theta first, then v.", v_new),
+            ("theta moves the wrong way: subtract.", theta + solve(H, grad_g(theta))),
             ("theta did not move.", theta),
-            ("theta made a plain gradient step: n solves H n = grad g.", theta - grad_g(theta)),
+            ("theta made a plain gradient step; solve with H for it.", theta - grad_g(theta)),
         ],
         "theta",
         1e-6,
@@ -171,7 +260,7 @@ def check_shared_step(shared_step):
         v_new,
         [
             ("v solves the system of the old theta, as in (17.2): move the residual.", solve(H, b)),
-            ("v moves the wrong way: subtract w.", v + solve(H, H_new @ v - b_new)),
+            ("v moves the wrong way: subtract.", v + solve(H, H_new @ v - b_new)),
             ("v solves the system of the new theta exactly; use the old H for the solve.",
              solve(H_new, b_new)),
             ("H_+ v is missing: the residual uses the Hessian at the new theta.",
@@ -228,10 +317,30 @@ def check_repaired(fisher_update):
     mistakes = mistakes[1:] + [
         ("The weights are missing.", inverse(0, True, False)),
         ("The old matrix is never multiplied by beta.", inverse(0.5, True, False, 1.0)),
-        ("M is never divided by beta.", beta * truth),
+        ("The inverse is never divided by beta.", beta * truth),
     ]
-    got = fisher_update(torch.linalg.inv(fisher), gradients.clone(), sigma.clone(), beta)
-    compare(got, truth, mistakes, "M'")
+    half = (
+        "Half of each repair: forget first, M / beta, and then beta must not stand in the "
+        "denominator again; or leave it there, and divide once after the loop."
+    )
+    mistakes += [
+        (half, _half(fisher, gradients, sigma, beta, 0.5, True)),
+        (half + " And the new part is a mean over the batch.",
+         _half(fisher, gradients, sigma, beta, 0.5, False)),
+        (half + " And the gradients should carry sqrt(sigma).",
+         _half(fisher, gradients, sigma, beta, 1.0, True)),
+    ]  # fmt: skip
+    got = _function(fisher_update)(torch.linalg.inv(fisher), gradients.clone(), sigma.clone(), beta)
+    compare(got, truth, mistakes, "The inverse")
+
+
+def _half(fisher, gradients, sigma, beta, power, mean):
+    """M / beta first, and beta in the denominators as well."""
+    M, a = torch.linalg.inv(fisher) / beta, (1 - beta) / (len(gradients) if mean else 1)
+    for q in sigma[:, None] ** power * gradients:
+        u = M @ q
+        M = M - a * torch.outer(u, u) / (beta + a * q @ u)
+    return M
 
 
 @exercise("17.6")
@@ -252,24 +361,29 @@ def check_pair(pair_step):
     K, curvature = jacobian[d:, :d], torch.func.hessian(outer_loss, argnums=1)(lam, theta)
     solve = torch.linalg.solve
     H_new, b_new = hessian(theta_new), grad_f(theta_new)
+    pair_step = _function(pair_step)
     got = _pair(
         pair_step(inner_loss, outer_loss, lam.clone(), theta.clone(), v.clone()), "pair_step"
     )
     compare(
         got[0],
         theta_new,
-        [("theta moves the wrong way: subtract n.", theta + n)],
+        [
+            ("theta moves the wrong way: subtract.", theta + n),
+            ("The order: theta first, then v.", v_new),
+        ],
         "theta",
     )
     compare(
         got[1],
         v_new,
         [
-            ("That is (17.2): the block K is missing.", solve(H, b)),
-            ("The sign of K n is wrong: theta moves by -n.", solve(H, b - K @ n)),
-            ("The Hessian of f is missing from K: b moves with theta, too.",
+            ("That is (17.2): the block below the diagonal is missing.", solve(H, b)),
+            ("The sign of the new term is wrong: theta moves by minus Delta theta.",
+             solve(H, b - K @ n)),
+            ("The Hessian of f is missing from the block: b moves with theta, too.",
              solve(H, b + (K + curvature) @ n)),
-            ("The derivative of H v is missing from K.", solve(H, b - curvature @ n)),
+            ("The derivative of H v is missing from the block.", solve(H, b - curvature @ n)),
             ("That is (17.4), the moved residual; here the derivative at theta is asked for.",
              v - solve(H, H_new @ v - b_new)),
             ("That is v at the new theta, solved with its own Hessian.", solve(H_new, b_new)),

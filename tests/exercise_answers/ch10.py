@@ -26,11 +26,17 @@ def shares(rate, T, prior, variant=""):
         by_given = given - prior * M.diagonal()
     if variant == "rows":
         by_given = 1 - prior * M.diagonal() / (M @ prior)
+    if variant == "kept":
+        overall = rate * prior @ T.diagonal()
     return overall, by_given
 
 
 def weight_gradients(lam, theta, v, x, y, C, variant=""):
     def scores(t):
+        if variant == "columns":
+            return x @ t[:-C].view(-1, C) + t[-C:]
+        if variant == "head":
+            return x @ t[C:].view(C, -1).T + t[:C]
         bias = 0 if variant == "bias" and t is v else t[-C:]
         return x @ t[:-C].view(C, -1).T + bias
 
@@ -77,6 +83,8 @@ def pipeline(x, y, parts, rate, learn, score, generator, bugs=""):
     iterates = learn(inner_batch, (x[trusted], y[trusted]))
     judge = {"test": test, "validation": validation}.get(bugs, tuning)
     best = max(iterates, key=lambda theta: score(theta, x[judge], y[judge]))
+    if "curious" in bugs:
+        [score(theta, x[test], y[test]) for theta in iterates]
     if "last" in bugs:
         best = iterates[-1]
     reported = tuning if "report" in bugs else test
@@ -87,6 +95,8 @@ def breaking_rate(T, variant=""):
     off = T.clone()
     off.fill_diagonal_(0)
     others = off.sum(1) if variant == "sum" else off.max(1).values
+    if variant == "columns":
+        others = off.max(0).values
     diagonal = 0 * T.diagonal() if variant == "luck" else T.diagonal()
     rates = 1 / (1 + others - diagonal)
     if variant == "raw":
@@ -97,6 +107,8 @@ def breaking_rate(T, variant=""):
 
 
 RIGHT = {
+    "10.A": (22_500, 47.4),
+    "10.B": (1, 1, -1),
     "10.1": shares,
     "10.2": weight_gradients,
     "10.3": precision_range,
@@ -106,18 +118,23 @@ RIGHT = {
 }
 
 WRONG = {
+    "10.A": [
+        (25_000, 47.4), (2_500, 47.4), (22_500, 111), (22_500, 67), (22_500, 2250), (22_500, 150),
+        (0.45, 47), (21_000, 47), 22_500, "half", shares,
+    ],
+    "10.B": [(1, -1, 1), (-1, -1, 1), (1, 1, 1), (1, 1, 0), (1, 1), "up up down", shares],
     "10.1": [
         *(
             lambda *a, variant=variant: shares(*a, variant=variant)
             for variant in (
-                "rate", "no rate", "unweighted", "true", "right", "prior", "joint", "rows",
+                "rate", "no rate", "unweighted", "true", "right", "prior", "joint", "rows", "kept",
             )
         ),
         lambda *a: shares(*a)[0],
     ],
     "10.2": [
         lambda *a, variant=variant: weight_gradients(*a, variant=variant)
-        for variant in ("sign", "sum", "clip", "sigma", "bias", "one-hot")
+        for variant in ("sign", "sum", "clip", "sigma", "bias", "one-hot", "columns", "head")
     ],
     "10.3": [
         *(
@@ -130,6 +147,7 @@ WRONG = {
         lambda *a, bugs=bugs: pipeline(*a, bugs=bugs)
         for bugs in (
             "noise outer test", "noise", "outer", "test", "clean", "validation", "last", "report",
+            "curious",
         )
     ],
     "10.5": [
@@ -141,10 +159,11 @@ WRONG = {
         (127, 37, 0.1, 0.9**10),
         (127, 37, 1, 0),
         (127, 37, 1, 1 - 0.9**10),
+        (127, 37, 1, 34.9),
         (127, 37, 1),
     ],
     "10.6": [
         lambda T, variant=variant: breaking_rate(T, variant)
-        for variant in ("sum", "luck", "raw", "max")
+        for variant in ("sum", "luck", "raw", "max", "columns")
     ],
 }  # fmt: skip

@@ -66,7 +66,18 @@ def newton_pair(inner_loss, outer_loss, lam, theta, v, sign=1, of_f=True, of_g=T
     return theta - n, torch.linalg.solve(H, b + sign * Kn)
 
 
+def half(M, gradients, sigma, beta, power=0.5, mean=True):
+    """Forgets first, and keeps beta in the denominators."""
+    M, a = M / beta, (1 - beta) / (len(gradients) if mean else 1)
+    for q in sigma[:, None] ** power * gradients:
+        Mq = M @ q
+        M = M - a * torch.outer(Mq, Mq) / (beta + a * q @ Mq)
+    return M
+
+
 RIGHT = {
+    "17.A": (2, 1),
+    "17.B": (100, 100),
     "17.1": (15, 23, 13, 41_800),
     "17.2": constant,
     "17.3": fisher,
@@ -76,6 +87,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "17.A": [(2, 2), (1, 1), (1, 2), (2, 0), (2, 3), (2,), "2 and 1", constant],
+    "17.B": [(10, 10), (1, 1), (100, 10), (10_000, 100), (0.01, 100), (100, 50), 100, constant],
     "17.1": [
         (7, 23, 13, 41_800),
         (15, 16, 13, 41_800),
@@ -107,6 +120,8 @@ WRONG = {
         lambda *a: fisher(*a, factor=lambda N, B: 1),
         lambda Q, m, N, B: fisher(Q * len(Q) ** 0.5, m, N, B),
         lambda *a: fisher(*a)[0],
+        lambda Q, m, N, B: fisher(Q, Q.mean(0), N, B),
+        lambda Q, m, N, B: fisher(Q, m, N, B, back=False) + torch.outer(Q.mean(0), Q.mean(0)),
     ],
     "17.4": [
         lambda *a: shared(*a, moved=False),
@@ -117,6 +132,7 @@ WRONG = {
         lambda problem, lam, theta, v, steps: (theta, v),
         lambda problem, lam, theta, v, steps: (shared(problem, lam, theta, v, steps)[0], v),
         wrong_v,
+        lambda *a: shared(*a)[::-1],
         lambda *a: shared(*a)[1],
     ],
     "17.5": [
@@ -130,6 +146,9 @@ WRONG = {
         lambda *a: update(*a, power=0),
         lambda *a: update(*a, forget=False),
         lambda *a: update(*a, mean=False),
+        half,
+        lambda *a: half(*a, mean=False),
+        lambda *a: half(*a, power=1),
     ],
     "17.6": [
         lambda *a: newton_pair(*a, sign=0),
@@ -138,5 +157,6 @@ WRONG = {
         lambda *a: newton_pair(*a, of_g=False),
         lambda *a: (2 * a[3] - newton_pair(*a)[0], newton_pair(*a)[1]),
         lambda *a: newton_pair(*a)[1],
+        lambda *a: newton_pair(*a)[::-1],
     ],
 }
