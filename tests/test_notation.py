@@ -89,7 +89,6 @@ BROKEN = {
     r"$\theta^\star$": "minimiser",
     r"$\theta^{\ast}$": "minimiser",
     r"$\sum_i l_i$": "ell_i",
-    r"$s_i h_i s_i$": "Omega",
     r"$D_{i}^\top$": "Jacobian",
     r"$p_t = b$": "adjoint",
     r"$p_{ic}$": "probabilities",
