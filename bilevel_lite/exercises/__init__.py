@@ -76,6 +76,11 @@ def check(number: str, answer) -> bool:
     Raises:
         TypeError: if ``number`` is no string (1.10 and 1.1 are one number, but two exercises).
         ValueError: for an unknown exercise number.
+
+    Example:
+        >>> bl.exercises.check("1.1", ...)
+        Exercise 1.1: not attempted yet.
+        False
     """
     verdict, sentence = judge(number, answer)
     name = f"{'Stop' if number[-1].isalpha() else 'Exercise'} {number}"
