@@ -105,6 +105,17 @@ def test_no_answer_is_to_be_found(edition):
     assert "bl.exercises.check" in chapters and "/solutions/" not in chapters
 
 
+def test_the_page_for_teachers_is_left_out_and_its_links_lead_somewhere(edition):
+    assert {path.name for path in edition.rglob("*.md")} >= {"README.md", "NOTATION.md"}
+    assert not list(edition.rglob("TEACHING.md"))
+    text = (form.ROOT / "chapters" / "TEACHING.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert {p.name for p in form.chapters()} <= set(links)
+    assert all((form.ROOT / "chapters" / link).is_file() for link in links), links
+    for name in re.findall(r"`((?:bilevel_lite|figures|tests)/[\w./]+)`", text):
+        assert (form.ROOT / name).exists(), name
+
+
 def test_its_checks_work(edition):
     code = (
         "import torch, bilevel_lite as bl; torch.set_default_dtype(torch.float64)\n"
