@@ -99,7 +99,7 @@ BROKEN = {
     r"$U^{T}$": "transpose",
     "#lmbda = 1": "lam",
     "#def f(hparams): pass": "lam",
-    "#for delta in (1, 2): pass": "damping",
+    "#for damp in (1, 2): pass": "damping",
     "#logits = model(x)": "outputs",
     "#def step(learning_rate=1): pass": "lr or step",
     "#a, evals = 1, 2": "mu",
