@@ -75,13 +75,13 @@ def unrolled_hypergradient(
 ) -> Tensor | tuple[Tensor, UnrollInfo]:
     r"""The derivative of f(lam, theta_T(lam)) through T steps theta <- theta - lr grad_theta g.
 
-        reverse:  p = grad_theta f(theta_T);  for t = T-1, ..., T-K:
-                      h <- h - lr J_t p,   p <- p - lr H_t p
-        forward:  Z_0 = 0;  Z_{t+1} = Z_t - lr (H_t Z_t + J_t^T);
-                      h = grad_lam f + Z_T^T grad_theta f
+        reverse:  w = grad_theta f(theta_T);  for t = T-1, ..., T-K:
+                      h <- h - lr J_t w,   w <- w - lr H_t w
+        forward:  D_0 = 0;  D_{t+1} = D_t - lr (H_t D_t + J_t^T);
+                      h = grad_lam f + D_T^T grad_theta f
 
     Reverse mode stores the iterates (K of them) and recomputes everything else, so it holds one
-    graph at a time. Forward mode stores one column of Z per entry of lam, whatever T is.
+    graph at a time. Forward mode stores one column of D per entry of lam, whatever T is.
 
     What is differentiated is the descent that was done: each step's batch is drawn once, in order,
     and kept for the way back; and where g drew random numbers from torch's generators (dropout in
@@ -169,14 +169,14 @@ def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_ba
         kept.append((g, theta, batch, versions(batch)))
         _, step = theta_gradient(g, lam, theta, batch, "inner_loss")
         theta = theta - lr * step
-    outer_loss, h, p = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+    outer_loss, h, w = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(kept)
     info = UnrollInfo(theta, outer_loss, len(kept) * theta.numel(), cost)
     while kept:
         g, theta_t, batch, as_drawn = kept.pop()
         require_as_drawn("inner_batch", batch, as_drawn)
-        jp, hp = update_vjp(g, lam, theta_t, batch, p)
-        h, p = h - lr * jp, p - lr * hp
+        jw, hw = update_vjp(g, lam, theta_t, batch, w)
+        h, w = h - lr * jw, w - lr * hw
     return h, info
 
 
