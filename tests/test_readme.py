@@ -4,6 +4,7 @@ import re
 from statistics import mean
 
 import form
+import nbformat
 import pages
 import pytest
 
@@ -11,6 +12,7 @@ from bilevel_lite import experiment
 from bilevel_lite.tasks.cleaning_comparison import SPACES
 from bilevel_lite.tasks.hypercleaning import BASELINES, mean_test_loss
 
+TEACHING = (form.ROOT / "chapters" / "TEACHING.md").read_text("utf-8")
 README = (form.ROOT / "README.md").read_text("utf-8")
 
 
@@ -174,6 +176,22 @@ def test_the_costs_of_other_libraries_are_the_stored_ones():
 @pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)
 def test_every_chapter_is_in_the_table(path):
     assert f"](chapters/{path.name})" in README
+
+
+@pytest.mark.parametrize("path", form.chapters(), ids=lambda path: path.stem)
+def test_minutes_are_those_of_the_chapter(path):
+    said = form.MINUTES.search(nbformat.v4.reads(path.read_text("utf-8")).cells[0].source)
+    if said is None:  # of the older form
+        assert path.name[:2] not in form.CONVERTED
+        return
+    assert re.search(rf"\]\(chapters/{path.name}\) \| [^|]*\| {said[1]} \|", README)
+    table = re.findall(r"^\| (.+) \|$", TEACHING, re.MULTILINE)
+    rows = {row.split(" | ")[0]: row.split(" | ")[1:] for row in table}
+    column = rows["chapter"].index(form.number(path))
+    for name, minutes in zip(
+        ("core", "with *Going deeper*", "all exercises"), said.groups(), strict=True
+    ):
+        assert rows[f"{name}, min"][column] == (minutes or said[1]), name
 
 
 def test_links_lead_somewhere():
