@@ -11,12 +11,29 @@ def _draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _same(got, other: torch.Tensor) -> bool:
+def _same(got, other: torch.Tensor, truth: torch.Tensor | None = None) -> bool:
+    """Whether an answer is a known wrong one, which is not the truth on this draw as well."""
     try:
         got = torch.as_tensor(got).detach().to(other)
     except (TypeError, ValueError, RuntimeError):
         return False  # `close` says what is wrong with it
+    if truth is not None and torch.allclose(other, truth, rtol=1e-6, atol=1e-14):
+        return False
     return got.shape == other.shape and torch.allclose(got, other, rtol=1e-9, atol=1e-14)
+
+
+def _booleans(answer, count: int) -> list[bool]:
+    """So many of True, False, 1, 0; nothing else counts as one of them."""
+    try:
+        given = answer.tolist() if isinstance(answer, torch.Tensor) else list(answer)
+    except TypeError:
+        raise Wrong(f"Give {count} booleans, such as (True, False, ...).") from None
+    if len(given) != count:
+        raise Wrong(f"Give {count} booleans, got {len(given)}.")
+    for k, value in enumerate(given):
+        if isinstance(value, str) or value not in (True, False):
+            raise Wrong(f"Entry {k + 1} is {value!r}; each should be True or False.")
+    return [bool(value) for value in given]
 
 
 def _network(n: int = 7, classes: int = 3, seed: int = 0):
@@ -28,6 +45,43 @@ def _network(n: int = 7, classes: int = 3, seed: int = 0):
         return torch.tanh(x @ first.T) @ last.T
 
     return outputs, _draw(8 + 4 * classes, seed=seed + 1)
+
+
+@exercise("4.A")
+def _zero_blocks(answer):
+    hints = (
+        "The first layer: with the second held fixed and no kink crossed, how do the outputs "
+        "depend on its parameters?",
+        "The second layer: the outputs are linear in its parameters, with tanh and with ReLU.",
+        "Between: a weight of one layer multiplies a weight of the other in the outputs.",
+        "Softmax regression: what is the second derivative of outputs linear in theta?",
+    )
+    right = (True, True, False, True)
+    for value, expected, hint in zip(_booleans(answer, 4), right, hints, strict=True):
+        if value != expected:
+            raise Wrong(hint)
+
+
+@exercise("4.B")
+def _too_long(answer):
+    one = isinstance(answer, tuple | list) and len(answer) == 1
+    try:
+        value = float(answer[0] if one else answer)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong("Give one number.") from None
+    if not abs(value - 1 / 0.09) <= 1:
+        for wrong, sentence in (
+            (1 / 0.3, "The residual enters squared."),
+            (0.09, "That is the size of the matrix; v is its inverse times b."),
+            (0.3, "The residual enters squared, and v is an inverse times b."),
+            (1, "The matrix has the same shape, but each term carries the squared residual."),
+            (1 / 0.0081, "The matrix is quadratic in the residual, not of fourth order."),
+        ):
+            if abs(value - wrong) <= 0.05 * wrong:
+                raise Wrong(sentence)
+        raise Wrong(
+            "The empirical Fisher is 0.3^2 times the right matrix; v is its inverse times b."
+        )
 
 
 @exercise("4.1")
@@ -68,23 +122,18 @@ def _logistic(function):
             "The second moment of the output's gradient is q (1 - q), not its square.",
         ),
     ):
-        if _same(got, slip):
+        if _same(got, slip, truth):
             raise Wrong(sentence)
     close(got, truth, "The Fisher", hint="Sum over both labels, each with its probability.")
 
 
 @exercise("4.2")
 def _predict(answer):
-    try:
-        given = [bool(value) for value in answer]
-    except TypeError:
-        raise Wrong("Give six booleans, such as (True, False, ...).") from None
-    if len(given) != 6:
-        raise Wrong(f"Give six booleans, got {len(given)}.")
+    given = _booleans(answer, 6)
     hints = (
         "Case 1: what is the second derivative of outputs that are linear in theta?",
         "Case 2: which factor of R is zero when every target is reproduced?",
-        "Case 3: at a minimum the sum of D^T r vanishes, but R is another sum. Is it zero?",
+        "Case 3: at a minimum the sum of Z^T s vanishes, but R is another sum. Is it zero?",
         "Case 4: is the product of two layers' weights linear in both together?",
         "Case 5: with the other layer held fixed, how do the outputs depend on this one?",
         "Case 6: equality asks for R = 0. Does R know whether the loss is convex?",
@@ -110,9 +159,19 @@ def _multilabel(function):
 
     l2 = 2 * rho * v
     truth = product(sigma[:, None] * q * (1 - q) * u) + l2
+
+    def hessian_vp(y):
+        def risk(t):
+            o = outputs(t)
+            return (sigma[:, None] * (F.softplus(o) - y * o)).sum() / n
+
+        return torch.autograd.functional.hessian(risk, theta) @ v + l2
+
     softmax = product(sigma[:, None] * (p * u - p * (p * u).sum(1, keepdim=True))) + l2
     got = function(outputs, theta, v, sigma, rho)
     for slip, sentence in (
+        (hessian_vp(0.0), "That is H v (with all labels 0): the remainder is not part of G."),
+        (hessian_vp(1.0), "That is H v (with all labels 1): the remainder is not part of G."),
         (softmax, "That is the output Hessian of softmax; here each output has its own loss."),
         (truth - l2, "The l2 term is missing: it contributes 2 rho v."),
         (truth - l2 / 2, "The l2 term contributes 2 rho v, not rho v."),
@@ -122,11 +181,14 @@ def _multilabel(function):
             product(sigma[:, None] ** 2 * q * (1 - q) * u) + l2,
             "The weights enter squared; they belong in the middle, once.",
         ),
-        (product(sigma[:, None] * u) + l2, "The middle is missing: h is not the identity here."),
+        (
+            product(sigma[:, None] * u) + l2,
+            "The middle is missing: Omega is not the identity here.",
+        ),
     ):
-        if _same(got, slip):
+        if _same(got, slip, truth):
             raise Wrong(sentence)
-    close(got, truth, "G v", hint="h is diagonal, with entries q (1 - q), q = sigmoid(o).")
+    close(got, truth, "G v", hint="Omega is diagonal, with entries q (1 - q), q = sigmoid(o).")
 
 
 @exercise("4.4")
@@ -213,7 +275,7 @@ def _monte_carlo(function):
                 "It does not depend on the number of draws; it should.",
             ),
         ):
-            if _same(got, slip):
+            if _same(got, slip, truth):
                 raise Wrong(sentence)
         close(got, truth, f"The error for M = {samples}")
 
@@ -223,16 +285,16 @@ def _misleading(function):
     try:
         X, r, b = (torch.as_tensor(part, dtype=torch.float64) for part in function())
     except (TypeError, ValueError):
-        raise Wrong("Return three tensors: X, r, b.") from None
+        raise Wrong("Return three tensors: X, s, b.") from None
     if X.dim() != 2 or X.shape[1] != 2 or r.shape != X.shape[:1] or b.shape != (2,):
         raise Wrong("Expected shapes (n, 2), (n,) and (2,).")
     if not float((X.T @ r).norm()) <= 1e-9 * float(X.norm() * r.norm()):
-        raise Wrong("X^T r is not zero, so this is no minimum of the least-squares loss.")
+        raise Wrong("X^T s is not zero, so this is no minimum of the least-squares loss.")
     if not float(b.norm()) > 0:
         raise Wrong("b is zero, so it has no direction.")
     n = len(r)
     fisher, empirical = X.T @ X / n, (X.T * r.square()) @ X / n
-    for name, matrix in (("F", fisher), ("E", empirical)):
+    for name, matrix in (("F", fisher), ("F_emp", empirical)):
         low, high = torch.linalg.eigvalsh(matrix).tolist()
         if not low * 1e4 * (1 + 1e-9) >= high > 0:  # at most, up to rounding
             raise Wrong(f"The condition number of {name} is above 10^4.")
@@ -240,6 +302,6 @@ def _misleading(function):
     cosine = float(right @ wrong / (right.norm() * wrong.norm()))
     if not cosine <= 0.1 + 1e-9:
         raise Wrong(
-            f"The cosine between F^-1 b and E^-1 b is {cosine:.2f}, above 0.1. Put most of b "
+            f"The cosine between F^-1 b and F_emp^-1 b is {cosine:.2f}, above 0.1. Put most of b "
             "where the residuals are large, and a little where they are small."
         )

@@ -5,10 +5,58 @@ import torch
 from bilevel_lite.exercises import Wrong, close, compare, draw, exercise, numbers
 
 
+def _apart(mistakes, truth):
+    """The mistakes that differ from the truth on this draw: the others accuse nobody."""
+    return [m for m in mistakes if float((m[1] - truth).norm()) > 1e-6 * float(truth.norm())]
+
+
 def _positive(generator, d):
     """A random symmetric positive definite matrix, shape (d, d)."""
     root = draw(generator, d + 3, d)
     return root.T @ root / d
+
+
+@exercise("5.A")
+def check_ranks(answer):
+    """Ten classes whose probes sum to zero, eight inputs: 9 x 1, and 9 x 8."""
+    one, mean = numbers(answer, 2)
+    if one == 10 or mean == 80:
+        raise Wrong(
+            "Each probe y_hat - e_k sums to zero, so B has a zero eigenvalue: its rank is 9."
+        )
+    if (one, mean) == (72, 9):
+        raise Wrong("First the rank for one example, then for the mean over 300.")
+    if one in (1, 8):
+        raise Wrong("One example: a a^T has rank 1, B_i has rank 9; ranks of factors multiply.")
+    if mean in (8, 9):
+        raise Wrong("The mean: A now has rank 8, B still 9; ranks of factors multiply.")
+    for value, truth, what in ((one, 9, "one example"), (mean, 72, "the mean")):
+        if value != truth:
+            raise Wrong(f"The rank for {what} is not {value:.6g}: multiply the ranks of A and B.")
+
+
+@exercise("5.B")
+def check_where_exact(answer):
+    """By (5.5), where A_i or B_i is the same for all examples."""
+    try:
+        given = answer.replace(",", " ").split() if isinstance(answer, str) else list(answer)
+        given = [str(word).strip().lower() for word in given]
+    except TypeError:
+        raise Wrong('Give four words, such as ("all", "no", ...).') from None
+    if len(given) != 4:
+        raise Wrong(f"Give four words; there are {len(given)}.")
+    hints = (
+        "Case 1: the loss bends alike for every example, and there is one layer.",
+        "Case 2: B_i = diag(y_hat) - y_hat y_hat^T depends on the example's input.",
+        "Case 3: one example is its own mean, so each block is exact; what couples two layers?",
+        "Case 4: what comes back through linear layers is the same for all examples; and between "
+        "the layers?",
+    )
+    for word, right, hint in zip(given, ("all", "no", "blocks", "blocks"), hints, strict=True):
+        if word not in ("all", "blocks", "no"):
+            raise Wrong(f'{word!r} is none of "all", "blocks", "no".')
+        if word != right:
+            raise Wrong(hint)
 
 
 @exercise("5.1")
@@ -66,23 +114,23 @@ def check_inverse(kfac_inverse_scratch):
             dense = torch.kron(B + on_b * eye_b, A + on_a * eye_a)
             return torch.linalg.solve(dense, V.flatten()).view_as(V)
 
-        traces = (A.trace() / B.trace()).sqrt()
-        compare(
-            kfac_inverse_scratch(A.clone(), B.clone(), V.clone(), delta),
-            solve(pi * root, root / pi),
-            [
-                ("pi is the wrong way round: A gets pi sqrt(delta), B sqrt(delta) / pi.",
-                 solve(root / pi, pi * root)),
-                ("The square root of delta is missing.", solve(pi * delta, delta / pi)),
-                ("pi is missing, which balances the two factors.", solve(root, root)),
-                ("delta itself was added to both factors.", solve(delta, delta)),
-                ("pi is missing its square root.", solve(pi**2 * root, root / pi**2)),
-                ("Each trace is divided by the size of its matrix.",
-                 solve(traces * root, root / traces)),
-                ("There is no damping: neither factor got its delta.", solve(0.0, 0.0)),
-            ],
-            f"The result for V of shape {d1} x {d2}",
-        )  # fmt: skip
+        traces, truth = (A.trace() / B.trace()).sqrt(), solve(pi * root, root / pi)
+        full = torch.kron(B, A) + delta * torch.eye(d1 * d2).to(A)
+        mistakes = [
+            ("pi is the wrong way round: A gets pi sqrt(delta), B sqrt(delta) / pi.",
+             solve(root / pi, pi * root)),
+            ("That is full damping, (5.7); here each factor gets its share, (5.8).",
+             torch.linalg.solve(full, V.flatten()).view_as(V)),
+            ("The square root of delta is missing.", solve(pi * delta, delta / pi)),
+            ("pi is missing, which balances the two factors.", solve(root, root)),
+            ("delta itself was added to both factors.", solve(delta, delta)),
+            ("pi is missing its square root.", solve(pi**2 * root, root / pi**2)),
+            ("Each trace is divided by the size of its matrix.",
+             solve(traces * root, root / traces)),
+            ("There is no damping: neither factor got its delta.", solve(0.0, 0.0)),
+        ]  # fmt: skip
+        got = kfac_inverse_scratch(A.clone(), B.clone(), V.clone(), delta)
+        compare(got, truth, _apart(mistakes, truth), f"The result for V of shape {d1} x {d2}")
 
 
 @exercise("5.4")
@@ -123,10 +171,10 @@ def check_mc_factor(mc_factor):
             ("That divides by the number of samples twice.", truth / samples),
             ("Divide by n, too: B is a mean over examples.", n * truth),
             ("That divides by n twice.", truth / n),
-            ("Draw the labels from p, not uniformly.", mean(sigma, uniform)),
+            ("Draw the labels from y_hat, not uniformly.", mean(sigma, uniform)),
             ("Draw the labels; the most likely one is not a draw.",
              mean(sigma, torch.einsum("ni,nj->nij", top, top))),
-            ("Subtract the unit vector of the label: s = p - e.",
+            ("Subtract the unit vector of the label: s = y_hat - e.",
              mean(sigma, torch.einsum("ni,nj->nij", p, p))),
         ):  # fmt: skip
             if near(wrong):
@@ -178,7 +226,11 @@ def check_cost(answer):
         raise Wrong("CG: a product costs 2 gradients.")
     rows = (
         ("CG", 20, "From zero, ten steps take ten products of 2 gradients each."),
-        ("KFAC exact", 500.5, "Half a gradient for the forward pass, half for each probe."),
+        (
+            "KFAC with all-class probes",
+            500.5,
+            "Half a gradient for the forward pass, half for each probe.",
+        ),
         ("KFAC with four draws", 2.5, "Each draw is a probe with its own backward pass."),
         ("KFAC empirical", 1.0, "One forward pass and one backward pass."),
     )

@@ -101,7 +101,16 @@ def misleading_mild():
     return misleading(b=(1.0, 1.0))
 
 
+def hessian_not_ggn(outputs, theta, v, sigma, rho):
+    def slope(t):
+        return jacrev(lambda u: (sigma[:, None] * outputs(u).exp().log1p()).sum() / len(sigma))(t)
+
+    return jvp(slope, (theta,), (v,))[1] + 2 * rho * v
+
+
 RIGHT = {
+    "4.A": (True, True, False, True),
+    "4.B": 11,
     "4.1": logistic,
     "4.2": (True, True, False, False, True, True),
     "4.3": ggn,
@@ -111,6 +120,16 @@ RIGHT = {
 }
 
 WRONG = {
+    "4.A": [
+        (False, True, False, True),
+        (True, False, False, True),
+        (True, True, True, True),
+        (True, True, False, False),
+        (True, True, None, True),
+        "1101",
+        True,
+    ],
+    "4.B": [3.3, 0.09, 0.3, 1, 123, 5, "eleven"],
     "4.1": [
         logistic_squared_weights,
         logistic_unweighted,
@@ -125,6 +144,8 @@ WRONG = {
         (True, True, False, False, True, False),
         (True, False),
         True,
+        (True, True, None, None, True, True),
+        "110011",
     ],
     "4.3": [
         variant(ggn, power=2),
@@ -134,6 +155,7 @@ WRONG = {
         variant(ggn, middle="softmax"),
         variant(ggn, middle="none"),
         ggn_sum,
+        hessian_not_ggn,
     ],
     "4.4": [
         empirical_slip,

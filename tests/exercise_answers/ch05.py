@@ -38,7 +38,14 @@ def layer_solve(a, gamma, sigma, b, delta, power=0.5, extra=1, transposed=False)
     return torch.linalg.solve(A, torch.linalg.solve(B, V).T).T.flatten()
 
 
+def full_damping(A, B, V, delta):
+    dense = torch.kron(B, A) + delta * torch.eye(V.numel()).to(A)
+    return torch.linalg.solve(dense, V.flatten()).view_as(V)
+
+
 RIGHT = {
+    "5.A": (9, 72),
+    "5.B": ("all", "no", "blocks", "blocks"),
     "5.1": (5, 32, 10, 56),
     "5.2": (401, 32, 401**2 + 32**2, (401 * 32) ** 2),
     "5.3": inverse,
@@ -48,6 +55,16 @@ RIGHT = {
 }
 
 WRONG = {
+    "5.A": [(10, 80), (10, 72), (9, 80), (1, 72), (9, 8), (9, 9), (72, 9), (9, 64), 9, "nine"],
+    "5.B": [
+        ("all", "all", "blocks", "blocks"),
+        ("blocks", "no", "blocks", "blocks"),
+        ("all", "no", "all", "blocks"),
+        ("all", "no", "blocks", "all"),
+        ("all", "no", "blocks"),
+        ("all", "maybe", "blocks", "blocks"),
+        1,
+    ],
     "5.1": [
         (5, 10, 32, 56),
         (5, 7, 40, 60),
@@ -75,6 +92,7 @@ WRONG = {
         lambda *a: inverse(*a, on_a=lambda pi, d: d, on_b=lambda pi, d: d),
         lambda *a: inverse(*a, sizes=False),
         lambda *a: inverse(*a, on_a=lambda pi, d: 0, on_b=lambda pi, d: 0),
+        full_damping,
         lambda *a: inverse(*a).T,
         lambda A, B, V, delta: torch.linalg.solve(B, V),
     ],
