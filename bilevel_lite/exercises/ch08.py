@@ -9,6 +9,47 @@ def _basis(generator, d):
     return torch.linalg.qr(draw(generator, d, d))[0]
 
 
+@exercise("8.A")
+def check_early(answer):
+    """The squared weights after 40 updates, from running the recursion on them."""
+    (value,) = numbers(answer, 1)
+    beta, weights = 0.98, [1.0]
+    for _ in range(40):
+        weights = [beta * weight for weight in weights] + [1 - beta]
+    truth = sum(weight**2 for weight in weights)
+    if abs(value - (1 - beta) / (1 + beta)) < 0.002:
+        raise Wrong("That is the limit for ever. What does the first estimate weigh after 40?")
+    if abs(value - beta**80) < 0.004:
+        raise Wrong("That is the first estimate's part alone; (8.5) has a second term.")
+    if abs(value - beta**40) < 0.01:
+        raise Wrong("That is the first estimate's weight; a variance goes with its square.")
+    if abs(value - truth**0.5) < 0.01:
+        raise Wrong("That is its root, the standard deviation over nu; the variance is asked for.")
+    if abs(value - 100 * truth) < 1:
+        raise Wrong("Give a part of one, not per cent.")
+    if not abs(value - truth) < 0.005:
+        raise Wrong(f"{value:.4g} is not right: put beta = 0.98 and t = 40 into (8.5).")
+
+
+@exercise("8.B")
+def check_who_gains(answer):
+    """Section 8.7's run is the judge."""
+    told = {
+        "heuristic": "It lifts the small eigenvalues and so hides much of the noise: there is "
+        "less to average away. Look at the column of the noise.",
+        "both": "The noise of one is several times that of the other (the table above); so is what "
+        "an average can remove.",
+        "none": "It moves slowly enough: section 8.5 found a best memory of 0.9 or more.",
+    }
+    if not isinstance(answer, str):
+        raise Wrong('Answer with one of the strings "heuristic", "full", "both", "none".')
+    word = answer.strip().strip("\"'").lower()
+    if word in told:
+        raise Wrong(told[word])
+    if word != "full":
+        raise Wrong('Answer with one of "heuristic", "full", "both", "none".')
+
+
 @exercise("8.1")
 def check_memory(answer):
     """Found by running the recursion on weights, not from a formula."""
@@ -69,39 +110,40 @@ def check_corrected(corrected_variance):
 def check_eigenvalues(ekfac_eigenvalues):
     """The diagonal of U^T G U, with G formed from the gradients of the examples."""
     generator = torch.Generator().manual_seed(83)
-    for n, d1, d2, T in ((7, 3, 5, 4), (6, 4, 4, 2), (5, 2, 3, 1)):
-        a, g = draw(generator, n, d2, T), draw(generator, n, d1, T)
-        U_A, U_B = _basis(generator, d2), _basis(generator, d1)
+    for n, d1, d2, P in ((7, 3, 5, 4), (6, 4, 4, 2), (5, 2, 3, 1)):
+        a, g = draw(generator, n, d2, P), draw(generator, n, d1, P)
+        UA, UB = _basis(generator, d2), _basis(generator, d1)
         gradients = torch.einsum("nct,npt->ncp", g, a)
 
-        def diagonal(rows, U_A=U_A, U_B=U_B, shape=(d1, d2), n=n):
-            U = torch.kron(U_B, U_A)
+        def diagonal(rows, UA=UA, UB=UB, shape=(d1, d2), n=n):
+            U = torch.kron(UB, UA)
             return (U.T @ (rows.T @ rows / n) @ U).diagonal().view(shape)
 
         truth = diagonal(gradients.flatten(1))
-        x = torch.einsum("cj,nct->njt", U_B, g)
-        z = torch.einsum("pk,npt->nkt", U_A, a)
+        x = torch.einsum("cj,nct->njt", UB, g)
+        z = torch.einsum("pk,npt->nkt", UA, a)
         early = torch.einsum("njt,nkt->jk", x.square(), z.square()) / n
-        products = torch.outer(x.square().sum((0, 2)) / n, z.square().sum((0, 2)) / (n * T))
+        products = torch.outer(x.square().sum((0, 2)) / n, z.square().sum((0, 2)) / (n * P))
         compare(
-            ekfac_eigenvalues(a.clone(), g.clone(), U_A.clone(), U_B.clone()),
+            ekfac_eigenvalues(a.clone(), g.clone(), UA.clone(), UB.clone()),
             truth,
             [
                 ("Sum over the positions first, then square.", early),
-                ("The gradient sums over positions; it is no mean over them.", truth / T**2),
+                ("The gradient sums over positions; it is no mean over them.", truth / P**2),
                 ("Divide by n: it is a mean over examples.", n * truth),
                 ("Divide by n only once.", truth / n),
-                ("Divide by n, not by the number of columns n T.", truth / T),
+                ("Divide by n, not by the number of columns n P.", truth / P),
                 ("Square each example, then take the mean; this squares the mean.",
                  n * diagonal(gradients.mean(0).flatten()[None])),
                 ("These are KFAC's products of means.", products),
-                ("Rotate into the basis with the transposes of U_A and U_B.",
-                 torch.einsum("njt,nkt->njk", torch.einsum("jc,nct->njt", U_B, g),
-                              torch.einsum("kp,npt->nkt", U_A, a)).square().mean(0)),
+                ("Rotate into the basis with the transposes of UA and UB.",
+                 torch.einsum("njt,nkt->njk", torch.einsum("jc,nct->njt", UB, g),
+                              torch.einsum("kp,npt->nkt", UA, a)).square().mean(0)),
                 ("These are the entries in the original axes: rotate into the basis first.",
                  gradients.square().mean(0)),
             ],
-            f"Lambda for n, d1, d2, T = {n}, {d1}, {d2}, {T}",
+            f"E for n, d1, d2, P = {n}, {d1}, {d2}, {P}",
+            rtol=1e-6,
         )  # fmt: skip
 
 
@@ -113,9 +155,9 @@ def check_repaired(repaired):
     gamma, V = draw(generator, n, d1), draw(generator, d1, d2)
     a = draw(generator, n, d2) * (0.2 + gamma[:, :1].square()) * torch.arange(1, d2 + 1)
     gamma = gamma * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    U_A = torch.linalg.eigh(a.T @ a / n)[1]
-    U_B = torch.linalg.eigh(gamma.T @ gamma / n)[1]
-    U = torch.kron(U_B, U_A)
+    UA = torch.linalg.eigh(a.T @ a / n)[1]
+    UB = torch.linalg.eigh(gamma.T @ gamma / n)[1]
+    U = torch.kron(UB, UA)
     rows = torch.einsum("ni,nj->nij", gamma, a).flatten(1)
     own = (U.T @ (rows.T @ rows / n) @ U).diagonal()
     products = torch.outer(
@@ -124,7 +166,7 @@ def check_repaired(repaired):
 
     def solve(kfac, forward, root):
         values = (products if kfac else own) + (delta**0.5 if root else delta)
-        right = (U_B @ V @ U_A).flatten() if forward else U.T @ V.flatten()
+        right = (UB @ V @ UA).flatten() if forward else U.T @ V.flatten()
         return (U @ (right / values)).view(d1, d2)
 
     truth = torch.linalg.solve(
@@ -132,7 +174,7 @@ def check_repaired(repaired):
     ).view(d1, d2)
     told = (
         "The eigenvalues are products of means, as in KFAC; take the mean of the products.",
-        "V is rotated into the basis by U_B transposed from the left.",
+        "V is rotated into the basis by UB transposed from the left.",
         "Exact damping adds delta itself; the root belongs to the rule with two factors.",
     )
     mistakes = []
@@ -140,8 +182,15 @@ def check_repaired(repaired):
         present = [bool(code & 1), bool(code & 2), bool(code & 4)]
         sentence = " ".join(text for text, on in zip(told, present, strict=True) if on)
         mistakes.append((sentence, solve(*present)))
+    for text, values in (
+        ("E is a mean over the examples: divide by n.", n * own + delta),
+        ("Divide E by n only once.", own / n + delta),
+    ):
+        mistakes.append((text, (U @ (U.T @ V.flatten() / values)).view(d1, d2)))
+    mistakes.append(("V' is still in the eigenbasis: rotate it back.",
+                     (U.T @ V.flatten() / (own + delta)).view(d1, d2)))  # fmt: skip
     got = repaired(a.clone(), gamma.clone(), V.clone(), delta)
-    compare(got, truth, mistakes, "The solution", rtol=1e-7)
+    compare(got, truth, mistakes, "The solution", rtol=1e-6)
 
 
 @exercise("8.5")
@@ -193,6 +242,8 @@ def check_builds(build_indices):
             continue
         if not got or got[0] != 0:
             raise Wrong("Index 0 is always built; it should come first.")
+        if got == [0]:
+            raise Wrong("Only index 0 is built: later indices, too, where the drift is too large.")
         if got == list(range(len(thetas))):
             raise Wrong("Factors are built at every index; the limit should decide.")
         if got == rule(since=lambda k: k - 1):

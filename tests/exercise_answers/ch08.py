@@ -17,13 +17,16 @@ def early(a, g, U_A, U_B):
     return torch.einsum("njt,nkt->jk", x.square(), z.square()) / len(a)
 
 
-def solve(a, gamma, V, delta, kfac=False, forward=False, power=1):
+def solve(
+    a, gamma, V, delta, kfac=False, forward=False, power=1, unit=30, back=True,
+):  # fmt: skip
     U_A = torch.linalg.eigh(a.T @ a / len(a))[1]
     U_B = torch.linalg.eigh(gamma.T @ gamma / len(a))[1]
     x, z = (gamma @ U_B).square(), (a @ U_A).square()
-    Lam = torch.outer(x.mean(0), z.mean(0)) if kfac else x.T @ z / len(a)
+    Lam = torch.outer(x.mean(0), z.mean(0)) if kfac else x.T @ z / unit
     V = U_B @ V @ U_A if forward else U_B.T @ V @ U_A
-    return U_B @ (V / (Lam + delta**power)) @ U_A.T
+    V = V / (Lam + delta**power)
+    return U_B @ V @ U_A.T if back else V
 
 
 def builds(thetas, limit, since="build", relative="build", first=True):
@@ -37,6 +40,8 @@ def builds(thetas, limit, since="build", relative="build", first=True):
 
 
 RIGHT = {
+    "8.A": 0.2069,
+    "8.B": "full",
     "8.1": (0.95**20, 90, 39),
     "8.2": corrected,
     "8.3": eigenvalues,
@@ -46,6 +51,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "8.A": [0.0101, 0.199, 0.446, 0.455, 20.7, 0.1, (0.2, 0.2), "a fifth"],
+    "8.B": ["heuristic", "both", "none", "exact", 3],
     "8.1": [
         (0.05 * 0.95**20, 90, 39),
         (0.95, 90, 39),
@@ -81,6 +88,9 @@ WRONG = {
         lambda *a: solve(*a, power=0.5),
         lambda *a: solve(*a, kfac=True, power=0.5),
         lambda *a: solve(*a, power=2),
+        lambda *a: solve(*a, unit=1),
+        lambda *a: solve(*a, unit=900),
+        lambda *a: solve(*a, back=False),
     ],
     "8.5": [
         (2, 0.25),
@@ -98,5 +108,6 @@ WRONG = {
         lambda t, limit: builds(t, limit, first=False),
         lambda t, limit: len(builds(t, limit)),
         lambda t, limit: list(range(len(t))),
+        lambda t, limit: [0],
     ],
 }

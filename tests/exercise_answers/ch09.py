@@ -17,9 +17,10 @@ def amigo(
     _, direct, b = gradient(problem.outer_loss, lam, at, outer)
     if variant == "cold":
         v = torch.zeros_like(v)
+    given, of = v, outer if variant == "outer H" else inner
     for _ in range(1 if variant == "one" else linear_steps):
-        v = v - linear_lr * (hvp(g, lam, theta, inner, v) - b)
-    jv = cross_vp(g, lam, theta, inner, b if variant == "b" else v)
+        v = v - linear_lr * (hvp(g, lam, theta, of, v) - b)
+    jv = cross_vp(g, lam, theta, inner, {"b": b, "old v": given}.get(variant, v))
     if variant == "direct":
         direct = torch.zeros_like(direct)
     if variant == "sign":
@@ -39,6 +40,14 @@ def series(matvecs, b, step, first=True, factor=True, reuse=False, last=True, re
     return step * total if factor else total
 
 
+def in_place(matvecs, b, step):
+    total = b.clone()
+    for matvec in matvecs:
+        b -= step * matvec(b)
+        total += b
+    return step * total
+
+
 def tuned(
     problem, lam, theta, inner, outer, cls=bl.AID, momentum=0.7, warm=True, outer_lr=4.0, **more
 ):
@@ -55,6 +64,8 @@ def tuned(
 
 
 RIGHT = {
+    "9.A": (16, "no"),
+    "9.B": 1,
     "9.1": (23, 4, 18, 33),
     "9.2": (4 / 3, -1 / 12, 12 / 13, 48 / 37),
     "9.3": amigo,
@@ -63,12 +74,15 @@ RIGHT = {
 }
 
 WRONG = {
+    "9.A": [(4, "no"), (16, "yes"), (1 / 16, "no"), (2, "yes"), (64, "no"), 16, (16, 3)],
+    "9.B": [8, 64, 27, 0, (1, 2), "none"],
     "9.1": [
         (18, 4, 18, 33),
         (25, 4, 18, 33),
         (23, 6, 18, 33),
         (23, 4, 16, 33),
         (23, 4, 18, 30),
+        (23, 4, 18, 31),
         (23, 4, 18, 23),
         (24, 4, 18, 33),
         (23, 4, 18),
@@ -87,7 +101,17 @@ WRONG = {
     "9.3": [
         *(
             lambda *a, variant=variant: amigo(*a, variant=variant)
-            for variant in ("cold", "old b", "one", "direct", "sign", "b", "swapped")
+            for variant in (
+                "cold",
+                "old b",
+                "one",
+                "direct",
+                "sign",
+                "b",
+                "swapped",
+                "old v",
+                "outer H",
+            )  # fmt: skip
         ),
         lambda *a: amigo(*a)[0],
         lambda *a: amigo(*a[:4], a[5], a[4], *a[6:]),
@@ -101,6 +125,7 @@ WRONG = {
         lambda *a: series(*a, last=False),
         lambda *a: series(*a, reverse=True),
         lambda *a: series(*a)[:2],
+        in_place,
     ],
     "9.5": [
         lambda *a: tuned(*a, momentum=0.0, warm=False, outer_lr=8.0),
