@@ -94,7 +94,8 @@ def good_solution():
 
 
 @pytest.fixture
-def chapter(tmp_path):
+def chapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(form, "CONVERTED", ())
     path = tmp_path / "chapters" / "05_toy.ipynb"
     form.solution_of(path).parent.mkdir(parents=True)
     nbformat.write(good_solution(), form.solution_of(path))
