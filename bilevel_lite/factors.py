@@ -1,7 +1,7 @@
 r"""A and B of every layer, and the diagonals of the rest, from one remembered pass.
 
     A = mean of a a^T                        (d2 x d2, from the forward pass)
-    B = (1/n) sum over positions of g g^T    (d1 x d1, g = (dz/doutputs)^T s, s an output probe)
+    B = (1/n) sum over positions of gamma gamma^T    (d1 x d1, gamma = (dz/doutputs)^T s, s a probe)
 
 Where a risk is a sum of terms (`bilevel_lite.SumOfRisks`) each has its pass, and a layer that
 several share has
@@ -324,7 +324,7 @@ def kfac_factors(
 ) -> dict[str, tuple[Tensor | None, Tensor]]:
     r"""The Kronecker factors (A, B) of every linear map of the model, as matrices.
 
-        A = mean over examples and positions of a a^T,    B = (1/n) sum over both of g g^T
+        A = mean over examples and positions of a a^T,    B = (1/n) sum over both of gamma gamma^T
 
     Args:
         risk: The risk; its l2 term is not in the factors.

@@ -3,7 +3,7 @@ r"""KFAC: one Kronecker product A (x) B for each linear map, inverted factor by 
 For a layer z = W a (a with a 1 appended if the bias is joint), over examples and positions:
 
     A = mean of a a^T                        (d2 x d2, from the forward pass)
-    B = (1/n) sum over positions of g g^T    (d1 x d1, g = (dz/doutputs)^T s, s an output probe)
+    B = (1/n) sum over positions of gamma gamma^T    (d1 x d1, gamma = (dz/doutputs)^T s, s a probe)
 
     GGN block of W  ~  A (x) B,     (A (x) B) vec V = vec(B V A),     V shaped like W
 
@@ -91,9 +91,9 @@ class PreparedKFAC(Prepared):
     r"""KFAC's damped inverse at one point, block by block, and the pass that it came from.
 
         v = G^-1 b,     J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
-        < grad_theta l_i, v > = sum over layers of g_i . (V a_i)
+        < grad_theta l_i, v > = sum over layers of gamma_i . (V a_i)
 
-    with the inputs a_i of that pass and one more backward pass for g_i, where the factors are new
+    with the inputs a_i of that pass and one more backward pass for gamma_i, where the factors are new
     and all of the model's code is known (`bilevel_lite.trust.known_code`). Else J v is
     `bilevel_lite.products.cross_vp`; ``info.cross`` says so.
 

@@ -53,7 +53,15 @@ def test_what_fails_stops_nothing_and_what_passed_is_skipped(tmp_path, capsys):
     assert good.read_text() == "xx"
 
 
-def test_at_the_limit_processes_stop_as_by_the_keyboard_or_are_killed(tmp_path):
+@pytest.fixture
+def keyboard():
+    """SIGINT as at a terminal: what runs in the background may ignore it, and hands that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_at_the_limit_processes_stop_as_by_the_keyboard_or_are_killed(tmp_path, keyboard):
     """The limit is reached as soon as both are at work, whenever that is."""
     polite = (
         "import time\ntry:\n open({!r}, 'w').close()\n time.sleep(600)\n"
@@ -165,10 +173,9 @@ def test_the_whole_of_it_interrupted_in_its_study_and_called_again(tmp_path):
     assert " skipped, " in last[1] or "passed" in last[1]
     assert "passed" in last[2] and "cells: 1 passed" in last[3] and "cut off" in last[4]
     (study,) = out.glob("study-*")
-    assert (study / "checkpoint.pt").exists()  # the seconds of a variant that was cut off
     done = subprocess.run([*command, "--minutes", "5"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("earlier") == 3 and "2 variants and 2 final runs" in done.stdout
+    assert done.stdout.count("earlier") == 3 and "2 final runs are done" in done.stdout
     words = ["study", *STUDY.split(), "--device", "cpu", "--out", str(tmp_path / "whole")]
     assert main(words) == 0
     assert timeless(study) == timeless(tmp_path / "whole")
