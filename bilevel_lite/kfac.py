@@ -93,8 +93,8 @@ class PreparedKFAC(Prepared):
         v = G^-1 b,     J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
         < grad_theta l_i, v > = sum over layers of gamma_i . (V a_i)
 
-    with the inputs a_i of that pass and one more backward pass for gamma_i, where the factors are new
-    and all of the model's code is known (`bilevel_lite.trust.known_code`). Else J v is
+    with the inputs a_i of that pass and one more backward pass for gamma_i, where the factors are
+    new and all of the model's code is known (`bilevel_lite.trust.known_code`). Else J v is
     `bilevel_lite.products.cross_vp`; ``info.cross`` says so.
 
     On another device than the CPU nothing is waited for on the way to v; `look`, at its end, reads
