@@ -1,9 +1,9 @@
 r"""One forward pass through a model, remembered: inputs of its linear maps, gradients at outputs.
 
 KFAC needs, for each layer z = W a, the inputs a and the output gradients gamma = (dz/doutputs)^T s
-of probes s at the model's outputs. The tape keeps the inputs on the way forward; backward passes stop
-at the layers' outputs, so that no weight gradient is ever formed. Parameters without a Kronecker
-block (norms, embeddings, shared weights) get the exact diagonal of the same Fisher.
+of probes s at the model's outputs. The tape keeps the inputs on the way forward; backward passes
+stop at the layers' outputs, so that no weight gradient is ever formed. Parameters without a
+Kronecker block (norms, embeddings, shared weights) get the exact diagonal of the same Fisher.
 
 A module's class says by which formula its gradient is put together, never that this is right: the
 formulas are held against autograd's own gradient, parameter by parameter, on the whole batch for a
