@@ -27,9 +27,10 @@ def graphs(monkeypatch):
     monkeypatch.delenv("BILEVEL_LITE_GRAPHS", raising=False)
     monkeypatch.setattr(kronecker, "in_batches", True)  # KFAC as on another device
     monkeypatch.setattr(kronecker, "in_numpy", False)  # what torch does not see is not recorded
+    before = torch.get_default_dtype()
     torch.set_default_dtype(F64)
     yield counting
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
 
 
 def build(name):
