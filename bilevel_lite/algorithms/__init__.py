@@ -32,6 +32,6 @@ def table() -> list[tuple[str, str, str, str, str]]:
     """
     rows = []
     for name, method in METHODS.items():
-        source = (method.__doc__ or "").partition("Source: ")[2].strip().rstrip(".")
-        rows.append((name, *method.choices, " ".join(source.split())))
+        source = (method.__doc__ or "").partition("Source: ")[2].partition("Example:")[0]
+        rows.append((name, *method.choices, " ".join(source.split()).rstrip(".")))
     return rows

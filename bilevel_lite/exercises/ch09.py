@@ -44,6 +44,8 @@ def check_penalty(answer):
 @exercise("9.B")
 def check_newton(answer):
     """Section 9.5's measurement is the judge: about one."""
+    if isinstance(answer, bool):
+        raise Wrong("A number is asked for: the factor.")
     (growth,) = numbers(answer, 1)
     if abs(growth - 8) < 2:
         raise Wrong("The root of 64 is what CG's steps would grow by; here they are fixed at ten.")
