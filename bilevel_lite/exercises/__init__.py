@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    "Wrong", "check", "close", "compare", "draw", "exercise", "fresh", "judge", "known", "numbers",
+    "Wrong", "check", "close", "compare", "draw", "exercise", "fresh", "judge", "known",
+    "name_mistake", "numbers",
 ]  # fmt: skip
 
 _CHECKS = {}
@@ -334,8 +335,8 @@ def numbers(answer, count: int) -> list[float]:
     return values
 
 
-def compare(got, truth: torch.Tensor, mistakes: list, what: str, rtol: float = 1e-8) -> None:
-    """Compare with the truth; name the mistake if the answer is a known wrong one.
+def name_mistake(got, truth: torch.Tensor, mistakes: list, rtol: float = 1e-8) -> None:
+    """Name the mistake if the answer is a known wrong one.
 
     On some data a mistake gives the truth, or nearly so: then nobody is accused of it.
 
@@ -343,25 +344,36 @@ def compare(got, truth: torch.Tensor, mistakes: list, what: str, rtol: float = 1
         got: The student's tensor or number.
         truth: The truth.
         mistakes: Pairs (sentence for the student, the wrong result that it explains).
-        what: What the message calls the answer.
-        rtol: Largest relative error.
+        rtol: An answer that is as near to the truth, relative to its size, is right.
 
     Raises:
-        Wrong: as `close`, or with the sentence of the mistake.
+        Wrong: with the sentence of the mistake.
     """
     try:
         value = _tensor(got, truth)
     except (TypeError, ValueError, RuntimeError):
-        value = None
-    if value is not None and value.shape == truth.shape:
-        size = float(truth.norm()) or 1.0
-        off = float((value - truth).norm())
-        for sentence, wrong in mistakes if not off <= rtol * size else ():
-            wrong = torch.as_tensor(wrong).to(truth)
-            if wrong.shape != truth.shape:
-                continue
-            left, apart = float((value - wrong).norm()), float((wrong - truth).norm())
-            # single precision of the mistake still is the mistake, and of the truth is the truth
-            if left <= 1e-6 * size and left < 0.1 * off and apart > rtol * size:
-                raise Wrong(sentence)
-    close(got, truth, what, rtol)
+        return  # `close` says what is wrong with it
+    if value.shape != truth.shape:
+        return
+    size = float(truth.norm()) or 1.0
+    off = float((value - truth).norm())
+    for sentence, wrong in mistakes if not off <= rtol * size else ():
+        wrong = torch.as_tensor(wrong).to(truth)
+        if wrong.shape != truth.shape:
+            continue
+        left, apart = float((value - wrong).norm()), float((wrong - truth).norm())
+        # single precision of the mistake still is the mistake, and of the truth is the truth
+        if left <= 1e-6 * size and left < 0.1 * off and apart > rtol * size:
+            raise Wrong(sentence)
+
+
+def compare(
+    got, truth: torch.Tensor, mistakes: list, what: str, rtol: float = 1e-8, hint: str = ""
+) -> None:
+    """`name_mistake`, and `close`: compare with the truth, and say what was wrong.
+
+    Raises:
+        Wrong: as both.
+    """
+    name_mistake(got, truth, mistakes, rtol)
+    close(got, truth, what, rtol, hint)

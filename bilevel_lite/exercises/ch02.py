@@ -46,12 +46,6 @@ def _autograd(problem, lam, theta0, lrs, momentum=0.0):
     return torch.autograd.grad(problem.outer_loss(lam, theta, None), (lam, lrs))
 
 
-def _compare(got, truth, mistakes, what):
-    """`compare` to six digits; where a mistake gives the truth, nobody is accused of it."""
-    apart = [(why, wrong) for why, wrong in mistakes if not torch.allclose(wrong, truth, rtol=1e-4)]
-    compare(got, truth, apart, what, rtol=1e-6)
-
-
 @exercise("2.A")
 def _(answer):
     """g = (theta - 2)^2 / 2 + lam theta^2 / 2, f = (theta - 1)^2 / 2; one step from theta0 = 1."""
@@ -175,7 +169,7 @@ def _(answer):
         ),
     )
     got = answer(problem, lam, theta0, list(lrs))
-    _compare(got, truth, mistakes, "The hypergradient")
+    compare(got, truth, mistakes, "The hypergradient", 1e-6)
 
 
 def _descent(problem, lam, theta, lrs):
@@ -221,7 +215,7 @@ def _(answer):
             ("The implicit formula says zero; Phi_T does depend on the step size.", 0 * truth),
         )
         got = answer(problem, lam, theta0, steps, 0.2)
-        _compare(got, truth, mistakes, f"dPhi_T/dlr for T = {steps}")
+        compare(got, truth, mistakes, f"dPhi_T/dlr for T = {steps}", 1e-6)
 
 
 def _step_size_mistakes(problem, lam, theta0, steps, lr):
@@ -256,7 +250,7 @@ def _(answer):
             ("That is the result without momentum.", _autograd(problem, lam, theta0, [0.1] * 6)[0]),
         )
         got = answer(problem, lam, theta0, 6, 0.1, momentum)
-        _compare(got, truth, mistakes, f"The hypergradient with momentum {momentum}")
+        compare(got, truth, mistakes, f"The hypergradient with momentum {momentum}", 1e-6)
 
 
 def _heavy_ball(problem, lam, theta0, steps, lr, momentum, hand_on=None, direct=True):

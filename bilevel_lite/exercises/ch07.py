@@ -3,22 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bilevel_lite.exercises import Wrong, close, draw, exercise, numbers
-
-
-def _same(got, other, rtol=1e-6):
-    """Whether a result is a known wrong one."""
-    if not isinstance(got, torch.Tensor) or got.shape != other.shape:
-        return False
-    return float((got.detach().to(other) - other).norm()) <= rtol * float(other.norm())
-
-
-def _refuse(got, truth, mistakes, rtol=1e-8):
-    """Name the mistake if the answer is a known wrong one and not the right one."""
-    if not _same(got, truth, rtol):
-        for sentence, wrong in mistakes:
-            if _same(got, wrong):
-                raise Wrong(sentence)
+from bilevel_lite.exercises import Wrong, close, draw, exercise, name_mistake, numbers
 
 
 def _tensors(result, names, what):
@@ -112,7 +97,7 @@ def check_normalised(normalised_scale):
     p = logits.softmax(1)
     truth = (n * traces / (1 - p.square().sum(1))).sqrt()  # (1/n) s s^T has the trace of the block
     got = normalised_scale(sigma.clone())
-    _refuse(
+    name_mistake(
         got,
         truth,
         [
@@ -148,7 +133,7 @@ def check_empirical_factors(empirical_factors):
         )
         if A.shape == (d1, d1) and B.shape == (d2, d2):
             raise Wrong("A belongs to the inputs and comes first; they are swapped.")
-        _refuse(
+        name_mistake(
             A,
             a.T @ a / n,
             [
@@ -168,7 +153,7 @@ def check_empirical_factors(empirical_factors):
             weight = torch.where(sigma > 0, sigma**power, 0.0)
             return scale * (gamma.T * weight) @ gamma / n
 
-        _refuse(
+        name_mistake(
             B,
             moment(1),
             [
@@ -301,7 +286,7 @@ def check_best_input_factor(best_input_factor):
         along = ((gamma @ B) * gamma).sum(1)
         size, square = gamma.square().sum(1), B.square().sum()
         inverse = (torch.linalg.solve(B, gamma.T).T * gamma).sum(1)
-        _refuse(
+        name_mistake(
             got,
             truth,
             [

@@ -10,12 +10,6 @@ def _matrix(generator, c):
     return draw(generator, c, c).exp().softmax(1)
 
 
-def _function(answer):
-    if not callable(answer):
-        raise Wrong("Give the function itself, not what it returns.")
-    return answer
-
-
 @exercise("10.A")
 def check_count(answer):
     """The mean and standard deviation of a binomial count."""
@@ -75,7 +69,7 @@ def check_shares(wrong_shares):
     for seed, c in ((101, 4), (102, 7)):
         generator = torch.Generator().manual_seed(seed)
         T, prior, rate = _matrix(generator, c), draw(generator, c).softmax(0), 0.37
-        got = _function(wrong_shares)(rate, T.clone(), prior.clone())
+        got = wrong_shares(rate, T.clone(), prior.clone())
         if not isinstance(got, tuple | list) or len(got) != 2:
             raise Wrong("Return two things: a number, and a tensor with an entry for each class.")
         eye = torch.eye(c, dtype=torch.float64)
@@ -139,7 +133,7 @@ def check_weight_gradients(weight_gradients):
         biased = v.clone()
         biased[c * d :] = 0
         no_bias = torch.func.jvp(losses, (theta,), (biased,))[1]
-        got = _function(weight_gradients)(
+        got = weight_gradients(
             lam.detach().clone(), theta.clone(), v.clone(), x.clone(), y.clone(), c
         )
         compare(
@@ -207,7 +201,7 @@ def check_precision_range(precision_range):
             taken = order[lam[order].argsort(stable=True)[:count]]
             found.append(float(wrong[taken].double().mean()))
         truth = (min(found), sum(found) / len(found), max(found))
-        got = numbers(_function(precision_range)(lam.clone(), wrong.clone()), 3)
+        got = numbers(precision_range(lam.clone(), wrong.clone()), 3)
         for name, value, expected in zip(names, got, truth, strict=True):
             if abs(value - expected) > 1e-9:
                 raise Wrong(
@@ -266,7 +260,7 @@ def check_pipeline(repaired):
         return table[theta][2]
 
     generator = torch.Generator().manual_seed(108)
-    got = _function(repaired)(x, y, parts, rate, learn, score, generator)
+    got = repaired(x, y, parts, rate, learn, score, generator)
     if not isinstance(got, tuple | list) or len(got) != 2:
         raise Wrong("Return the chosen iterate and its score on the test set.")
     if set(seen["tuning"]) != set(table) or got[0] != 1:
@@ -342,7 +336,7 @@ def check_breaking_rate(breaking_rate):
             middle = (low + high) / 2
             low, high = (low, middle) if breaks(middle) else (middle, high)
         truth = torch.tensor(high, dtype=torch.float64)
-        got = _function(breaking_rate)(T.clone())
+        got = breaking_rate(T.clone())
         diagonal, others = T.diagonal(), (T - 2 * eye).max(1).values
         rates = 1 / (1 + others - diagonal)
         mistakes = [

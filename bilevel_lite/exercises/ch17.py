@@ -9,12 +9,6 @@ from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers
 from bilevel_lite.problem import BilevelProblem
 
 
-def _function(answer):
-    if not callable(answer):
-        raise Wrong("Give the function itself, not what it returns.")
-    return answer
-
-
 @exercise("17.A")
 def check_slopes(answer):
     """Slopes fitted on a problem with one parameter: g = log(1+e^t) - lam t + rho t^2."""
@@ -169,7 +163,7 @@ def check_constant(newton_constant):
         plain = (p * (1 - p) * x**2).mean() + 2 * gamma
         plain_t = (p * (1 - p) * (1 - 2 * p) * x**3).mean()
         compare(
-            _function(newton_constant)(x.clone(), y.clone(), sigma.clone(), gamma, theta.clone()),
+            newton_constant(x.clone(), y.clone(), sigma.clone(), gamma, theta.clone()),
             truth,
             [
                 ("The sign is wrong: expand g'(theta) AND g''(theta) around theta*.", -truth),
@@ -186,7 +180,6 @@ def check_constant(newton_constant):
 @exercise("17.3")
 def check_fisher(fisher_from_batches):
     """The formula on some of the batches; over all batches it is exact."""
-    fisher_from_batches = _function(fisher_from_batches)
     generator = torch.Generator().manual_seed(173)
     for N, n, kept in ((7, 3, 11), (6, 2, 8), (6, 5, 4)):
         rows = draw(generator, N, 3) + torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
@@ -239,7 +232,6 @@ def check_shared_step(shared_step):
     H_new, b, b_new = hessian(theta_new), grad_f(theta), grad_f(theta_new)
     v_new = v - solve(H, H_new @ v - b_new)
     problem = BilevelProblem(inner_loss, outer_loss)
-    shared_step = _function(shared_step)
     got = _pair(
         shared_step(problem, lam.clone(), theta.clone(), v.clone(), len(theta)), "shared_step"
     )
@@ -330,7 +322,7 @@ def check_repaired(fisher_update):
         (half + " And the gradients should carry sqrt(sigma).",
          _half(fisher, gradients, sigma, beta, 1.0, True)),
     ]  # fmt: skip
-    got = _function(fisher_update)(torch.linalg.inv(fisher), gradients.clone(), sigma.clone(), beta)
+    got = fisher_update(torch.linalg.inv(fisher), gradients.clone(), sigma.clone(), beta)
     compare(got, truth, mistakes, "The inverse")
 
 
@@ -361,7 +353,6 @@ def check_pair(pair_step):
     K, curvature = jacobian[d:, :d], torch.func.hessian(outer_loss, argnums=1)(lam, theta)
     solve = torch.linalg.solve
     H_new, b_new = hessian(theta_new), grad_f(theta_new)
-    pair_step = _function(pair_step)
     got = _pair(
         pair_step(inner_loss, outer_loss, lam.clone(), theta.clone(), v.clone()), "pair_step"
     )
