@@ -149,8 +149,8 @@ class Tape:
         compiled = compiled or any("_orig_mod" in m._modules for m in self.modules.values())
         again = partial(risk.outputs, self.theta, batch)
         # known code (in eval mode, as required) draws nothing and keeps nothing
-        compared = same_twice("model", self.theta, again, risk.model)
-        once = nullcontext() if self.known else compared
+        once = same_twice("model", self.theta, again, risk.model)
+        once = nullcontext() if self.known else once
         with once as watch, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
@@ -686,7 +686,7 @@ def along(call: Call, params: dict[str, Tensor]) -> Tensor:
     zeros = {k: torch.zeros_like(p) for k, p in module._parameters.items() if p is not None}
     if getattr(module, "padding_idx", None) is not None:  # that row is not trained
         weight = params["weight"].clone()
-        weight[module.padding_idx] = 0
+        weight[module.padding_idx].zero_()
         params = {"weight": weight}
     return functional_call(module, {**zeros, **params}, (call.input,))
 
@@ -696,7 +696,7 @@ def _embedding_sum(module: nn.Embedding, index: Tensor, g: Tensor, c: Tensor) ->
     along = g @ _direction(g.shape[-1], g) * c.view(-1, *[1] * (g.dim() - 2))
     out = g.new_zeros(module.num_embeddings).index_add_(0, index.reshape(-1), along.reshape(-1))
     if module.padding_idx is not None:
-        out[module.padding_idx] = 0
+        out[module.padding_idx].zero_()
     return out
 
 
@@ -714,5 +714,5 @@ def _embedding_squares(module: nn.Embedding, index: Tensor, g: Tensor) -> Tensor
     token = torch.zeros_like(key).scatter_(0, place, key % rows)
     out = g.new_zeros(rows, g.shape[-1]).index_add_(0, token, summed.square())
     if module.padding_idx is not None:
-        out[module.padding_idx] = 0
+        out[module.padding_idx].zero_()
     return out.reshape(-1)

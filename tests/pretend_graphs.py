@@ -7,6 +7,7 @@ copying one from the host.
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 FORBIDDEN = {
     f"aten::{op}"
@@ -27,6 +28,11 @@ def _tensors(value) -> list:
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
+def _as_now(value):
+    """The same memory under the present shapes: operators such as ``unsqueeze_`` change them."""
+    return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, value)
+
+
 class _Noting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -35,8 +41,9 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in FORBIDDEN:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        given = _as_now((args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        self.calls.append((func, *given, _as_now(out)))
         return out
 
 

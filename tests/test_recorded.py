@@ -107,8 +107,9 @@ SOLVERS = {
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["linear", "mlp", "conv"])
 def test_a_recorded_run_has_the_numbers_of_the_plain_one(name, solver, graphs, monkeypatch):
-    with_graphs = trajectory(method(name, SOLVERS[solver]()))
-    assert graphs.captured > 1 and graphs.replayed > 20
+    m = method(name, SOLVERS[solver]())
+    with_graphs = trajectory(m)
+    assert graphs.captured > 1 and graphs.replayed > 20 and not m.recorded.lines
     before = graphs.replayed
     monkeypatch.setenv("BILEVEL_LITE_GRAPHS", "0")
     plain = trajectory(method(name, SOLVERS[solver]()))
@@ -357,6 +358,84 @@ def test_a_recording_with_other_numbers_is_dropped(graphs, monkeypatch):
     assert len(m.recorded.lines) == 3
     assert all("off the plain ones" in line for line in m.recorded.lines)
     assert apart(here, plain(monkeypatch, lambda: trajectory(method()))) < 1e-12
+
+
+def test_a_recording_that_goes_wrong_later_is_dropped_at_its_next_comparison(graphs, monkeypatch):
+    class Tiring(graphs):
+        def capture(self, function):
+            result, replay = super().capture(function)
+            uses = []
+            if len(result) < 2:  # H v and J v are replayed more often than they are used
+                return result, replay
+
+            def off():
+                replay()
+                uses.append(1)
+                if len(uses) > 2:  # compared at the 1st, 2nd and 4th use
+                    for value in result:
+                        value.data.mul_(1 + 1e-6)
+
+            return result, off
+
+    monkeypatch.setitem(recorded.RECORDERS, "cpu", Tiring)
+    m = method(inner_steps=1)
+    trajectory(m, 3)
+    assert not m.recorded.lines
+    trajectory(m, 1)
+    assert len(m.recorded.lines) >= 2 and all("off the plain" in x for x in m.recorded.lines)
+
+
+def padded():
+    emb = nn.Embedding(5, 4, padding_idx=0)
+    return nn.Sequential(emb, nn.Flatten(), nn.Linear(16, 3)), True, (24,)
+
+
+def positions():
+    return nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)), True, (24, 4)
+
+
+def tied():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.GELU(), nn.Linear(4, 3)), False, (24,)
+
+
+def frozen():
+    model = nn.Sequential(nn.Linear(4, 5), nn.GroupNorm(1, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].weight.requires_grad_(False)
+    return model, False, (24,)
+
+
+@pytest.mark.parametrize("solver", ["cg", "kfac"])
+@pytest.mark.parametrize("build", [padded, positions, tied, frozen])
+def test_other_layers_have_the_numbers_of_the_plain_path(build, solver, graphs, monkeypatch):
+    def run():
+        torch.manual_seed(0)
+        model, tokens, shape = build()
+        g = torch.Generator().manual_seed(1)
+        x = torch.randint(5, (24, 4), generator=g) if tokens else torch.randn(24, 4, generator=g)
+        y = torch.randint(3, shape, generator=g)
+        y.view(24, -1)[::5, -1] = -100 if len(shape) > 1 else 0
+        problem = bl.BilevelProblem(
+            bl.WeightedRisk(model, weight=weight, l2=1e-2), bl.WeightedRisk(model)
+        )
+
+        class Turns:  # batches in order
+            at = 0
+
+            def draw(self):
+                index = (torch.arange(8) + self.at) % 24
+                self.at += 5
+                return x[index], y[index], index
+
+        m = bl.AID(
+            problem, torch.linspace(-1, 1, 24), bl.flatten(model), solver=SOLVERS[solver](),
+            inner_batch=Turns(), outer_batch=Turns(), inner_lr=0.1, outer_lr=1.0, inner_steps=2,
+        )  # fmt: skip
+        return trajectory(m, 5), m.recorded
+
+    here, recordings = run()
+    assert graphs.replayed > 10 and not recordings.lines
+    assert apart(here, plain(monkeypatch, run)[0]) < 1e-9
 
 
 @pytest.mark.parametrize(
