@@ -204,14 +204,14 @@ class SecondRecorded:
         (out,) = torch.autograd.grad(self.grad, variable, v, retain_graph=True, allow_unused=True)
         return (torch.zeros_like(variable) if out is None else out,)
 
-    def go_to(self, at: Point) -> "_There":
+    def go_to(self, at: Point) -> "_SecondAt":
         """Build the graph at a point; the products there."""
         self.build(*at.inputs)
-        self.place = _There(self, at)
+        self.place = _SecondAt(self, at)
         return self.place
 
 
-class _There:
+class _SecondAt:
     """H v and J v at one point; it builds the graph again if another point was visited since."""
 
     recorded = True
@@ -372,7 +372,7 @@ class Recordings:
             prepared.matvec.operator = self.second(problem.inner_loss, *at)
         return prepared
 
-    def second(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any) -> _There | None:
+    def second(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any) -> _SecondAt | None:
         """v -> H v at a point, and its `cross`, v -> J v; None where they are not recorded."""
         ones = torch.ones_like(theta)
 
