@@ -12,24 +12,24 @@ __all__ = ["NBO"]
 class NBO(Method):
     r"""Newton-based bilevel optimisation.
 
-        n ~ H^-1 grad_theta g,     w ~ H^-1 (H v - b),     H and b at (lam, theta)
-        theta <- theta - n,        v <- v - w
+        dtheta ~ H^-1 grad_theta g,     dv ~ H^-1 (H v - b),     H and b at (lam, theta)
+        theta <- theta - dtheta,        v <- v - dv
         lam   <- lam - outer_lr ( grad_lam f - J v ),      at the new theta and v
 
-    With n exact the error of theta after the step is quadratic in the error before. That of v is of
-    first order, for H and b belong to the old theta, and so is the hypergradient's (chapter 17).
-    Both systems start from zero; that of v is a warm start written as a correction. Three ways to
-    solve them:
+    With dtheta exact the error of theta after the step is quadratic in the error before. That of v
+    is of first order, for H and b belong to the old theta, and so is the hypergradient's (chapter
+    17). Both systems start from zero; that of v is a warm start written as a correction. Three ways
+    to solve them:
 
         "gd"     steps + 1 gradient steps of linear_lr on each quadratic, H of one batch (NBO-GD)
         "sgd"    the same with a fresh batch of H for each step (NSBO-SGD)
         "cg"     that many CG steps on each (NBO-CG)
 
-    With steps = 0, "gd" moves n = linear_lr grad_theta g and w = linear_lr (H v - b): a step of
-    SOBA, but for lam, which moves after theta and v, not with them.
+    With steps = 0, "gd" moves dtheta = linear_lr grad_theta g and dv = linear_lr (H v - b): a
+    step of SOBA, but for lam, which moves after theta and v, not with them.
 
     Args:
-        **common: See `bilevel_lite.algorithms.method.Method`. ``inner_lr`` scales n; 1 by default.
+        **common: See `bilevel_lite.algorithms.method.Method`. ``inner_lr`` (1) scales dtheta.
 
     Cost of a step: 1 gradient of g and 2 of f, 2 steps + 1 products (with "cg" 2 (steps + 1) + 1;
     H v is free while v is zero), 1 cross product.

@@ -14,22 +14,23 @@ __all__ = ["NHGD", "rank_one_inverse"]
 class NHGD(Method):
     r"""Natural hypergradient descent: no system is solved, the Fisher's inverse is kept up to date.
 
-        for each inner step, with q the gradient of g on its batch of B examples:
-            F <- beta F + (1 - beta) scale q q^T,           kept as M = F^-1:
-            M <- (1/beta) [ M - (1-beta) scale M q q^T M / (beta + (1-beta) scale q^T M q) ]
+        for each inner step, with q the gradient of g on its batch of n examples:
+            F    <- beta F + (1 - beta) scale q q^T,     of which the inverse is kept:
+            F^-1 <- (1/beta) [ F^-1 - (1-beta) scale u u^T / (beta + (1-beta) scale q^T u) ],
+                    u = F^-1 q
             theta <- an optimiser step with q
-        lam <- lam - outer_lr ( grad_lam f - J M grad_theta f )
+        lam <- lam - outer_lr ( grad_lam f - J F^-1 b )
 
-    The mean gradient of B examples has 1/B of the Fisher as second moment (at the optimum, where
-    the gradients' mean vanishes), so scale = B makes F the empirical Fisher; scale = 1 is the
-    recursion without that correction, whose F is B times too small. With ``beta=None`` F is the
+    The mean gradient of n examples has 1/n of the Fisher as second moment (at the optimum, where
+    the gradients' mean vanishes), so scale = n makes F the empirical Fisher; scale = 1 is the
+    recursion without that correction, whose F is n times too small. With ``beta=None`` F is the
     plain average of all steps, beta = (t - 1)/t at the t-th, the start counting as the first.
 
     F equals the Hessian only where the model is well specified and theta optimal. With noisy labels
     or weights it does not: q q^T scales with the weights squared (chapter 17).
 
     The start F = initial I is forgotten at the rate beta; once it is, directions that few gradients
-    point to have a small F, and M grows there as beta^-t: with d above the memory 1 / (1 - beta)
+    point to have a small F, and F^-1 grows there as beta^-t: with d above the memory 1 / (1 - beta)
     give a KFAC instead. q is the gradient of all of g, an l2 term included, whose own curvature F
     does not have.
 
@@ -37,7 +38,7 @@ class NHGD(Method):
     of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted
     once, with the gradient of the last inner step.
 
-    Cost of a step: inner_steps + 1 gradients, 1 cross product; M costs 4 d^2 operations an inner
+    Cost of a step: inner_steps + 1 gradients, 1 cross product; F^-1 costs 4 d^2 operations an inner
     step, a KFAC with an ema its estimate (about 1 gradient) an inner step.
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
 
@@ -59,7 +60,7 @@ class NHGD(Method):
     )
     initial: float = positive(default=1.0, help="F at the start, times the identity")
     scale: str = one_of(
-        "fisher", "plain", default="fisher", help="B (1 for a batch without rows), or 1"
+        "fisher", "plain", default="fisher", help="n (1 for a batch without rows), or 1"
     )
     kfac: KFAC | None = instance(
         KFAC, "a bilevel_lite.KFAC", default=None, help="For F, without beta, initial and scale"
