@@ -130,20 +130,21 @@ ONLY = {
     "solvers": ["identity", "kfac-empirical", "pcg-3"],
     "batch": ["cg-3-b32", "kfac-b32", "kfac-b256"],
     "refresh": ["kfac-every1", "kfac-every5", "ekfac-every1"],
-    "ema": ["ema0-damping0.1-b64", "ema0.9-damping0.1-b64", "ema0.9-damping1-b256"],
+    "ema": ["ema0-damping0.1-b64", "ema0.9-damping0.1-b64", "ema0.9-damping0.1-b64-at0"],
     "noise": ["kfac-uniform-0", "kfac-uniform-0.4", "kfac-pair-0.4"],
 }
 
 
 def test_every_study_covers_what_it_says():
     counts = {name: len(cleaning_studies.variants(name, "mnist", "mlp")) for name in ONLY}
-    assert counts == {"solvers": 18, "batch": 16, "refresh": 8, "ema": 32, "noise": 27}
+    assert counts == {"solvers": 18, "batch": 30, "refresh": 8, "ema": 80, "noise": 27}
     for study in ONLY:
         for variant in cleaning_studies.variants(study, "mnist", "linear"):
             assert set(variant.space) & set(variant.settings) == set(), variant
             # no two variants of a study are the same run
         runs = [
-            (str(v.settings), v.space) for v in cleaning_studies.variants(study, "mnist", "mlp")
+            (str(v.settings), v.space, v.follows)
+            for v in cleaning_studies.variants(study, "mnist", "mlp")
         ]
         assert all(runs.count(run) == 1 for run in runs)
     names = [v.name for v in cleaning_studies.variants("solvers", "mnist", "linear")]
@@ -153,7 +154,18 @@ def test_every_study_covers_what_it_says():
         "inner_lr": (0.003, 0.3), "outer_lr": (10.0, 1e5), "step": (0.002, 0.3),
     }  # fmt: skip
     sizes = {v.name: v.settings for v in cleaning_studies.variants("batch", "mnist", "linear")}
-    assert sizes["kfac-b4096"]["outer_batch_size"] == 4096
+    full = [sizes["kfac-b50000"][role] for role in ("batch_size", "outer_batch_size")]
+    assert full == [50_000, 5000]  # the whole training set, the whole validation set
+
+
+def test_a_memory_is_compared_at_one_point_both_ways():
+    for dataset, size in (("mnist", 1000), ("digits", 64)):
+        found = {v.name: v for v in cleaning_studies.variants("ema", dataset, "linear")}
+        with_ = found[f"ema0.9-damping0.001-b{size}-at0"]
+        without = found[f"ema0-damping0.001-b{size}-at0.9"]
+        assert (with_.follows, with_.settings["ema"]) == (f"ema0-damping0.001-b{size}", 0.9)
+        assert (without.follows, without.settings["ema"]) == (f"ema0.9-damping0.001-b{size}", 0.0)
+        assert with_.settings["batch_size"] == without.settings["batch_size"] == size
 
 
 def test_means_over_the_seeds():
@@ -207,7 +219,7 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
     for row in first["results"]:
         assert row["settings"] == by_name[row["method"]].settings
         assert row["runs"][0]["history"][-1]["iteration"] == 8
-        assert len(row["trials"]) == 2
+        assert len(row["trials"]) == (0 if "follows" in row else 2)
         assert ["surest" in run for run in row["runs"]] == [study == "noise", False]
         rated = row["settings"].get("noise", 0.5) > 0
         assert all(("precision" in run["best"]) == rated for run in row["runs"])

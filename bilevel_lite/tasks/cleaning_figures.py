@@ -14,7 +14,7 @@ from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = [
     "difference", "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
-    "draw_surest", "unpack_images",
+    "draw_surest", "memory_pairs", "unpack_images",
 ]  # fmt: skip
 
 
@@ -248,15 +248,17 @@ def _draw_refresh(rows):
 
 
 def _draw_ema(rows):
+    """The loss by damping, each at its own point; a memory minus none, at the same point."""
     sizes = sorted({row["settings"]["batch_size"] for row in rows})
-    fig, axes = plt.subplots(1, len(sizes), figsize=(9.0, 3.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, 1 + len(sizes), figsize=(3.2 * (1 + len(sizes)), 3.2))
     shades = mpl.colormaps["viridis"]
     memories = sorted({row["settings"]["ema"] for row in rows})
-    for ax, size in zip(axes[0], sizes, strict=True):
+    for ax, size in zip(axes, sizes, strict=False):
         for k, memory in enumerate(memories):
             group = [
                 row for row in rows
                 if row["settings"]["batch_size"] == size and row["settings"]["ema"] == memory
+                and "follows" not in row
             ]  # fmt: skip
             colour = shades(0.9 * k / max(1, len(memories) - 1))
             xs = [row["settings"]["damping"] for row in group]
@@ -264,10 +266,46 @@ def _draw_ema(rows):
             for x, row in zip(xs, group, strict=True):
                 label = f"memory {memory:g}" if x == xs[0] else None
                 _point(ax, x, _bests(row, "test_loss"), color=colour, ms=3, label=label)
-        ax.set(xscale="log", xlabel="damping", title=f"batch {size}")
-    axes[0, 0].set_ylabel("test loss")
-    axes[0, 0].legend(fontsize=7)
+        ax.set(xscale="log", xlabel="damping", title=f"batch {size}, own points")
+    axes[0].set_ylabel("test loss")
+    axes[0].legend(fontsize=7)
+    _forest(axes[-1], memory_pairs(rows))
+    axes[-1].set(xlabel="test loss, memory minus none", title="at equal points")
     return fig
+
+
+def memory_pairs(rows: list[dict]) -> dict[str, tuple[list[float], float, float]]:
+    """What a memory of the factors changes where nothing else differs.
+
+    Args:
+        rows: Of the study ``ema``.
+
+    Returns:
+        For each pair at one point, by "batch, damping, memory, whose point": memory minus none as
+        `difference` gives it.
+    """
+    named, out = {row["method"]: row for row in rows}, {}
+    for row in rows:
+        if "follows" in row:
+            pair = sorted((row, named[row["follows"]]), key=lambda one: -one["settings"]["ema"])
+            own = named[row["follows"]]["settings"]["ema"]
+            s = pair[0]["settings"]
+            name = f"{s['batch_size']}, {s['damping']:g}, {s['ema']:g}, at {own:g}'s"
+            out[name] = difference(*pair)
+    return out
+
+
+def _forest(ax, pairs: dict[str, tuple[list[float], float, float]], color=None) -> None:
+    """A line for each pair: its seeds, the mean, the 95 % interval; filled where it is decided."""
+    ax.axvline(0, color="black", linewidth=0.8)
+    for y, (each, middle, half) in enumerate(pairs.values()):
+        shade = color or PALETTE[0]
+        ax.plot(each, [y] * len(each), "|", ms=7, color=shade, alpha=0.6)
+        if np.isfinite(half):
+            ax.errorbar([middle], [y], xerr=[half], fmt="o", ms=5, capsize=2, color=shade,
+                        mfc=shade if abs(middle) > half else "white")  # fmt: skip
+    ax.set_yticks(range(len(pairs)), list(pairs), fontsize=7)
+    ax.set_ylim(len(pairs) - 0.5, -0.5)
 
 
 def _draw_noise(rows):

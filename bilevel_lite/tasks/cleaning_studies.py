@@ -64,10 +64,14 @@ def _sizes(dataset: str, size: int) -> dict[str, int]:
     return {role: min(size, validation if role == "outer_batch_size" else train) for role in ROLES}
 
 
+# the main paper's sizes on MNIST are 128, 1,000, 5,000, 10,000 and the whole set (Appendix G.2)
+BATCHES = {"digits": (32, 64, 128, 256), "images": (64, 128, 256, 1000, 5000, 50_000)}
+
+
 def _batch(dataset: str, model: str) -> list[Variant]:
     out = []
-    for size in (32, 64, 128, 256) if dataset == "digits" else (64, 256, 1024, 4096):
-        for name in ("identity", "cg-3", "kfac", "ekfac"):
+    for size in BATCHES["digits" if dataset == "digits" else "images"]:
+        for name in ("identity", "cg-3", "cg-normal-3", "kfac", "ekfac"):
             settings, space = SOLVERS[name]
             out.append(Variant(f"{name}-b{size}", {**settings, **_sizes(dataset, size)}, space))
     return out
@@ -82,16 +86,20 @@ def _refresh(dataset: str, model: str) -> list[Variant]:
 
 
 def _ema(dataset: str, model: str) -> list[Variant]:
-    return [
-        Variant(
-            f"ema{ema:g}-damping{damping:g}-b{size}",
-            {"method": "aid-kfac", "ema": ema, "damping": damping, **_sizes(dataset, size)},
-            BOTH,
-        )
-        for size in ((64, 256) if dataset == "digits" else (128, 1024))
-        for ema in (0.0, 0.5, 0.9, 0.99)
-        for damping in (0.001, 0.01, 0.1, 1.0)
-    ]
+    """Each memory at a point of its own; then a memory and none at the same point, both ways."""
+    memories, dampings = (0.0, 0.3, 0.5, 0.9), (0.001, 0.01, 0.1, 1.0)  # as in the paper's Figure 6
+    found, equal = [], []
+    for size in (64, 256) if dataset == "digits" else (128, 1000):
+        for damping in dampings:
+            cell = {"method": "aid-kfac", "damping": damping, **_sizes(dataset, size)}
+            name = f"ema{{:g}}-damping{damping:g}-b{size}".format
+            found += [Variant(name(ema), {**cell, "ema": ema}, BOTH) for ema in memories]
+            for ema in memories[1:]:
+                for one, other in ((ema, 0.0), (0.0, ema)):
+                    settings = {**cell, "ema": one}
+                    at = f"{name(one)}-at{other:g}"
+                    equal.append(Variant(at, settings, BOTH, follows=name(other)))
+    return found + equal
 
 
 def _noise(dataset: str, model: str) -> list[Variant]:
