@@ -14,6 +14,58 @@ def _value(x):
     return torch.as_tensor(x, dtype=torch.float64)
 
 
+def _near(value: float, truth: float, name: str, mistakes: list, hint: str) -> None:
+    """To within 5 %; else the mistake whose value it is, or the hint."""
+    if abs(value - truth) <= 0.05 * truth:
+        return
+    for wrong, sentence in mistakes:
+        if abs(value - wrong) <= 0.02 * abs(wrong):
+            raise Wrong(f"{name}: {sentence}")
+    raise Wrong(f"{name}: {value:.4g} is not right. {hint}")
+
+
+@exercise("11.A")
+def check_moved(answer):
+    """By (11.1), and by (11.2) itself, not by its limit."""
+    mean, share = numbers(answer, 2)
+    n, everything, rounds = 128, 40_000, 1_000
+    visits, never = rounds * n / everything, (1 - n / everything) ** rounds
+    _near(
+        mean, visits, "The number of visits",
+        [(rounds * n, "that counts all visits together; divide by N."),
+         (everything / n, "that is the number of iterations in a pass."),
+         (10 * visits, "the ten inner steps move theta, not the weights.")],
+        "1,000 batches of 128 fall on 40,000 weights.",
+    )  # fmt: skip
+    _near(
+        share, never, "The share never moved",
+        [(1 - never, "that is the share that has moved."),
+         (100 * never, "give a share between 0 and 1, not per cent.")],
+        "One batch misses a weight with probability 1 - n/N, and there are 1,000 of them.",
+    )  # fmt: skip
+
+
+@exercise("11.B")
+def check_half_width(answer):
+    """By SciPy's interval of a mean."""
+    from scipy import stats
+
+    delta = torch.tensor([-0.008, -0.006, -0.016], dtype=torch.float64)
+    sample = stats.ttest_1samp(delta.numpy(), 0.0).confidence_interval(0.95)
+    half, spread = (sample.high - sample.low) / 2, float(delta.std())
+    (value,) = numbers(answer, 1)
+    _near(
+        value, half, "The half width",
+        [(1.96 * spread / 3**0.5, "1.96 is for many seeds; two degrees of freedom need 4.30."),
+         (stats.t.ppf(0.975, 3) * spread / 3**0.5, "three seeds leave two degrees of freedom."),
+         (stats.t.ppf(0.975, 2) * spread, "it is the mean that is uncertain: divide by sqrt(3)."),
+         (half * (2 / 3) ** 0.5, "divide the sum of squares by 2, not by 3."),
+         (spread, "that is the standard deviation of one difference."),
+         (2 * half, "that is the whole width.")],
+        "The standard deviation of the three, over sqrt(3), times 4.30.",
+    )  # fmt: skip
+
+
 @exercise("11.1")
 def check_visits(visits):
     """Counted on the sampler itself, many passes; the formula then holds exactly."""

@@ -9,12 +9,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from bilevel_lite.experiment.folder import stored
 from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = [
     "difference", "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
-    "draw_surest", "memory_pairs", "unpack_images",
+    "draw_surest", "fresh", "memory_pairs", "unpack_images",
 ]  # fmt: skip
 
 
@@ -332,6 +333,50 @@ def _draw_noise(rows):
             ax.set_title(f"{kind} noise", fontsize=8)
     axes[0, 0].legend(fontsize=7)
     return fig
+
+
+SEARCHED_ON = 0  # the seed of every search
+
+
+def fresh(*names: str) -> dict[str, dict]:
+    """The rows of stored studies by method, with final runs on seeds that no search has seen.
+
+    A point was chosen on seed 0, so its run there is the luckiest of its runs. Where further seeds
+    at a chosen point were run later, the row has them too.
+
+    Args:
+        names: Of stored results (`bilevel_lite.experiment.stored`), studies or single runs.
+
+    Returns:
+        Method -> its row; ``runs`` without the search's seed.
+
+    Raises:
+        ValueError: if a method stands at two points.
+
+    Example:
+        >>> from bilevel_lite.tasks.cleaning_figures import fresh
+        >>> rows = fresh("hyperclean_mnist_mlp_solvers")
+        >>> all(run["seed"] > 0 for row in rows.values() for run in row["runs"])
+        True
+    """
+    rows: dict[str, dict] = {}
+    for row in (row for name in names for run in stored(name)["runs"] for row in _rows(run)):
+        runs = [run for run in row["runs"] if run["seed"] != SEARCHED_ON]
+        have = rows.setdefault(row["method"], {**row, "runs": []})
+        one, other = ({**r.get("settings", {}), **(r["chosen"] or {})} for r in (row, have))
+        if bad := {k: (one[k], other[k]) for k in set(one) & set(other) if one[k] != other[k]}:
+            raise ValueError(f"{row['method']}: stands at two points, expected one: {bad}")
+        have["runs"] = [*have["runs"], *runs]
+    return rows
+
+
+def _rows(run: dict) -> list[dict]:
+    """The rows of a study, or a run of its own as one."""
+    if "results" in run:
+        return run["results"]
+    s = run["settings"]
+    one = {"seed": s["seed"], "best": run["best"], "history": run["history"]}
+    return [{"method": s["method"], "settings": {}, "chosen": s, "trials": [], "runs": [one]}]
 
 
 def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[float], float, float]:
