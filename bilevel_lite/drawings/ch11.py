@@ -132,14 +132,14 @@ def forest(groups, edge=0.03):
 def clock(panels):
     """Test loss of the iterate chosen so far against seconds.
 
-    ``panels[title]`` is (rows of a study by method, baselines by name); of each row the last seed
-    that has a history is drawn, and the mean and range of all seeds where the runs end.
+    ``panels[title]`` is (rows of a study by method, a history of each, baselines by name); mean and
+    range of all seeds stand where the runs end.
     """
     figure, axes = plotting.figure(len(panels), height=2.9)
-    for ax, (title, (rows, baselines)) in zip(axes, panels.items(), strict=True):
+    for ax, (title, (rows, histories, baselines)) in zip(axes, panels.items(), strict=True):
         for method, row in rows.items():
             color, line = STYLES[method]
-            history = next(run["history"] for run in reversed(row["runs"]) if "history" in run)
+            history = histories[method]
             chosen = accumulate(history, lambda a, b: min(a, b, key=lambda r: r["tuning_loss"]))
             seconds = [look["seconds"] for look in history]
             ax.plot(seconds, [look["test_loss"] for look in chosen], line, color=color, lw=1.2,

@@ -15,7 +15,7 @@ from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = [
     "difference", "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
-    "draw_surest", "fresh", "memory_pairs", "unpack_images",
+    "draw_surest", "courses", "fresh", "memory_pairs", "unpack_images",
 ]  # fmt: skip
 
 
@@ -368,6 +368,18 @@ def fresh(*names: str) -> dict[str, dict]:
             raise ValueError(f"{row['method']}: stands at two points, expected one: {bad}")
         have["runs"] = [*have["runs"], *runs]
     return rows
+
+
+def courses(*names: str) -> dict[str, list[dict]]:
+    """The log of one run of each method in stored results: that of the last seed that has one.
+
+    Args:
+        names: As in `fresh`.
+    """
+    rows = [row for name in names for run in stored(name)["runs"] for row in _rows(run)]
+    return {
+        row["method"]: one["history"] for row in rows for one in row["runs"] if "history" in one
+    }
 
 
 def _rows(run: dict) -> list[dict]:
