@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.text.encoders import Encoder, learned_positions
+from bilevel_lite.text.encoders import Encoder, depth, learned_positions
 
 __all__ = ["POOLINGS", "TextClassifier"]
 
@@ -47,9 +47,7 @@ def _with(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
 def _place_of_layers(module: nn.Module) -> str:
     """Where the list of layers stands in an encoder; "" if it cannot be told."""
     for path, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) == getattr(
-            module.config, "num_hidden_layers", 0
-        ):
+        if isinstance(child, nn.ModuleList) and len(child) == depth(module):
             return path
     return ""
 
@@ -124,10 +122,10 @@ class TextClassifier(nn.Module):
             raise ValueError(
                 f"pooling: {encoder.name} has no trained pooler; use pooling='mean' or 'cls'"
             )
-        depth = encoder.layers
+        most = encoder.layers
         every = layers in ("all", -1)
-        if not every and not (isinstance(layers, int) and 1 <= layers <= depth):
-            raise ValueError(f"layers: got {layers!r}, expected 1 to {depth}, or 'all'")
+        if not every and not (isinstance(layers, int) and 1 <= layers <= most):
+            raise ValueError(f"layers: got {layers!r}, expected 1 to {most}, or 'all'")
         self.encoder = copy.deepcopy(encoder.module)
         float32 = {"dtype": torch.float32}
         self.head = nn.utils.skip_init(nn.Linear, encoder.width, num_classes, **float32)
@@ -155,8 +153,8 @@ class TextClassifier(nn.Module):
             self._freeze_unused()
         else:
             stack = self.encoder.get_submodule(path)
-            stack[depth - layers :].requires_grad_(True)
-            self._halves = self._cut(path, depth - layers)
+            stack[most - layers :].requires_grad_(True)
+            self._halves = self._cut(path, most - layers)
         self.eval()
         self.encoder_description = encoder.description
 
@@ -351,8 +349,12 @@ class TextClassifier(nn.Module):
         return table.rows.index_select(0, at.reshape(-1)).view(n, width, -1).to(self.head.weight)
 
     def _refuse_dropout(self) -> None:
-        drops = (m for m in self.encoder.modules() if isinstance(m, nn.Dropout) and m.training)
-        if any(m.p > 0 for m in drops):
+        if not any(m.training for m in self.encoder.modules()):
+            return
+        known = self.encoder.config.to_dict().items()  # some models drop without a module for it
+        drops = [m.p for m in self.encoder.modules() if isinstance(m, nn.Dropout)]
+        drops += [v for k, v in known if "drop" in k and isinstance(v, float)]
+        if any(drops):
             raise ValueError(
                 "model: dropout is on, so what frozen layers give is another at each pass and "
                 "cannot be remembered; call classifier.eval()"
