@@ -595,9 +595,9 @@ def test_the_lines_of_the_readme_learn_weights():
     """A tiny sequence classifier, one wrong label of eight: its weight falls, the others rise."""
     section = (ROOT / "README.md").read_text("utf-8").split("## With Hugging Face")[1]
     lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    assert len([line for line in lines.splitlines() if line.strip()]) <= 21
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 14
     tools = text.transformers()
-    config = tools.BertConfig(
+    config = tools.BertConfig(  # one tensor of ids is what the package takes as x
         vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=20, num_labels=2,
         initializer_range=0.3,
@@ -616,6 +616,9 @@ def test_the_lines_of_the_readme_learn_weights():
     code = lines.replace("range(50)", "range(8)")
     assert code != lines
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    batch = {"input_ids": names["ids"]}, wrong, torch.arange(8)
+    with pytest.raises(ValueError, match="got dict as x, expected a tensor"):
+        names["train"](names["method"].lam, names["method"].theta, batch)
     weights = names["method"].lam
     others = torch.cat([weights[:2], weights[3:]])
     assert float(weights[2]) < 0.1 and float(others.min()) > 0.5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel_lite.text.encoders import Encoder, depth, learned_positions
 
-__all__ = ["POOLINGS", "TextClassifier"]
+__all__ = ["POOLINGS", "Logits", "TextClassifier"]
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -64,6 +64,63 @@ class _Table:
         """Follow a module to another device; the precision stays."""
         self.rows = fn(self.rows).to(self.rows.dtype)
         self.starts, self.lengths = fn(self.starts), fn(self.lengths)
+
+
+def _positions(module: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """A row of positions for each text, so that their gradient goes text by text.
+
+    Of its own accord BERT reads one row for all; RoBERTa, counting from its padding, a row each.
+    """
+    learned = learned_positions(module)
+    takes = "position_ids" in signature(module.forward).parameters
+    if not takes or learned is None or learned.padding_idx is not None:
+        return {}
+    return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)}
+
+
+class Logits(nn.Module):
+    """A Hugging Face sequence classifier as a function of one tensor: ids (n, L) -> logits (n, C).
+
+    In evaluation mode; it shares the classifier's parameters, of which theta holds those that
+    require a gradient.
+
+    Args:
+        classifier: ``AutoModelForSequenceClassification.from_pretrained(...)``, say.
+
+    Raises:
+        ValueError: for a model without a padding token in its configuration.
+
+    Example:
+        >>> from bilevel_lite import text
+        >>> bert = text.transformers()
+        >>> config = bert.BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_attention_heads=2, intermediate_size=8,
+        ...     num_hidden_layers=1, num_labels=3,
+        ... )
+        >>> model = text.Logits(bert.AutoModelForSequenceClassification.from_config(config))
+        >>> model(torch.tensor([[2, 5, 3], [2, 3, 0]])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        pad = getattr(classifier.config, "pad_token_id", None)
+        if pad is None:
+            raise ValueError(
+                f"classifier: {type(classifier).__name__} has no padding token, so where a text "
+                "ends cannot be seen; set classifier.config.pad_token_id"
+            )
+        self.classifier, self.pad = classifier.eval(), pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, shape (n, C)."""
+        mask = x != self.pad
+        given = _positions(self.classifier, mask)
+        return self.classifier(input_ids=x, attention_mask=mask.long(), **given).logits
+
+    def mask(self, batch: Any) -> Tensor:
+        """True where a token stands, bool, shape (n, L): for ``WeightedRisk(mask=...)``."""
+        return batch[0] != self.pad
 
 
 class TextClassifier(nn.Module):
@@ -141,11 +198,6 @@ class TextClassifier(nn.Module):
             )
         self.pad, self.pooling, self.trim = encoder.pad, pooling, trim
         self.trained: int | str = "all" if every else layers
-        takes = "position_ids" in signature(self.encoder.forward).parameters
-        positions = learned_positions(self.encoder)
-        # a row of positions for each text, so that their gradient goes text by text; RoBERTa
-        # counts from its padding, row by row, by itself
-        self.positions = takes and positions is not None and positions.padding_idx is None
         self._table: _Table | None = None
         self._halves: tuple = ()
         if every:
@@ -243,9 +295,8 @@ class TextClassifier(nn.Module):
         return None, torch.arange(width, device=x.device) < lengths[:, None]
 
     def _run(self, module: nn.Module, mask: Tensor, **given: Tensor) -> Any:
-        if self.positions and "input_ids" in given:
-            row = torch.arange(mask.shape[1], device=mask.device)
-            given["position_ids"] = row.expand(mask.shape)
+        if "input_ids" in given:
+            given |= _positions(self.encoder, mask)
         return module(attention_mask=mask.long(), **given)
 
     def _pooled(self, out: Any, mask: Tensor) -> Tensor:
