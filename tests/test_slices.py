@@ -12,7 +12,7 @@ from scipy import stats
 
 from bilevel_lite import plotting
 from bilevel_lite.__main__ import draw_stored, main
-from bilevel_lite.experiment import collect, methods, search, stopping
+from bilevel_lite.experiment import collect, comparing, methods, search, stopping
 from bilevel_lite.tasks import cleaning_figures, cleaning_studies
 
 pytest.importorskip("optuna")
@@ -253,7 +253,7 @@ def test_it_is_collected_and_drawn_with_the_pairs(whole, tmp_path):
     points = [line.get_xdata() for line in pairs.lines if len(line.get_xdata()) == 2]
     expected = np.subtract(losses["kfac"], losses["identity"])
     assert any(np.allclose(x, expected, rtol=1e-12) for x in points)
-    each, middle, half = cleaning_figures.difference(rows["kfac"], rows["identity"])
+    each, middle, half = comparing.difference(rows["kfac"], rows["identity"])
     interval = stats.ttest_rel(losses["kfac"], losses["identity"]).confidence_interval(0.95)
     np.testing.assert_allclose([middle - half, middle + half], interval, rtol=1e-9)
     np.testing.assert_allclose(each, expected)

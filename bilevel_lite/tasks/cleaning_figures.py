@@ -9,13 +9,13 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bilevel_lite.experiment.folder import stored
+from bilevel_lite.experiment.comparing import difference, memory_pairs
 from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = [
-    "difference", "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
-    "draw_surest", "courses", "fresh", "memory_pairs", "unpack_images",
+    "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
+    "draw_surest", "unpack_images",
 ]  # fmt: skip
 
 
@@ -275,27 +275,6 @@ def _draw_ema(rows):
     return fig
 
 
-def memory_pairs(rows: list[dict]) -> dict[str, tuple[list[float], float, float]]:
-    """What a memory of the factors changes where nothing else differs.
-
-    Args:
-        rows: Of the study ``ema``.
-
-    Returns:
-        For each pair at one point, by "batch, damping, memory, whose point": memory minus none as
-        `difference` gives it.
-    """
-    named, out = {row["method"]: row for row in rows}, {}
-    for row in rows:
-        if "follows" in row:
-            pair = sorted((row, named[row["follows"]]), key=lambda one: -one["settings"]["ema"])
-            own = named[row["follows"]]["settings"]["ema"]
-            s = pair[0]["settings"]
-            name = f"{s['batch_size']}, {s['damping']:g}, {s['ema']:g}, at {own:g}'s"
-            out[name] = difference(*pair)
-    return out
-
-
 def _forest(ax, pairs: dict[str, tuple[list[float], float, float]], color=None) -> None:
     """A line for each pair: its seeds, the mean, the 95 % interval; filled where it is decided."""
     ax.axvline(0, color="black", linewidth=0.8)
@@ -333,84 +312,6 @@ def _draw_noise(rows):
             ax.set_title(f"{kind} noise", fontsize=8)
     axes[0, 0].legend(fontsize=7)
     return fig
-
-
-SEARCHED_ON = 0  # the seed of every search
-
-
-def fresh(*names: str) -> dict[str, dict]:
-    """The rows of stored studies by method, with final runs on seeds that no search has seen.
-
-    A point was chosen on seed 0, so its run there is the luckiest of its runs. Where further seeds
-    at a chosen point were run later, the row has them too.
-
-    Args:
-        names: Of stored results (`bilevel_lite.experiment.stored`), studies or single runs.
-
-    Returns:
-        Method -> its row; ``runs`` without the search's seed.
-
-    Raises:
-        ValueError: if a method stands at two points.
-
-    Example:
-        >>> from bilevel_lite.tasks.cleaning_figures import fresh
-        >>> rows = fresh("hyperclean_mnist_mlp_solvers")
-        >>> all(run["seed"] > 0 for row in rows.values() for run in row["runs"])
-        True
-    """
-    rows: dict[str, dict] = {}
-    for row in (row for name in names for run in stored(name)["runs"] for row in _rows(run)):
-        runs = [run for run in row["runs"] if run["seed"] != SEARCHED_ON]
-        have = rows.setdefault(row["method"], {**row, "runs": []})
-        one, other = ({**r.get("settings", {}), **(r["chosen"] or {})} for r in (row, have))
-        if bad := {k: (one[k], other[k]) for k in set(one) & set(other) if one[k] != other[k]}:
-            raise ValueError(f"{row['method']}: stands at two points, expected one: {bad}")
-        have["runs"] = [*have["runs"], *runs]
-    return rows
-
-
-def courses(*names: str) -> dict[str, list[dict]]:
-    """The log of one run of each method in stored results: that of the last seed that has one.
-
-    Args:
-        names: As in `fresh`.
-    """
-    rows = [row for name in names for run in stored(name)["runs"] for row in _rows(run)]
-    return {
-        row["method"]: one["history"] for row in rows for one in row["runs"] if "history" in one
-    }
-
-
-def _rows(run: dict) -> list[dict]:
-    """The rows of a study, or a run of its own as one."""
-    if "results" in run:
-        return run["results"]
-    s = run["settings"]
-    one = {"seed": s["seed"], "best": run["best"], "history": run["history"]}
-    return [{"method": s["method"], "settings": {}, "chosen": s, "trials": [], "runs": [one]}]
-
-
-def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[float], float, float]:
-    """Compare two variants by pairs, at the chosen look of the seeds that both have.
-
-    Args:
-        one: A row of a study's result.
-        other: Another one.
-        key: The measure.
-
-    Returns:
-        ``one`` minus ``other`` for each seed, their mean, and the half width of its 95 % interval
-        by Student's t (infinite for a single seed).
-    """
-    from scipy import stats
-
-    a, b = ({run["seed"]: run["best"][key] for run in row["runs"]} for row in (one, other))
-    each = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
-    if len(each) < 2:
-        return each, mean(each) if each else np.nan, np.inf
-    half = stats.t.ppf(0.975, len(each) - 1) * np.std(each, ddof=1) / len(each) ** 0.5
-    return each, mean(each), float(half)
 
 
 def _draw_resnet18(rows):
