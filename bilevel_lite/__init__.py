@@ -42,9 +42,9 @@ from bilevel_lite.unroll import unrolled_hypergradient
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
-_LAZY = ("data", "drawings", "exercises", "experiment", "models", "plotting", "tasks")
+_LAZY = ("data", "drawings", "exercises", "experiment", "models", "plotting", "tasks", "text")
 if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
-    from bilevel_lite import data, drawings, exercises, experiment, models, plotting, tasks
+    from bilevel_lite import data, drawings, exercises, experiment, models, plotting, tasks, text
 else:
 
     def __getattr__(name):
@@ -95,6 +95,7 @@ __all__ = [
     "progress",
     "setup",
     "tasks",
+    "text",
     "unflatten",
     "unrolled_hypergradient",
 ]

@@ -66,7 +66,8 @@ class Pass:
         x = self.tape.input_columns(layer)
         mask = self.term.risk.unpadded(self.term.batch)
         (call,) = self.tape.calls[layer.name]
-        if mask is not None and call.input.shape[: mask.dim()] == mask.shape:
+        # a head on pooled texts takes (n, width): its columns are texts, also where width is T
+        if mask is not None and call.input.shape[:-1] == mask.shape:
             x = x[:, mask.flatten()]
         rows = x.shape[1]  # none, where a layer was called without examples: then A is zero
         return accumulate(None, x, 1 / max(1, rows), dual and 0 < rows < NARROW * len(x))

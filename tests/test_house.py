@@ -84,6 +84,7 @@ PARTS = {
     "data": ([*(PACKAGE / "data").glob("*.py")], 600),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2740),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
+    "text": ([*(PACKAGE / "text").glob("*.py")], 800),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 1530),
 }
 LARGEST = {"method": 100, "task": 460}  # one file of algorithms/, of tasks/

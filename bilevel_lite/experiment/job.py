@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bilevel_lite.experiment import methods
+from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import Task
@@ -147,7 +148,7 @@ def run_job(
     lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
     result = {
         "kind": task.name,
-        "settings": vars(s),
+        "settings": declared.written(s),
         "source": task.source,
         "baselines": state["baselines"],
         "best": best["row"],

@@ -14,7 +14,7 @@ from bilevel_lite.kfac import KFAC
 from bilevel_lite.options import Option
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
-__all__ = ["METHODS", "OWN", "build"]
+__all__ = ["METHODS", "OWN", "build", "inner_optimizer", "inner_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,14 @@ def build(s: Any, task: Any) -> Method:
     options |= _own(recipe, s)
     options |= {"outer_lr": s.outer_lr, "projection": task.project}
     if recipe.inner == "momentum":
-        options["inner_optimizer"] = lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum)
-    elif recipe.inner == "plain":
-        options["inner_lr"] = s.inner_lr
+        options["inner_optimizer"] = inner_optimizer(s)
+        options["inner_scheduler"] = inner_scheduler(s)
+    else:
+        _require_plain(recipe, s)
+        if recipe.inner == "plain":
+            options["inner_lr"] = s.inner_lr
+    if s.outer_momentum:
+        options["outer_optimizer"] = lambda p: torch.optim.SGD(p, s.outer_lr, s.outer_momentum)
     if recipe.more is None:
         options |= {name: roles[name] for name in (f"{role}_batch" for role in recipe.cls.roles)}
     else:
@@ -157,6 +162,46 @@ def build(s: Any, task: Any) -> Method:
     method = recipe.cls(task.problem, task.lam0, task.theta0, **options)
     task.attach(method, s)
     return method
+
+
+def inner_optimizer(s: Any) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
+    """How theta moves in a run with these settings: SGD with momentum, or AdamW.
+
+    AdamW's own decay is off: it would move theta by what is not in g, and so be no part of H. What
+    keeps theta small is the risk's l2.
+    """
+    if s.inner_optimizer == "adamw":
+        betas = (s.inner_momentum, 0.999)
+        return lambda p: torch.optim.AdamW(p, s.inner_lr, betas, weight_decay=0.0)
+    return lambda p: torch.optim.SGD(p, s.inner_lr, s.inner_momentum)
+
+
+def inner_scheduler(s: Any) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """The inner step size over a run: None where it is constant, else half a cosine down to 0.
+
+    At outer iteration k = 0, 1, ... of K it is inner_lr (1 + cos(pi k / K)) / 2.
+
+    Raises:
+        ValueError: for a cosine in a run that a budget ends, of which K is not known.
+    """
+    if s.inner_schedule == "constant":
+        return None
+    if s.budget:
+        raise ValueError(
+            f"inner_schedule: got 'cosine' with budget={s.budget:g}, so that the number of outer "
+            "iterations is not known; give outer_steps and no budget, or 'constant'"
+        )
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.outer_steps)
+
+
+def _require_plain(recipe: Recipe, s: Any) -> None:
+    """Refuse settings of an inner optimiser for a method that moves theta by itself."""
+    for name, usual in (("inner_optimizer", "sgd"), ("inner_schedule", "constant")):
+        if (value := getattr(s, name)) != usual:
+            raise ValueError(
+                f"{name}: got {value!r}, but {s.method} moves theta by {recipe.cls.__name__}'s own "
+                f"descent; expected {usual!r}"
+            )
 
 
 def _own(recipe: Recipe, s: Any) -> dict[str, float]:

@@ -370,9 +370,10 @@ class _Study:
         if not path.exists():
             return None
         result = unseal(json.loads(path.read_text("utf-8")), path)
-        for key, value in vars(s).items():
+        here, before = declared.written(s), result["settings"]
+        for key in here.keys() | before.keys():
             if key not in ("outer_steps", "evaluate_every", "budget"):  # of `_of_length`
-                if (there := result["settings"][key]) != value:
+                if (there := before.get(key)) != (value := here.get(key)):
                     raise RunError(
                         f"{path} was made with other settings ({key}: {there!r} there, {value!r} "
                         "here); use another folder"
@@ -469,7 +470,7 @@ class _Trials:
     def __init__(self, kind, s, variant: Variant, length: dict, storage: str):
         import optuna
 
-        text = json.dumps([vars(s), variant.space, length], sort_keys=True)
+        text = json.dumps([declared.written(s), variant.space, length], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
         self._study = optuna.create_study(
             storage=storage,

@@ -6,7 +6,11 @@ from typing import Any, get_type_hints
 from bilevel_lite.experiment.methods import OWN
 from bilevel_lite.options import one_of, option
 
-__all__ = ["Settings", "of", "read", "setting"]
+__all__ = ["Settings", "of", "read", "setting", "written"]
+
+# Settings that runs did not have at first. At their default they are not written, so that an older
+# run is compared, and resumed, as one with the same settings.
+LATER = ("inner_optimizer", "inner_schedule", "outer_momentum")
 
 
 def setting(default: Any, meaning: str, least: float | None = None, known: tuple = ()) -> Any:
@@ -34,8 +38,13 @@ class Common:
     outer_steps: int = setting(100, "outer iterations", least=1)
     inner_steps: int = setting(10, "inner steps per outer iteration")
     inner_lr: float = setting(0.1, "inner step size")
-    inner_momentum: float = setting(0.9, "inner momentum")
+    inner_momentum: float = setting(0.9, "inner momentum; AdamW's beta1")
+    inner_optimizer: str = setting("sgd", "how theta moves", known=("adamw", "sgd"))
+    inner_schedule: str = setting(
+        "constant", "inner step size over the run", known=("constant", "cosine")
+    )
     outer_lr: float = setting(1.0, "outer step size")
+    outer_momentum: float = setting(0.0, "outer momentum")
     batch_size: int = setting(0, "inner batch; 0 is the whole training set")
     curvature_batch_size: int = setting(0, "batch of the Hessian; 0 is the whole training set")
     outer_batch_size: int = setting(0, "batch of f; 0 is the whole validation set")
@@ -66,6 +75,12 @@ def _own(name: str) -> tuple[str, Any, Any]:
 
 class Settings(make_dataclass("Own", map(_own, sorted(OWN)), bases=(Common,), kw_only=True)):
     """Every number that a run's result depends on; a task adds its own in a subclass."""
+
+
+def written(s: Any) -> dict[str, Any]:
+    """A run's settings by name, as a folder holds them and a later run is compared with."""
+    default = {f.name: f.default for f in fields(s) if f.name in LATER}
+    return {k: v for k, v in vars(s).items() if k not in default or v != default[k]}
 
 
 def of(kind: type) -> dict[str, tuple[type, Any, str]]:

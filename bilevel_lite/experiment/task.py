@@ -110,7 +110,7 @@ class Task:
     @classmethod
     def config(cls, s: Any) -> dict:
         """What a run's folder is compared by: JSON values."""
-        return {"task": cls.name, **vars(s)}
+        return {"task": cls.name, **declared.written(s)}
 
     @classmethod
     def label(cls, s: Any) -> str:

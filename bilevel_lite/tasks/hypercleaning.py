@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bilevel_lite import data, models
 from bilevel_lite.experiment import job, search
 from bilevel_lite.experiment.methods import METHODS
-from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.settings import Settings, setting, written
 from bilevel_lite.experiment.supervised import (
     BATCHNORM,
     Supervised,
@@ -183,7 +183,7 @@ class Hypercleaning(Supervised, name="hyperclean"):
     @classmethod
     def config(cls, s: HypercleaningSettings) -> dict:
         """The settings alone, as in the folders of earlier versions."""
-        return vars(s)
+        return written(s)
 
     @classmethod
     def label(cls, s: HypercleaningSettings) -> str:

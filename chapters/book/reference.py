@@ -38,6 +38,7 @@ GROUPS = {
         "data.standardise", "data.Batches", "models.build", "models.linear", "models.mlp",
         "models.lenet", "models.resnet18",
     ],
+    "Text": ["text.encoder", "text.tiny", "text.TextClassifier"],
     "Notebooks": [
         "setup", "progress", "exercises.check", "experiment.stored", "plotting.figure",
         "drawings.canvas",
@@ -53,7 +54,7 @@ runs. The examples begin with
 
     import bilevel_lite as bl
 """
-MODULES = ["data", "drawings", "exercises", "experiment", "models", "plotting", "tasks"]
+MODULES = ["data", "drawings", "exercises", "experiment", "models", "plotting", "tasks", "text"]
 
 
 def prepared(lines: list[str]) -> None:

@@ -1,0 +1,365 @@
+"""A classifier on an encoder: the last layers and a head train, the rest is computed once."""
+
+import copy
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel_lite.text.encoders import Encoder, learned_positions
+
+__all__ = ["POOLINGS", "TextClassifier"]
+
+POOLINGS = ("mean", "cls", "pooler")
+
+
+class _Reached(Exception):
+    """The activations that the first trained layer is given."""
+
+
+class _Stop(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if hasattr(layer, "attention_type"):  # ModernBERT asks its layers for it
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states, *_, **__):
+        raise _Reached(hidden_states)
+
+
+class _Given(nn.Module):
+    """In place of the embeddings: what it is given."""
+
+    def forward(self, *args, inputs_embeds=None, **_):
+        return inputs_embeds if inputs_embeds is not None else args[1]
+
+
+def _with(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """A shallow copy in which one submodule is another; everything else is shared."""
+    made, (name, _, rest) = copy.copy(module), path.partition(".")
+    child = module._modules[name]
+    made._modules = {**module._modules, name: _with(child, rest, new) if rest else new}
+    return made
+
+
+def _place_of_layers(module: nn.Module) -> str:
+    """Where the list of layers stands in an encoder; "" if it cannot be told."""
+    for path, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) == getattr(
+            module.config, "num_hidden_layers", 0
+        ):
+            return path
+    return ""
+
+
+@dataclass
+class _Table:
+    """Activations of texts, one token a row, a row of zeros at the end; where each text starts."""
+
+    rows: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    def move(self, fn: Any) -> None:
+        """Follow a module to another device; the precision stays."""
+        self.rows = fn(self.rows).to(self.rows.dtype)
+        self.starts, self.lengths = fn(self.starts), fn(self.lengths)
+
+
+class TextClassifier(nn.Module):
+    r"""An encoder's last layers and a linear head: logits from token ids, or from positions.
+
+        logits = W pool(h) + c,   pool = mean of h over the text's tokens | h of the first token |
+                                  tanh(W_p h_first + c_p), the encoder's own pooler
+
+    theta (`bilevel_lite.flatten`) are the last ``layers`` layers and the head; embeddings, pooler
+    and the other layers are frozen. The encoder is copied and stays as it is. Evaluation mode from
+    the start: with dropout there is no one function to differentiate.
+
+        classifier = TextClassifier(encoder, 6, layers=1)
+        x = classifier.remember(encoder.ids(texts))            # positions 0 .. n-1
+        risk = bl.WeightedRisk(classifier, weight=..., mask=classifier.mask)
+        batch = x[rows], y[rows], rows
+
+    Args:
+        encoder: From `encoder` or `tiny`.
+        num_classes: C.
+        layers: How many of the last layers to train; ``"all"`` (or -1): everything that the logits
+            depend on, embeddings too.
+        pooling: ``"mean"``, ``"cls"`` or ``"pooler"``.
+        generator: A CPU generator for W (normal, 0.02; c is zero); by default torch's own.
+        trim: Cut a batch to its longest text; without, ids are taken at the width they have.
+
+    Raises:
+        ValueError: for a number of layers that the encoder does not have or whose layers cannot be
+            told, a pooling that is none of these, or a pooler that the encoder does not have.
+
+    Example:
+        >>> from bilevel_lite import text
+        >>> words = text.tiny()
+        >>> classifier = text.TextClassifier(words, 3, generator=torch.Generator().manual_seed(0))
+        >>> ids = words.ids(["Which city ?", "How many bridges has it ?"])
+        >>> x = classifier.remember(ids)
+        >>> torch.allclose(classifier(x), classifier(ids), atol=1e-6)
+        True
+        >>> classifier.mask((x, None)).sum(1)
+        tensor([5, 8])
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        layers: int | str = 1,
+        pooling: str = "mean",
+        generator: torch.Generator | None = None,
+        trim: bool = True,
+    ):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(POOLINGS)}")
+        if pooling == "pooler" and getattr(encoder.module, "pooler", None) is None:
+            raise ValueError(
+                f"pooling: {encoder.name} has no trained pooler; use pooling='mean' or 'cls'"
+            )
+        depth = encoder.layers
+        every = layers in ("all", -1)
+        if not every and not (isinstance(layers, int) and 1 <= layers <= depth):
+            raise ValueError(f"layers: got {layers!r}, expected 1 to {depth}, or 'all'")
+        self.encoder = copy.deepcopy(encoder.module)
+        float32 = {"dtype": torch.float32}
+        self.head = nn.utils.skip_init(nn.Linear, encoder.width, num_classes, **float32)
+        weight = torch.randn(num_classes, encoder.width, generator=generator, **float32)
+        with torch.no_grad():
+            self.head.weight.copy_(0.02 * weight)
+            self.head.bias.zero_()
+        path = _place_of_layers(self.encoder)
+        if not every and not path:
+            raise ValueError(
+                f"layers: those of {encoder.name} ({type(self.encoder).__name__}) cannot be told "
+                "apart; use layers='all'"
+            )
+        self.pad, self.pooling, self.trim = encoder.pad, pooling, trim
+        self.trained: int | str = "all" if every else layers
+        takes = "position_ids" in signature(self.encoder.forward).parameters
+        positions = learned_positions(self.encoder)
+        # a row of positions for each text, so that their gradient goes text by text; RoBERTa
+        # counts from its padding, row by row, by itself
+        self.positions = takes and positions is not None and positions.padding_idx is None
+        self._table: _Table | None = None
+        self._halves: tuple = ()
+        if every:
+            self.encoder.requires_grad_(True)
+            self._freeze_unused()
+        else:
+            stack = self.encoder.get_submodule(path)
+            stack[depth - layers :].requires_grad_(True)
+            self._halves = self._cut(path, depth - layers)
+        self.eval()
+        self.encoder_description = encoder.description
+
+    # -- what is trained
+
+    def _freeze_unused(self) -> None:
+        """Freeze what the logits do not depend on, such as a pooler beside mean pooling."""
+        ids = torch.arange(2)[:, None] + torch.arange(4)
+        ids[ids == self.pad] = 5
+        named = list(self.encoder.parameters())
+        grads = torch.autograd.grad(self(ids).sum(), named, allow_unused=True)
+        for p, grad in zip(named, grads, strict=True):
+            p.requires_grad_(grad is not None)
+
+    @property
+    def description(self) -> str:
+        """What is said with every number: the encoder, its pooling, what is trained."""
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+        what = "all layers" if self.trained == "all" else f"the last {self.trained} layers"
+        what = "the last layer" if self.trained == 1 else what
+        said = "its own pooler" if self.pooling == "pooler" else f"{self.pooling} pooling"
+        return (
+            f"{self.encoder_description}; {said}; {what} and the head trained ({size} parameters)"
+        )
+
+    # -- forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, shape (n, C), of ids (n, L) or of positions (n,) in the table.
+
+        Raises:
+            ValueError: if x is neither, or of positions that are not remembered.
+        """
+        ids, mask = self._read(x)
+        if ids is not None:
+            out = self._run(self.encoder, mask, input_ids=ids)
+        else:
+            self._refuse_dropout()
+            out = self._run(self._halves[1], mask, inputs_embeds=self._activations(x, mask))
+        return self.head(self._pooled(out, mask))
+
+    def mask(self, batch: Any) -> Tensor:
+        """True where a token stands, bool, shape (n, L): for ``WeightedRisk(mask=...)``.
+
+        KFAC's A is then the mean over the texts' tokens alone; L is that of `forward`.
+        """
+        return self._read(batch[0])[1]
+
+    def _read(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The ids, or None for positions, and where there are tokens; both trimmed."""
+        if not isinstance(x, Tensor) or x.dtype != torch.int64 or x.dim() not in (1, 2):
+            got = type(x).__name__
+            got = f"{x.dtype}, shape {tuple(x.shape)}" if isinstance(x, Tensor) else got
+            raise ValueError(
+                f"x: got {got}, expected int64: token ids (n, L), encoder.ids(texts), or positions "
+                "(n,) of remembered texts"
+            )
+        on_cpu = x.device.type == "cpu" and x.numel()  # a look costs nothing
+        if x.dim() == 2:
+            words = len(self.encoder.get_input_embeddings().weight)
+            if on_cpu and not 0 <= int(x.min()) <= int(x.max()) < words:
+                raise ValueError(
+                    f"x: token ids from {int(x.min())} to {int(x.max())}, but the encoder has "
+                    f"{words}; use the ids of its own tokenizer"
+                )
+            mask = x != self.pad
+            if self.trim:
+                used = mask.any(0).nonzero()
+                width = int(used[-1]) + 1 if len(used) else 1
+                x, mask = x[:, :width], mask[:, :width]
+            return x, mask
+        if self._table is None:
+            raise ValueError(
+                "x: got positions, but no activations are remembered; call "
+                "classifier.remember(ids), or give ids of shape (n, L)"
+            )
+        known = self._table.lengths
+        if on_cpu and not 0 <= int(x.min()) <= int(x.max()) < len(known):
+            raise ValueError(
+                f"x: positions from {int(x.min())} to {int(x.max())}, but {len(known)} texts are "
+                "remembered"
+            )
+        lengths = known[x]
+        width = int((lengths if self.trim else known).max())
+        return None, torch.arange(width, device=x.device) < lengths[:, None]
+
+    def _run(self, module: nn.Module, mask: Tensor, **given: Tensor) -> Any:
+        if self.positions and "input_ids" in given:
+            row = torch.arange(mask.shape[1], device=mask.device)
+            given["position_ids"] = row.expand(mask.shape)
+        return module(attention_mask=mask.long(), **given)
+
+    def _pooled(self, out: Any, mask: Tensor) -> Tensor:
+        if self.pooling == "pooler":
+            return out.pooler_output
+        hidden = out.last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        share = mask.to(hidden) / mask.sum(1, keepdim=True).clamp(min=1)
+        return (share[..., None] * hidden).sum(1)
+
+    # -- frozen layers, computed once
+
+    def _cut(self, path: str, first: int) -> tuple[nn.Module, nn.Module]:
+        """The encoder below the first trained layer, and from there on; both share its modules."""
+        layers = self.encoder.get_submodule(path)
+        words = self.encoder.get_input_embeddings()
+        below = nn.ModuleList([*layers[:first], _Stop(layers[first])])
+        start = next(k for k, m in self.encoder.named_children() if words in set(m.modules()))
+        above = _with(self.encoder, path, nn.ModuleList(layers[first:]))
+        return _with(self.encoder, path, below), _with(above, start, _Given())
+
+    @torch.no_grad()
+    def remember(self, ids: Tensor, dtype: torch.dtype = torch.float32, chunk: int = 64) -> Tensor:
+        """Compute what the frozen layers make of some texts, once; positions stand for them then.
+
+        Only tokens are kept, no padding: sum of the texts' lengths times width numbers. A second
+        call replaces the table.
+
+        Args:
+            ids: Token ids, shape (n, L).
+            dtype: What they are kept in; ``torch.float16`` takes half the memory and changes the
+                logits by about 1e-4 of their size, which are otherwise those of the ids to
+                rounding.
+            chunk: Texts that are computed at once.
+
+        Returns:
+            The positions 0 .. n-1, int64, shape (n,).
+
+        Raises:
+            ValueError: where nothing is frozen, for a model in training mode with dropout, for a
+                dtype that is no float, or an encoder that cannot be cut between two layers.
+
+        Cost: one forward pass of the frozen part on every text.
+        """
+        if not self._halves:
+            raise ValueError("layers: all are trained, so there is nothing to remember; give ids")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.float16")
+        self._refuse_dropout()
+        ids, mask = self._read(ids) if ids.dim() == 2 else (None, None)
+        if ids is None:
+            raise ValueError("ids: got positions, expected token ids of shape (n, L)")
+        device, lengths = self.head.weight.device, mask.sum(1)
+        front = torch.arange(mask.shape[1], device=ids.device) < lengths[:, None]
+        if not torch.equal(mask, front):
+            raise ValueError("ids: have padding before a token; expected padding on the right only")
+        ends = lengths.cumsum(0)
+        starts, total = ends - lengths, int(ends[-1])
+        rows = torch.zeros(total + 1, self.head.in_features, dtype=dtype, device=device)
+        for part in lengths.argsort(stable=True).split(chunk):
+            width = int(lengths[part].max())
+            few = ids[part, :width].to(device)
+            seen = few != self.pad
+            hidden = self._below(few, seen)
+            at = (starts[part, None] + torch.arange(width, device=ids.device)).to(device)
+            rows[at[seen]] = hidden[seen].to(dtype)
+        self._table = _Table(rows, starts.to(device), lengths.to(device))
+        positions = torch.arange(len(ids), device=device)
+        self._confirm(positions[:: max(1, len(ids) // 4)], ids.to(device))
+        return positions
+
+    def _below(self, ids: Tensor, mask: Tensor) -> Tensor:
+        try:
+            self._run(self._halves[0], mask, input_ids=ids)
+        except _Reached as reached:
+            return reached.args[0]
+        raise ValueError("layers: the encoder did not call the first trained layer")
+
+    def _confirm(self, some: Tensor, ids: Tensor) -> None:
+        """Refuse a table from which the logits are not those of the ids."""
+        try:
+            whole = self(ids[some])
+            apart, size = float((self(some) - whole).abs().max()), float(whole.abs().max())
+        except RuntimeError as error:
+            apart, size, why = float("inf"), 0.0, str(error)
+        else:
+            why = f"logits differ by {apart:.1e}"
+        short = self._table.rows.dtype in (torch.float16, torch.bfloat16)
+        if not apart <= (2e-2 if short else 1e-4) * (1 + size):
+            self._table = None
+            raise ValueError(
+                f"encoder: {type(self.encoder).__name__} cannot be cut between two layers ({why}), "
+                "so nothing can be remembered; give ids"
+            )
+
+    def _activations(self, x: Tensor, mask: Tensor) -> Tensor:
+        table, (n, width) = self._table, mask.shape
+        at = table.starts[x, None] + torch.arange(width, device=x.device)
+        at = torch.where(mask, at, len(table.rows) - 1)  # zeros where there is padding
+        return table.rows.index_select(0, at.reshape(-1)).view(n, width, -1).to(self.head.weight)
+
+    def _refuse_dropout(self) -> None:
+        drops = (m for m in self.encoder.modules() if isinstance(m, nn.Dropout) and m.training)
+        if any(m.p > 0 for m in drops):
+            raise ValueError(
+                "model: dropout is on, so what frozen layers give is another at each pass and "
+                "cannot be remembered; call classifier.eval()"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TextClassifier":
+        super()._apply(fn, recurse)
+        if self._table is not None:
+            self._table.move(fn)
+        return self
