@@ -327,7 +327,7 @@ def _cached(name: str) -> bool:
     return config and any(weights)
 
 
-def _silence(name: str, seconds: float = SECONDS) -> str:
+def _silence(name: str) -> str:
     """Why the hub cannot be asked; "" if it answers, whatever it says."""
     if any(os.environ.get(key, "0") not in ("0", "") for key in OFFLINE):
         return "is switched off (HF_HUB_OFFLINE)"
@@ -337,7 +337,7 @@ def _silence(name: str, seconds: float = SECONDS) -> str:
     def ask():
         request = urllib.request.Request(f"{host}/{name}/resolve/main/config.json", method="HEAD")
         try:
-            with urllib.request.urlopen(request, timeout=seconds):
+            with urllib.request.urlopen(request, timeout=SECONDS):
                 said.append("")
         except urllib.error.HTTPError:  # an answer, too
             said.append("")
@@ -346,8 +346,8 @@ def _silence(name: str, seconds: float = SECONDS) -> str:
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
     thread.start()
-    thread.join(seconds)
-    return said[0] if said else f"does not answer within {seconds:g} seconds"
+    thread.join(SECONDS)
+    return said[0] if said else f"does not answer within {SECONDS:g} seconds"
 
 
 class _Words:
