@@ -404,7 +404,9 @@ def test_the_study_covers_what_it_says():
         "cg-normal-3", "kfac-mc", "kfac-empirical",
     ]  # fmt: skip
     widths = {high / low for v in found.values() for low, high in v.space.values()}
-    assert len(widths) == 1 and all(list(v.space) in ([], ["outer_lr"]) for v in found.values())
+    assert all(w == pytest.approx(100) for w in widths) and all(
+        list(v.space) in ([], ["outer_lr"]) for v in found.values()
+    )
     assert [name for name, v in found.items() if not v.space] == ["noisy", "validation", "clean"]
     for v in found.values():
         TextCleaning.settings(dataset="trec", **v.settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel_lite.data.files import DataError, find
 
-__all__ = ["NAMES", "Texts", "WeakTexts", "load", "majority", "read"]
+__all__ = ["NAMES", "Texts", "WeakTexts", "load", "majority", "read", "toy"]
 
 # The authors' own place; a folder for each set, with four files. Its list of files was seen when
 # this was written, its files could not be compared: the hashes below are those of a copy.
@@ -247,6 +247,37 @@ def votes(weak: Tensor, num_classes: int) -> Tensor:
             "function, or label some texts by hand"
         )
     return (weak[..., None] == torch.arange(num_classes)).sum(1)
+
+
+def toy() -> WeakTexts:
+    """Made-up questions with unreliable labelling functions, for a machine without any texts.
+
+    A function for each class knows its keyword and speaks up 7 times in 10; two more name any
+    class.
+
+    Example:
+        >>> bl.data.wrench.toy().train.texts[0]
+        'who keeps the bridges of lima ?'
+    """
+    asks = ("how many {} has {} ?", "where are the {} of {} ?", "who keeps the {} of {} ?")
+    things = ("bridges", "museums", "gardens", "trains", "towers", "markets", "canals", "schools")
+    places = ("lima", "oslo", "cairo", "delhi", "paris", "accra", "quito", "seoul", "turin", "york")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    def made(n: int) -> Texts:
+        y, thing, place = draw(3, n), draw(len(things), n), draw(len(places), n)
+        rows = zip(y.tolist(), thing.tolist(), place.tolist(), strict=True)
+        texts = [asks[c].format(things[t], places[p]) for c, t, p in rows]
+        knows = y[:, None] == torch.arange(3)
+        speaks = torch.rand(n, 3, generator=generator) < 0.7
+        known = torch.where(knows & speaks, torch.arange(3), -1)
+        return Texts(texts, y, torch.cat([known, draw(3, n, 2)], 1), [])
+
+    train, valid, test = map(made, (120, 40, 60))
+    return WeakTexts("toy", train, valid, test, ["NUM", "LOC", "HUM"], "made-up questions")
 
 
 def _json(path: Path) -> dict:

@@ -17,6 +17,7 @@ SemEval 178 (0.6 and 1.1), TREC 500 (0.2 and 0.4). Beside the chosen iterate sta
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,8 +28,9 @@ from torch import Tensor
 
 from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
-from bilevel_lite.data.wrench import TIES, Texts, WeakTexts
+from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment import methods
+from bilevel_lite.experiment.folder import RunError
 from bilevel_lite.experiment.settings import Settings, setting
 from bilevel_lite.experiment.supervised import Supervised, evaluate
 from bilevel_lite.experiment.task import Column
@@ -38,7 +40,7 @@ from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tasks.wrong_labels import auc, precision, surest
 
-__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings", "toy"]
+__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings"]
 
 TOY = "toy"
 # training and validation texts; each dataset has its own test texts
@@ -59,6 +61,13 @@ PLAIN = {
 }  # fmt: skip
 # step sizes of AdamW: one layer as in the first trials, the others by hand; never searched
 INNER_LR = {"1": 3e-4, "half": 1e-4, "all": 5e-5}
+# steps on the weights: one that moves a weight by about 0.3 at its first visit, from the median
+# entry of the hypergradient on TREC (5 for KFAC, 0.09 for CG, 0.03 to 0.04, 0.003 for SAMA) and the
+# outer momentum; v differs in length that much (CG, Neumann and identity as in `text_study`)
+OUTER_LR = {
+    "aid-kfac": 0.01, "aid-cg": 0.3, "aid-cg-normal": 1.0, "aid-neumann": 1.0, "aid-identity": 1.0,
+    "sama": 10.0,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -127,12 +136,10 @@ class TextCleaning(Supervised, name="text_cleaning"):
     learned: bool = True
 
     Settings: ClassVar[type] = TextCleaningSettings
-    # outer_lr: by hand, for KFAC with this damping
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "fisher": "empirical", "damping": 1e-3, "inner_optimizer": "adamw",
-        "inner_lr": INNER_LR["1"], "outer_lr": 0.05, "outer_momentum": 0.9, "outer_steps": 150,
-        "batch_size": 32, "outer_batch_size": 32, "curvature_batch_size": 32,
-        "cross_batch_size": 32,
+        "outer_momentum": 0.9, "outer_steps": 150, "batch_size": 32, "outer_batch_size": 32,
+        "curvature_batch_size": 32, "cross_batch_size": 32,
     }  # fmt: skip
     columns: ClassVar[tuple[Column, ...]] = (
         *Supervised.columns,
@@ -144,12 +151,16 @@ class TextCleaning(Supervised, name="text_cleaning"):
     def settings(cls, **given: Any) -> TextCleaningSettings:
         """The settings of a run, those that were not given by their defaults.
 
-        Of the toy texts the encoder is the tiny one; AdamW's step is smaller with more layers.
+        Of the toy texts the encoder is the tiny one; AdamW's step is smaller with more layers, and
+        the step on the weights is the method's.
 
         Raises:
             ValueError: for a name that is not known, or a value out of range.
         """
-        own = {"inner_lr": INNER_LR.get(given.get("layers", "1"), INNER_LR["half"])}
+        own = {
+            "inner_lr": INNER_LR.get(given.get("layers", "1"), INNER_LR["half"]),
+            "outer_lr": OUTER_LR.get(given.get("method", cls.defaults["method"]), 1.0),
+        }
         if given.get("dataset", TOY) == TOY:
             own |= {"encoder": "tiny", "outer_steps": 20, "outer_batch_size": 20}
         s = super().settings(**{**own, **given})
@@ -237,7 +248,8 @@ class TextCleaning(Supervised, name="text_cleaning"):
         if self.lam0.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.lam0.device)
         elif LINUX:
-            Path("/proc/self/clear_refs").write_text("5")
+            with suppress(OSError):  # where that is not allowed, the mark is the whole process's
+                Path("/proc/self/clear_refs").write_text("5")
 
     # -- for the log and the result
 
@@ -273,6 +285,8 @@ class TextCleaning(Supervised, name="text_cleaning"):
         ``noisy``: on the voted labels (what the main paper calls its baseline); ``validation``: on
         f's validation texts alone; ``clean``: on the true labels, which nobody has.
         """
+        if s.labels != "weak":
+            return {}
         return {name: partial(self._plain, s, labels) for name, (labels, _) in BASELINES.items()}
 
     def _plain(self, s: TextCleaningSettings, labels: str) -> dict:
@@ -412,6 +426,8 @@ def _prepared(
         )  # fmt: skip
     except text.EncoderError as error:
         raise ValueError(f"encoder: {error}") from error
+    except ImportError as error:
+        raise RunError(str(error)) from error
     ordered, cut = [], 0
     for name in ("train", "valid", "test"):
         part: Texts = getattr(sets, name)
@@ -427,35 +443,3 @@ def _prepared(
     ids = encoder.ids([one for part in ordered for one in part.texts])
     x = ids.to(device) if many == "all" else model.remember(ids, PRECISIONS[kept_in])
     return sets, cut, model, x.split([len(part.y) for part in ordered])
-
-
-def toy() -> WeakTexts:
-    """Made-up questions with unreliable labelling functions, for a machine without any texts.
-
-    A function for each class knows its keyword and speaks up 7 times in 10; two more name any
-    class.
-
-    Example:
-        >>> from bilevel_lite.tasks import text_cleaning
-        >>> text_cleaning.toy().train.texts[0]
-        'who keeps the bridges of lima ?'
-    """
-    asks = ("how many {} has {} ?", "where are the {} of {} ?", "who keeps the {} of {} ?")
-    things = ("bridges", "museums", "gardens", "trains", "towers", "markets", "canals", "schools")
-    places = ("lima", "oslo", "cairo", "delhi", "paris", "accra", "quito", "seoul", "turin", "york")
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator)
-
-    def made(n: int) -> Texts:
-        y, thing, place = draw(3, n), draw(len(things), n), draw(len(places), n)
-        rows = zip(y.tolist(), thing.tolist(), place.tolist(), strict=True)
-        texts = [asks[c].format(things[t], places[p]) for c, t, p in rows]
-        knows = y[:, None] == torch.arange(3)
-        speaks = torch.rand(n, 3, generator=generator) < 0.7
-        known = torch.where(knows & speaks, torch.arange(3), -1)
-        return Texts(texts, y, torch.cat([known, draw(3, n, 2)], 1), [])
-
-    train, valid = (made(n) for n in SIZES[TOY])
-    return WeakTexts(TOY, train, valid, made(60), ["NUM", "LOC", "HUM"], "made-up questions")
