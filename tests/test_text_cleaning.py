@@ -50,7 +50,7 @@ def by_hand(weak, classes):
 TABLE = {
     "trec": (6, (5033, 500, 500), 68, 95.2, 719, (48.7, 51.9, 53.7)),
     "semeval": (9, (1749, 178, 600), 164, 100.0, 199, (85.0, 79.9, 79.9)),
-    "youtube": (2, (1586, 120, 250), 10, 87.7, 233, (80.0, 81.7, 86.1)),
+    "youtube": (2, (1586, 120, 250), 10, 87.7, 233, (79.9, 81.7, 86.1)),  # 1268 of 1586
 }
 
 
@@ -266,6 +266,8 @@ def test_texts_left_out_true_labels_and_weights_that_stay(float32):
     assert torch.equal(clean.project(torch.zeros(120)), torch.ones(120))
     trusted = TextCleaning.make(TextCleaning.settings(labels="validation"), CPU)
     assert torch.equal(trusted.train[0], trusted.validation[0])
+    batch = trusted.batches(TextCleaning.settings(labels="validation"))["inner_batch"].draw()
+    assert len(batch[0]) == 20  # of 32
 
 
 def test_classes_that_no_vote_names_are_said(float32, monkeypatch):
@@ -292,7 +294,6 @@ def test_classes_that_no_vote_names_are_said(float32, monkeypatch):
         ({"texts": 121}, "texts: got 121, expected 1 to 120, or 0 for all"),
         ({"batch_size": 121}, "batch_size: got 121, expected 1 to 120, or 0 for all 120"),
         ({"outer_batch_size": 21}, "outer_batch_size: got 21, expected 1 to 20"),
-        ({"batch_size": 21, "labels": "validation"}, "batch_size: got 21, expected 1 to 20"),
         ({"model": "bert"}, r"text_cleaning: has no setting \['model'\]"),
     ],
 )
@@ -346,7 +347,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch, c
 
 def test_a_run_tells_wrong_labels_and_names_what_it_rejects(tmp_path, capsys):
     words = ["run", "text_cleaning", "--method", "aid-kfac", "--device", "cpu"]
-    assert main([*words, "--evaluate-every", "5", "--out", str(tmp_path)]) == 0
+    words += ["--outer-lr", "0.05", "--evaluate-every", "5"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
     out, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
     assert "54 of 120 labels are wrong" in out and "random weights, claims nothing" in out
     assert "(one is 5.0 points; of 60 test texts one is 1.67)" in out
@@ -434,8 +436,8 @@ def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
     first, again = (
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")
     )
-    assert first["kind"] == "text_cleaning_study" and first["layers"] == "1" and first["seeds"] == 2
-    assert "model" not in first and first["first_seed"] == 1
+    assert first["kind"] == "text_cleaning_study" and first["base"]["layers"] == "1"
+    assert "model" not in first and first["seeds"] == 2 and first["first_seed"] == 1
     for rows in (first["results"], again["results"]):
         for one in (one for row in rows for one in row["runs"]):
             del one["seconds"], one["memory"]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
+from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.folder import RunError
@@ -170,8 +171,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
         kept = validation - round(s.tuning_share * validation)
         most = dict.fromkeys(("batch_size", "curvature_batch_size", "cross_batch_size"), s.texts)
         for name, size in {**most, "outer_batch_size": kept}.items():
-            size = kept if s.labels == "validation" else size or train
-            if not 0 <= (value := getattr(s, name)) <= size:
+            if not 0 <= (value := getattr(s, name)) <= (size := size or train):
                 raise ValueError(f"{name}: got {value}, expected 1 to {size}, or 0 for all {size}")
         return s
 
@@ -238,6 +238,10 @@ class TextCleaning(Supervised, name="text_cleaning"):
 
     # -- for the method
 
+    def _sampler(self, s: Any, size: int, salt: int, split: tuple[Tensor, Tensor]) -> Batches:
+        # trained on validation texts, of which there may be less than a batch
+        return super()._sampler(s, min(size, len(split[1])), salt, split)
+
     def project(self, lam: Tensor) -> Tensor:
         """Clip the weights to [0, 1]; leave them at 1 where they are not learned."""
         return lam.clamp(0, 1) if self.learned else torch.ones_like(lam)
@@ -292,8 +296,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
     def _plain(self, s: TextCleaningSettings, labels: str) -> dict:
         task = self.on(labels, learned=False)
         own = {**dict.fromkeys(methods.OWN), **PLAIN}
-        size = min(s.batch_size or len(task.lam0), len(task.lam0))
-        method = methods.build(replace(s, **own, batch_size=size), task)
+        method = methods.build(replace(s, **own), task)
         rows = []
         for step in range(1, s.outer_steps + 1):
             method.step()
