@@ -217,7 +217,7 @@ def majority(
     if ties == "drawn":
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         # below one vote: it decides among equals only
-        counts = counts + 0.5 * torch.rand(counts.shape, generator=generator)
+        counts = counts + 0.5 * torch.rand(counts.shape, generator=generator, dtype=torch.float64)
     labels = counts.argmax(1)  # of equals the first
     if uncovered != "tie":
         label = -1 if uncovered == "abstain" else int(uncovered)
@@ -257,7 +257,7 @@ def toy() -> WeakTexts:
 
     Example:
         >>> bl.data.wrench.toy().train.texts[0]
-        'who keeps the bridges of lima ?'
+        'who keeps the schools of lima ?'
     """
     asks = ("how many {} has {} ?", "where are the {} of {} ?", "who keeps the {} of {} ?")
     things = ("bridges", "museums", "gardens", "trains", "towers", "markets", "canals", "schools")
@@ -272,7 +272,7 @@ def toy() -> WeakTexts:
         rows = zip(y.tolist(), thing.tolist(), place.tolist(), strict=True)
         texts = [asks[c].format(things[t], places[p]) for c, t, p in rows]
         knows = y[:, None] == torch.arange(3)
-        speaks = torch.rand(n, 3, generator=generator) < 0.7
+        speaks = torch.rand(n, 3, generator=generator, dtype=torch.float64) < 0.7
         known = torch.where(knows & speaks, torch.arange(3), -1)
         return Texts(texts, y, torch.cat([known, draw(3, n, 2)], 1), [])
 
