@@ -189,6 +189,9 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", metavar="NAME", help="of text: a folder, a name on the hub, or tiny (default: "
         "bert-base-uncased where it can be had)",
     )  # fmt: skip
+    same.add_argument(
+        "--texts", type=int, metavar="N", help="of text: training texts, drawn (default: all)"
+    )
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):

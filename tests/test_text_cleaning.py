@@ -412,12 +412,14 @@ def test_the_study_covers_what_it_says():
     assert [name for name, v in found.items() if not v.space] == ["noisy", "validation", "clean"]
     for v in found.values():
         TextCleaning.settings(dataset="trec", **v.settings)
+    # 6 trials of each of the 8, then 3 seeds of all 11
+    assert cleaning_studies.runs("text") == 8 * 6 + 11 * 3
     with pytest.raises(ValueError, match="dataset: got 'mnist', expected one of .*trec"):
         cleaning_studies.variants("text", "mnist", "linear")
 
 
 def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
-    only = ["--only", "noisy", "kfac-empirical"]
+    only = ["--texts", "100", "--only", "noisy", "kfac-empirical"]
     words = [*SHORT, *only, "--out"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     table = capsys.readouterr().out
@@ -437,6 +439,7 @@ def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")
     )
     assert first["kind"] == "text_cleaning_study" and first["base"]["layers"] == "1"
+    assert first["base"]["texts"] == 100
     assert "model" not in first and first["seeds"] == 2 and first["first_seed"] == 1
     for rows in (first["results"], again["results"]):
         for one in (one for row in rows for one in row["runs"]):
@@ -461,7 +464,10 @@ def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["text", "--model", "mlp"], "--model: text has none; it has ['encoder', 'layers']"),
+        (
+            ["text", "--model", "mlp"],
+            "--model: text has none; it has ['encoder', 'layers', 'texts']",
+        ),
         (["solvers", "--layers", "2"], "--layers: solvers has none; it has ['batchnorm', 'model',"),
         (["text", "--layers", "few"], "layers: got 'few', expected a number of layers, 'half'"),
         (["text", "--dataset", "digits"], "--dataset: got 'digits', expected one of ['semeval',"),

@@ -134,11 +134,11 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 # what a study is run with where nothing else is said
 USUAL: dict = {
     "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
-    "encoder": "", "seeds": 3, "first_seed": 0, "trials": 16, "widen": 0, "search_steps": 400,
-    "outer_steps": 1000, "looks": 50, "baselines": 0,
+    "encoder": "", "texts": 0, "seeds": 3, "first_seed": 0, "trials": 16, "widen": 0,
+    "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
 }  # fmt: skip
 # of these the settings that are the same for all variants, where the task has them
-SAME = ("model", "stem", "batchnorm", "layers", "encoder")
+SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts")
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def runs(study: str) -> int:
     """How many runs a study has with its usual numbers, its trials among them, if no box widens."""
     usual = {**USUAL, **STUDIES[study].usual}
     found = variants(study, usual["dataset"], usual["model"])
-    trials = sum(not variant.follows for variant in found) * usual["trials"]
+    searched_for = [variant for variant in found if variant.space and not variant.follows]
+    trials = len(searched_for) * usual["trials"]
     baselines = len(BASELINES) if usual["baselines"] else 0
     return trials + baselines + len(found) * usual["seeds"]
 
@@ -259,7 +260,7 @@ def run(
             - model: A key of `bilevel_lite.models.MODELS`.
             - stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
-            - layers, encoder: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
+            - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
@@ -299,7 +300,7 @@ def run(
                 f"only: {variant.name} runs at the winner of {variant.follows}; name that too"
             )
     sizes = sizes or {}
-    free = set(ROLES) - {name for variant in chosen for name in variant.settings}
+    free = set(ROLES) - set.intersection(*(set(variant.settings) for variant in chosen))
     if unknown := sorted(set(sizes) - free):
         raise ValueError(f"sizes: got {unknown}, expected some of {sorted(free)} in {study}")
     if bad := {
