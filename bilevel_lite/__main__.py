@@ -27,8 +27,8 @@ OPTIONS = {
 # the same, as --help groups them
 SETTINGS = {
     "lengths and steps": (
-        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "outer_lr", "evaluate_every",
-        "budget",
+        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "inner_optimizer",
+        "inner_schedule", "outer_lr", "outer_momentum", "evaluate_every", "budget",
     ),
     "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
     "the linear system": ("iters", "damping", "step", "curvature", "fisher", "ema", "every"),

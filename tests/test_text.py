@@ -303,12 +303,13 @@ def test_remembered_activations_give_the_same(name):
     width = int((ids[some] != encoder.pad).sum(1).max())
     assert model.mask((x[some],)).shape == (3, width) == model.mask((ids[some],)).shape
     theta = bl.flatten(model)
-    for solver in (bl.KFAC(DAMPING, "exact"), bl.CG(4, damping=DAMPING, curvature="ggn")):
-        one, two = (
-            bl.hypergradient(problem_of(model), LAM, theta, batch_of(t), batch_of(t), solver)
-            for t in (ids, x)
+    one, two = (
+        bl.hypergradient(
+            problem_of(model), LAM, theta, batch_of(t), batch_of(t), bl.KFAC(DAMPING, "empirical")
         )
-        assert error(two, one) < 1e-10
+        for t in (ids, x)
+    )
+    assert error(two, one) < 1e-10
     single = model.float()
     for dtype, most in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
         x = single.remember(ids, dtype)
@@ -479,15 +480,14 @@ def test_padding_changes_no_hypergradient_under_the_mask(layers):
         batch = batch_of(ids_of(width))
         return bl.hypergradient(problem_of(model, masked), LAM, theta, batch, batch, solver)
 
-    for solver in (
-        bl.KFAC(DAMPING, "exact"), bl.KFAC(DAMPING, "empirical"), bl.EKFAC(DAMPING, "exact"),
-        bl.CG(5, damping=DAMPING, curvature="ggn"), bl.Identity(0.1),
+    for solver, width in (
+        (bl.KFAC(DAMPING, "exact"), 100), (bl.KFAC(DAMPING, "empirical"), 100),
+        (bl.EKFAC(DAMPING, "exact"), 30), (bl.CG(3, damping=DAMPING, curvature="ggn"), 30),
     ):  # fmt: skip
         truth = h(solver, None)
-        assert bool(truth.any()) and error(h(solver, 100), truth) < 1e-10
-    for fisher in ("exact", "empirical"):
-        short, long = (h(bl.KFAC(1e-3, fisher), width, False) for width in (None, 100))
-        assert error(long, short) > 1e-3
+        assert bool(truth.any()) and error(h(solver, width), truth) < 1e-10
+    short, long = (h(bl.KFAC(1e-3, "empirical"), width, False) for width in (None, 100))
+    assert error(long, short) > 1e-3
     trimmed = classifier(layers)
     problem, batch = problem_of(trimmed), batch_of(ids_of(100))
     got = bl.hypergradient(problem, LAM, theta, batch, batch, bl.KFAC(DAMPING, "exact"))
@@ -558,13 +558,12 @@ def test_methods_pass_the_default_attention():
         lambda p, **b: bl.AID(p, LAM, theta, bl.Neumann(2, 0.1), inner_steps=2, **rates, **b),
         lambda p, **b: bl.ITD(p, LAM, theta, inner_steps=2, **rates, **b),
         lambda p, **b: bl.SAMA(p, LAM, theta, inner_steps=2, **rates, **b),
-        lambda p, **b: bl.NBO(p, LAM, theta, linear_lr=0.1, outer_lr=0.1, **b),
         lambda p, **b: bl.SOBA(p, LAM, theta, linear_lr=0.1, **rates, **b),
     ):
         one, two = (
             make(problem_of(m), inner_batch=batch, outer_batch=batch) for m in (model, plain)
         )
-        for _ in range(2):
+        for _ in range(2):  # SOBA's first direction is zero
             got, truth = one.step().hypergradient, two.step().hypergradient
         assert error(got, truth) < 1e-9 and bool(truth.any())
     assert switches() == was
@@ -596,9 +595,9 @@ def test_the_lines_of_the_readme_learn_weights():
     """A tiny sequence classifier, one wrong label of eight: its weight falls, the others rise."""
     section = (ROOT / "README.md").read_text("utf-8").split("## With Hugging Face")[1]
     lines = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    assert len([line for line in lines.splitlines() if line.strip()]) <= 21
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 14
     tools = text.transformers()
-    config = tools.BertConfig(
+    config = tools.BertConfig(  # one tensor of ids is what the package takes as x
         vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=16, max_position_embeddings=20, num_labels=2,
         initializer_range=0.3,
@@ -614,9 +613,12 @@ def test_the_lines_of_the_readme_learn_weights():
         "ids": words.ids(texts), "labels": wrong, "val_ids": words.ids(texts), "val_labels": right,
         "classifier": whole,
     }  # fmt: skip
-    code = lines.replace("range(50)", "range(10)")
+    code = lines.replace("range(50)", "range(8)")
     assert code != lines
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    batch = {"input_ids": names["ids"]}, wrong, torch.arange(8)
+    with pytest.raises(ValueError, match="got dict as x, expected a tensor"):
+        names["train"](names["method"].lam, names["method"].theta, batch)
     weights = names["method"].lam
     others = torch.cat([weights[:2], weights[3:]])
     assert float(weights[2]) < 0.1 and float(others.min()) > 0.5

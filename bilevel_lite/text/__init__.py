@@ -7,9 +7,10 @@ once for every text (`TextClassifier.remember`) and a batch is a tensor of posit
 table. Needs the extra ``text`` (transformers); `import bilevel_lite` does not.
 """
 
-from bilevel_lite.text.classifier import POOLINGS, TextClassifier
+from bilevel_lite.text.classifier import POOLINGS, Logits, TextClassifier
 from bilevel_lite.text.encoders import Encoder, EncoderError, encoder, tiny, transformers
 
 __all__ = [
-    "POOLINGS", "Encoder", "EncoderError", "TextClassifier", "encoder", "tiny", "transformers",
+    "POOLINGS", "Encoder", "EncoderError", "Logits", "TextClassifier", "encoder", "tiny",
+    "transformers",
 ]  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.text.encoders import Encoder, learned_positions
+from bilevel_lite.text.encoders import Encoder, depth, learned_positions
 
-__all__ = ["POOLINGS", "TextClassifier"]
+__all__ = ["POOLINGS", "Logits", "TextClassifier"]
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -47,9 +47,7 @@ def _with(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
 def _place_of_layers(module: nn.Module) -> str:
     """Where the list of layers stands in an encoder; "" if it cannot be told."""
     for path, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) == getattr(
-            module.config, "num_hidden_layers", 0
-        ):
+        if isinstance(child, nn.ModuleList) and len(child) == depth(module):
             return path
     return ""
 
@@ -66,6 +64,63 @@ class _Table:
         """Follow a module to another device; the precision stays."""
         self.rows = fn(self.rows).to(self.rows.dtype)
         self.starts, self.lengths = fn(self.starts), fn(self.lengths)
+
+
+def _positions(module: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """A row of positions for each text, so that their gradient goes text by text.
+
+    Of its own accord BERT reads one row for all; RoBERTa, counting from its padding, a row each.
+    """
+    learned = learned_positions(module)
+    takes = "position_ids" in signature(module.forward).parameters
+    if not takes or learned is None or learned.padding_idx is not None:
+        return {}
+    return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)}
+
+
+class Logits(nn.Module):
+    """A Hugging Face sequence classifier as a function of one tensor: ids (n, L) -> logits (n, C).
+
+    In evaluation mode; it shares the classifier's parameters, of which theta holds those that
+    require a gradient.
+
+    Args:
+        classifier: ``AutoModelForSequenceClassification.from_pretrained(...)``, say.
+
+    Raises:
+        ValueError: for a model without a padding token in its configuration.
+
+    Example:
+        >>> from bilevel_lite import text
+        >>> bert = text.transformers()
+        >>> config = bert.BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_attention_heads=2, intermediate_size=8,
+        ...     num_hidden_layers=1, num_labels=3,
+        ... )
+        >>> model = text.Logits(bert.AutoModelForSequenceClassification.from_config(config))
+        >>> model(torch.tensor([[2, 5, 3], [2, 3, 0]])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        pad = getattr(classifier.config, "pad_token_id", None)
+        if pad is None:
+            raise ValueError(
+                f"classifier: {type(classifier).__name__} has no padding token, so where a text "
+                "ends cannot be seen; set classifier.config.pad_token_id"
+            )
+        self.classifier, self.pad = classifier.eval(), pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, shape (n, C)."""
+        mask = x != self.pad
+        given = _positions(self.classifier, mask)
+        return self.classifier(input_ids=x, attention_mask=mask.long(), **given).logits
+
+    def mask(self, batch: Any) -> Tensor:
+        """True where a token stands, bool, shape (n, L): for ``WeightedRisk(mask=...)``."""
+        return batch[0] != self.pad
 
 
 class TextClassifier(nn.Module):
@@ -124,10 +179,10 @@ class TextClassifier(nn.Module):
             raise ValueError(
                 f"pooling: {encoder.name} has no trained pooler; use pooling='mean' or 'cls'"
             )
-        depth = encoder.layers
+        most = encoder.layers
         every = layers in ("all", -1)
-        if not every and not (isinstance(layers, int) and 1 <= layers <= depth):
-            raise ValueError(f"layers: got {layers!r}, expected 1 to {depth}, or 'all'")
+        if not every and not (isinstance(layers, int) and 1 <= layers <= most):
+            raise ValueError(f"layers: got {layers!r}, expected 1 to {most}, or 'all'")
         self.encoder = copy.deepcopy(encoder.module)
         float32 = {"dtype": torch.float32}
         self.head = nn.utils.skip_init(nn.Linear, encoder.width, num_classes, **float32)
@@ -143,11 +198,6 @@ class TextClassifier(nn.Module):
             )
         self.pad, self.pooling, self.trim = encoder.pad, pooling, trim
         self.trained: int | str = "all" if every else layers
-        takes = "position_ids" in signature(self.encoder.forward).parameters
-        positions = learned_positions(self.encoder)
-        # a row of positions for each text, so that their gradient goes text by text; RoBERTa
-        # counts from its padding, row by row, by itself
-        self.positions = takes and positions is not None and positions.padding_idx is None
         self._table: _Table | None = None
         self._halves: tuple = ()
         if every:
@@ -155,8 +205,8 @@ class TextClassifier(nn.Module):
             self._freeze_unused()
         else:
             stack = self.encoder.get_submodule(path)
-            stack[depth - layers :].requires_grad_(True)
-            self._halves = self._cut(path, depth - layers)
+            stack[most - layers :].requires_grad_(True)
+            self._halves = self._cut(path, most - layers)
         self.eval()
         self.encoder_description = encoder.description
 
@@ -245,9 +295,8 @@ class TextClassifier(nn.Module):
         return None, torch.arange(width, device=x.device) < lengths[:, None]
 
     def _run(self, module: nn.Module, mask: Tensor, **given: Tensor) -> Any:
-        if self.positions and "input_ids" in given:
-            row = torch.arange(mask.shape[1], device=mask.device)
-            given["position_ids"] = row.expand(mask.shape)
+        if "input_ids" in given:
+            given |= _positions(self.encoder, mask)
         return module(attention_mask=mask.long(), **given)
 
     def _pooled(self, out: Any, mask: Tensor) -> Tensor:
@@ -351,8 +400,12 @@ class TextClassifier(nn.Module):
         return table.rows.index_select(0, at.reshape(-1)).view(n, width, -1).to(self.head.weight)
 
     def _refuse_dropout(self) -> None:
-        drops = (m for m in self.encoder.modules() if isinstance(m, nn.Dropout) and m.training)
-        if any(m.p > 0 for m in drops):
+        if not any(m.training for m in self.encoder.modules()):
+            return
+        known = self.encoder.config.to_dict().items()  # some models drop without a module for it
+        drops = [m.p for m in self.encoder.modules() if isinstance(m, nn.Dropout)]
+        drops += [v for k, v in known if "drop" in k and isinstance(v, float)]
+        if any(drops):
             raise ValueError(
                 "model: dropout is on, so what frozen layers give is another at each pass and "
                 "cannot be remembered; call classifier.eval()"

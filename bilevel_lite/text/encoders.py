@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Encoder", "EncoderError", "encoder", "learned_positions", "tiny", "transformers"]
+__all__ = [
+    "Encoder", "EncoderError", "depth", "encoder", "learned_positions", "tiny", "transformers",
+]  # fmt: skip
 
 DEFAULT = "bert-base-uncased"
 LENGTH = 100  # tokens of a text by default: the papers' choice
@@ -149,7 +151,7 @@ class Encoder:
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return _depth(self.module)
+        return depth(self.module)
 
     @property
     def width(self) -> int:
@@ -203,7 +205,8 @@ def _checked(texts: Any) -> list[str]:
     return list(texts)
 
 
-def _depth(module: nn.Module) -> int:
+def depth(module: nn.Module) -> int:
+    """Number of layers of an encoder; 0 if its configuration does not say."""
     return getattr(module.config, "num_hidden_layers", 0)
 
 
@@ -252,8 +255,8 @@ def encoder(place: str | Path | None = None, max_length: int | None = None) -> E
     if _cached(DEFAULT) or not _silence(DEFAULT):
         try:
             return _loaded(DEFAULT, max_length)
-        except EncoderError:
-            if max_length is not None and max_length > 512:
+        except EncoderError as error:
+            if str(error).startswith("max_length"):
                 raise
     found = _local()
     return _loaded(str(found[0]), max_length) if found else tiny(max_length=max_length)

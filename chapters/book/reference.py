@@ -38,7 +38,7 @@ GROUPS = {
         "data.majority", "data.standardise", "data.Batches", "models.build", "models.linear",
         "models.mlp", "models.lenet", "models.resnet18",
     ],
-    "Text": ["text.encoder", "text.tiny", "text.TextClassifier"],
+    "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
     "Notebooks": [
         "setup", "progress", "exercises.check", "experiment.stored", "plotting.figure",
         "drawings.canvas",
