@@ -27,8 +27,8 @@ OPTIONS = {
 # the same, as --help groups them
 SETTINGS = {
     "lengths and steps": (
-        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "outer_lr", "evaluate_every",
-        "budget",
+        "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "inner_optimizer",
+        "inner_schedule", "outer_lr", "outer_momentum", "evaluate_every", "budget",
     ),
     "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
     "the linear system": ("iters", "damping", "step", "curvature", "fisher", "ema", "every"),
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="one study of full-scale hypercleaning: a search for each variant, then some seeds",
+        help="one study of hypercleaning: a search for each variant, then some seeds",
         description="Stop it at any moment (Ctrl-C, SIGTERM, --minutes): it says what is left, and "
         "the same command resumes it.",
         formatter_class=Help,
@@ -131,10 +131,10 @@ def parser() -> argparse.ArgumentParser:
     asks = "; ".join(f"{name}: {one.asks}" for name, one in cleaning_studies.STUDIES.items())
     study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
     job = study.add_argument_group("the study")
+    datasets = dict.fromkeys(d for one in cleaning_studies.STUDIES.values() for d in one.datasets)
     job.add_argument(
-        "--dataset", choices=sorted(hypercleaning.SIZES),
-        help="what to clean" + _usually("dataset"),
-    )  # fmt: skip
+        "--dataset", choices=sorted(datasets), help="what to clean" + _usually("dataset")
+    )
     job.add_argument(
         "--model", choices=sorted(models.MODELS),
         help="what is trained on it" + _usually("model"),
@@ -182,6 +182,16 @@ def parser() -> argparse.ArgumentParser:
     same.add_argument(
         "--batchnorm", choices=BATCHNORM, help="its statistics" + _usually("batchnorm")
     )
+    same.add_argument(
+        "--layers", metavar="N", help="of text: how many are trained, half, or all (default: 1)"
+    )
+    same.add_argument(
+        "--encoder", metavar="NAME", help="of text: a folder, a name on the hub, or tiny (default: "
+        "bert-base-uncased where it can be had)",
+    )  # fmt: skip
+    same.add_argument(
+        "--texts", type=int, metavar="N", help="of text: training texts, drawn (default: all)"
+    )
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
@@ -194,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
             "--set", nargs="+", action="extend", metavar="NAME=VALUE",
-            help="settings; `tasks NAME` lists those of a task",
+            help="settings, also --NAME VALUE; `tasks NAME` lists those of a task",
         )  # fmt: skip
         one.add_argument("--out", required=True, metavar="DIR", help="output folder")
         one.add_argument("--device", metavar="NAME", help=DEVICE)
@@ -377,6 +387,19 @@ def _search(options: dict) -> None:
     search.run(kind, config, base, variants, trial, final, **rest)
 
 
+def _as_settings(words: list[str], top: argparse.ArgumentParser) -> list[str]:
+    """``--layers 1`` or ``--layers=1``, a setting of the task, as ``layers=1``."""
+    out = []
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if not name.startswith("--") or not (equals or words):
+            top.error(
+                f"unrecognized arguments: {name}; settings are --NAME VALUE or --set NAME=VALUE"
+            )
+        out.append(f"{name[2:].replace('-', '_')}={value if equals else words.pop(0)}")
+    return out
+
+
 def _tasks(task: str | None) -> None:
     if task is None:
         for name, kind in sorted(TASKS.items()):
@@ -444,7 +467,13 @@ def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
-    options = vars(parser().parse_args(arguments))
+    known = parser()
+    found, rest = known.parse_known_args(arguments)
+    options = vars(found)
+    if rest and options["command"] in ("run", "search"):
+        options["set"] = [*(options["set"] or []), *_as_settings(rest, known)]
+    elif rest:
+        known.error(f"unrecognized arguments: {' '.join(rest)}")
     command, names = options.pop("command"), set(options)
     try:
         if command == "hyperclean":

@@ -8,40 +8,53 @@ Example:
     (8, 8)
 """
 
+from typing import Literal, overload
+
 import torch
 
-from bilevel_lite.data import cifar10, mnist
+from bilevel_lite.data import cifar10, mnist, wrench
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.files import DataError, Dataset
 from bilevel_lite.data.mnist import read_idx
 from bilevel_lite.data.noise import corrupt_labels, pair_flips, split, standardise
+from bilevel_lite.data.wrench import WeakTexts, majority
 
 __all__ = [
     "Batches",
     "DataError",
     "Dataset",
+    "WeakTexts",
     "available",
     "corrupt_labels",
     "load",
+    "majority",
     "pair_flips",
     "read_idx",
     "split",
     "standardise",
+    "wrench",
 ]
 
 
-def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> Dataset:
+@overload
+def load(  # type: ignore[overload-overlap]
+    name: Literal["semeval", "trec", "youtube"], *, download: bool = True
+) -> WeakTexts: ...
+@overload
+def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> Dataset: ...
+def load(name, dtype=None, download=True):
     """Load a dataset by name.
 
     Args:
         name: ``"mnist"`` (60,000 + 10,000 images of 28 x 28), ``"cifar10"`` (50,000 + 10,000
             coloured images of 32 x 32) or ``"digits"`` (1,437 + 360 images of 8 x 8 that ship with
-            scikit-learn; no download).
+            scikit-learn; no download); or texts with weak labels (`bilevel_lite.data.wrench`):
+            ``"trec"``, ``"semeval"``, ``"youtube"``.
         dtype: Of the inputs; torch's default dtype if None.
         download: Whether the network may be used when no local copy is found.
 
     Returns:
-        `Dataset`, on the CPU.
+        `Dataset`, on the CPU; of texts `WeakTexts`, which has no dtype.
 
     Raises:
         ValueError: for an unknown name.
@@ -53,8 +66,11 @@ def load(name: str, dtype: torch.dtype | None = None, download: bool = True) -> 
         (torch.Size([1437, 64]), torch.Size([1437]), 10)
     """
     loaders = {"mnist": mnist.load, "cifar10": cifar10.load, "digits": _load_digits}
+    if name in wrench.NAMES:
+        return wrench.load(name, download)
     if name not in loaders:
-        raise ValueError(f"dataset: got {name!r}, expected one of {sorted(loaders)}")
+        known = sorted([*loaders, *wrench.NAMES])
+        raise ValueError(f"dataset: got {name!r}, expected one of {known}")
     return loaders[name](dtype or torch.get_default_dtype(), download)
 
 

@@ -48,8 +48,12 @@ class File(NamedTuple):
     sha256: str  # of its content, the same whoever compressed it
 
 
-def find(folder: str, name: str, sha256: str, hosts: tuple[str, ...], download: bool) -> Path:
-    """Return where a file lies: local folder, then cache, then (checked) network.
+def find(
+    folder: str, name: str, sha256: str | None, hosts: tuple[str, ...], download: bool
+) -> Path:
+    """Return where a file lies: local folder, then cache, then network (checked by its sha256).
+
+    Without one the caller must check what the file says.
 
     Raises:
         DataError: if it is in none of them.
@@ -73,7 +77,7 @@ def find(folder: str, name: str, sha256: str, hosts: tuple[str, ...], download: 
         try:
             path = pooch.retrieve(
                 host + name,
-                known_hash=f"sha256:{sha256}",
+                known_hash=sha256 and f"sha256:{sha256}",
                 fname=name,
                 path=cached.parent,
                 downloader=pooch.HTTPDownloader(timeout=10, progressbar=_progress_bar()),
@@ -85,7 +89,7 @@ def find(folder: str, name: str, sha256: str, hosts: tuple[str, ...], download: 
             problems.append(f"{host} could not be read ({type(error).__name__})")
     raise DataError(
         f"no local copy of {name}, and no download: {'; '.join(problems)}. Put the dataset's files "
-        f"in a folder {folder}/ and name its parent in BILEVEL_LITE_DATA"
+        f"in a folder {folder}/ of the one that BILEVEL_LITE_DATA names"
     )
 
 

@@ -422,6 +422,7 @@ class _Study:
         return {
             "seed": result["settings"]["seed"],
             "best": result["best"],
+            "last": {k: _round(v) for k, v in history[-1].items()},
             "history": _thin(history, self.kind.dropped),
             "seconds": result["provenance"]["seconds"],
             # share of the looks at which CG stopped on a direction of negative curvature
@@ -567,7 +568,7 @@ def _round(value: Any) -> Any:
 
 
 def table(rows: list[dict], columns: tuple[Column, ...]) -> str:
-    """The results as text: at the iterate that the criterion chose, mean over the seeds.
+    """The results as text: the mean over the seeds, at the iterate that the criterion chose.
 
     Args:
         rows: Of the result of `run`.
@@ -593,9 +594,9 @@ def table(rows: list[dict], columns: tuple[Column, ...]) -> str:
 
 def _cell(row: dict, column: Column) -> str:
     """A row's mean in a column; empty where the task did not measure it."""
-    if column.key not in row["runs"][0]["best"]:
+    if column.key not in row["runs"][0][column.at]:
         return ""
-    values = [column.scale * run["best"][column.key] for run in row["runs"]]
+    values = [column.scale * run[column.at][column.key] for run in row["runs"]]
     text = [f"{value:{column.form}}" for value in (mean(values), min(values), max(values))]
     return f"{text[0]} ({text[1]}-{text[2]})" if column.spread else text[0]
 

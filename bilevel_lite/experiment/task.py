@@ -39,6 +39,7 @@ class Column(NamedTuple):
         width: Of the column.
         scale: What the numbers are multiplied by.
         spread: Whether the lowest and the highest seed are shown too.
+        at: Of which look: ``"best"``, that of the chosen iterate, or ``"last"``.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Column(NamedTuple):
     width: int = 10
     scale: float = 1
     spread: bool = False
+    at: str = "best"
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,6 @@ Example:
     True
 """
 
-from bilevel_lite.tasks import hypercleaning, long_tail
+from bilevel_lite.tasks import hypercleaning, long_tail, text_cleaning
 
-__all__ = ["hypercleaning", "long_tail"]
+__all__ = ["hypercleaning", "long_tail", "text_cleaning"]

@@ -1,18 +1,22 @@
-"""The studies of full-scale hypercleaning, each a list of variants under one search.
+"""The studies of hypercleaning, of images and texts, each a list of variants under one search.
 
 After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figure 1), the batch size
 (Figures 3 and 7), factors kept for several iterations (Table 2), the moving average of the factors
 (Figure 6); and one of ours, the rate and kind of the noise. Its Figures 2 and 5, all methods, are
 `cleaning_comparison`. Every variant runs for the same number of outer iterations. The study
 ``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
-GPU for some minutes at a time.
+GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from bilevel_lite.experiment import search
+from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
+from bilevel_lite.experiment.task import Task
+from bilevel_lite.session import pick_device
+from bilevel_lite.tasks import text_study
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
@@ -60,7 +64,7 @@ def _solvers(dataset: str, model: str) -> list[Variant]:
 
 def _sizes(dataset: str, size: int) -> dict[str, int]:
     """The same batch size in every role, as far as the split has examples."""
-    train, validation, _ = SIZES[dataset]
+    train, validation = (text_study.SIZES if dataset in text_study.SIZES else SIZES)[dataset][:2]
     return {role: min(size, validation if role == "outer_batch_size" else train) for role in ROLES}
 
 
@@ -129,10 +133,12 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 
 # what a study is run with where nothing else is said
 USUAL: dict = {
-    "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "seeds": 3,
-    "first_seed": 0, "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000,
-    "looks": 50, "baselines": 0,
+    "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
+    "encoder": "", "texts": 0, "seeds": 3, "first_seed": 0, "trials": 16, "widen": 0,
+    "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
 }  # fmt: skip
+# of these the settings that are the same for all variants, where the task has them
+SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts")
 
 
 @dataclass(frozen=True)
@@ -144,12 +150,18 @@ class Study:
         variants: Of a dataset and a model.
         usual: What it is run with beside `USUAL`.
         batch: The batch size in every role, where it is not the dataset's.
+        on_gpu: What differs from ``usual`` on a GPU, ``batch`` among it.
+        kind: The task.
+        datasets: Of the task.
     """
 
     asks: str
     variants: Callable[[str, str], list[Variant]]
     usual: dict = field(default_factory=dict)
     batch: int | None = None
+    on_gpu: dict = field(default_factory=dict)
+    kind: type[Task] = Hypercleaning
+    datasets: tuple[str, ...] = tuple(SIZES)
 
 
 STUDIES = {
@@ -168,6 +180,18 @@ STUDIES = {
         },
         batch=256,
     ),
+    "text": Study(
+        "weakly labelled texts and the last layers of an encoder, by solver",
+        text_study.variants,
+        {
+            "dataset": "trec", "first_seed": 1, "trials": 6, "search_steps": 60,
+            "outer_steps": 150, "looks": 15,
+        },
+        batch=32,
+        on_gpu={"batch": 128, "search_steps": 200, "outer_steps": 1000, "looks": 50},
+        kind=text_study.TextCleaning,
+        datasets=tuple(text_study.SIZES),
+    ),
 }  # fmt: skip
 
 
@@ -179,9 +203,11 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
     """
     if study not in STUDIES:
         raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
-    if dataset not in SIZES:
-        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
+    if dataset not in (known := STUDIES[study].datasets):
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(known)} in {study}")
     found = STUDIES[study].variants(dataset, model)
+    if STUDIES[study].kind is not Hypercleaning:
+        return found
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
 
 
@@ -189,7 +215,8 @@ def runs(study: str) -> int:
     """How many runs a study has with its usual numbers, its trials among them, if no box widens."""
     usual = {**USUAL, **STUDIES[study].usual}
     found = variants(study, usual["dataset"], usual["model"])
-    trials = sum(not variant.follows for variant in found) * usual["trials"]
+    searched_for = [variant for variant in found if variant.space and not variant.follows]
+    trials = len(searched_for) * usual["trials"]
     baselines = len(BASELINES) if usual["baselines"] else 0
     return trials + baselines + len(found) * usual["seeds"]
 
@@ -229,10 +256,11 @@ def run(
         status: Only say what is done and what is left.
         **given: What differs from the study's usual (`USUAL`, `Study.usual`); None is the usual.
 
-            - dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
+            - dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``; of ``text`` a set of texts.
             - model: A key of `bilevel_lite.models.MODELS`.
             - stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
+            - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
@@ -251,9 +279,14 @@ def run(
     """
     if unknown := sorted(set(given) - set(USUAL)):
         raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
-    own = STUDIES[study].usual if study in STUDIES else {}
+    one = STUDIES.get(study, Study("", lambda dataset, model: []))
+    own = {**one.usual, **(one.on_gpu if pick_device(device).type == "cuda" else {})}
+    batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
     dataset, model = s["dataset"], s["model"]
+    same = {name: s[name] for name in SAME if name in declared.of(one.kind.Settings)}
+    if none := [n for n in SAME if given.get(n) is not None and n not in same]:
+        raise ValueError(f"{none[0]}: {study} has none; it has {sorted(same)}")
     chosen = variants(study, dataset, model)
     known = [variant.name for variant in chosen]
     unknown = sorted(set(only or []) - set(known))
@@ -267,7 +300,7 @@ def run(
                 f"only: {variant.name} runs at the winner of {variant.follows}; name that too"
             )
     sizes = sizes or {}
-    free = set(ROLES) - {name for variant in chosen for name in variant.settings}
+    free = set(ROLES) - set.intersection(*(set(variant.settings) for variant in chosen))
     if unknown := sorted(set(sizes) - free):
         raise ValueError(f"sizes: got {unknown}, expected some of {sorted(free)} in {study}")
     if bad := {
@@ -275,21 +308,21 @@ def run(
     }:
         raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
     sizes = {role: int(size) for role, size in sizes.items()}
-    batches = _sizes(dataset, STUDIES[study].batch) if STUDIES[study].batch else {}
-    base = {**MINIBATCHES[dataset], **batches, **sizes}
-    base |= {name: s[name] for name in ("stem", "batchnorm")}
+    batches = _sizes(dataset, batch) if batch else {}
+    base = {**MINIBATCHES.get(dataset, {}), **batches, **sizes}
+    base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}
         if unknown := sorted(set(at) - searched_for):
             raise ValueError(f"at: got {unknown}, expected some of {sorted(searched_for)}")
         chosen = [_fixed(variant, at) for variant in chosen]
     return search.run(
-        Hypercleaning,
+        one.kind,
         {
-            "kind": "hyperclean_study",
+            "kind": f"{one.kind.name}_study",
             "study": study,
             "dataset": dataset,
-            "model": model,
+            **({"model": model} if "model" in same else {}),
             **({"sizes": sizes} if sizes else {}),
         },
         base,

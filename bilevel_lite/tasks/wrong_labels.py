@@ -62,7 +62,7 @@ def precision(lam: Tensor, wrong: Tensor) -> float:
 
 
 @torch.no_grad()
-def surest(task: Any, lam: Tensor, theta: Tensor, count: int = 24) -> Tensor:
+def surest(task: Any, lam: Tensor, theta: Tensor, count: int = 24, chunk: int = 5_000) -> Tensor:
     """The training examples that the learned weights are surest are mislabelled.
 
     Lowest weight first; among equal weights (many are 0) the highest loss under theta first.
@@ -72,12 +72,13 @@ def surest(task: Any, lam: Tensor, theta: Tensor, count: int = 24) -> Tensor:
         lam: Weights, shape (N,).
         theta: Parameters, shape (d,).
         count: How many.
+        chunk: Examples of one forward pass.
 
     Returns:
         Positions among the training examples, shape (count,).
     """
     x, y = task.train
-    parts = zip(x.split(5_000), y.split(5_000), strict=True)
+    parts = zip(x.split(chunk), y.split(chunk), strict=True)
     loss = torch.cat(
         [F.cross_entropy(predict(task.model, theta, a), b, reduction="none") for a, b in parts]
     )

@@ -1,0 +1,110 @@
+"""Figures of text cleaning: runs, and the study of the solvers."""
+
+from statistics import mean
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from bilevel_lite.experiment.search import pace
+from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
+
+__all__ = ["draw_runs", "draw_study"]
+
+SHADES = {"noisy": PALETTE[1], "validation": PALETTE[7], "clean": PALETTE[2]}
+
+
+def draw_runs(result: dict):
+    """Draw runs: test accuracy against time and gradients, and the learned weights.
+
+    Args:
+        result: ``{"runs": [...]}``, the results of one or more seeds of one method.
+
+    Returns:
+        The figure. The histogram is that of the first run.
+    """
+    first = result["runs"][0]
+    with mpl.rc_context(STYLE):
+        fig, axes = figure(3, height=2.9)
+        for ax, key in zip(axes, ("seconds", "gradients"), strict=False):
+            for run in result["runs"]:
+                accuracy = [100 * row["test_accuracy"] for row in run["history"]]
+                label = "learned weights" if run is first else None
+                ax.plot([row[key] for row in run["history"]], accuracy, color=COLORS["kfac"],
+                        label=label)  # fmt: skip
+            for name, fit in first["baselines"].items():
+                ax.axhline(100 * fit["test_accuracy"], color=SHADES[name], linestyle="--",
+                           linewidth=1.2, label=name)  # fmt: skip
+            ax.set_xlabel({"gradients": "gradient-equivalents"}.get(key, key))
+        axes[0].set_ylabel("test accuracy, %")
+        axes[0].legend(loc="best")
+        edges = first["weights"]["edges"]
+        for name, colour in (("right", COLORS["clean"]), ("wrong", COLORS["corrupted"])):
+            axes[2].stairs(
+                first["weights"][name], edges, fill=True, alpha=0.6, color=colour, label=name
+            )
+        axes[2].set(xlabel="learned weight", ylabel="training texts", yscale="log")
+        axes[2].legend(title="label is")
+        fig.suptitle(_title(first["settings"], first["source"]), fontsize=8)
+    return fig
+
+
+def draw_study(result: dict):
+    """Draw the study: a row for each set and number of layers, a line for each method.
+
+    Accuracy at the iterate that the tuning texts chose (filled) and at the end (hollow), each the
+    mean of the seeds, with a bar from the lowest to the highest; AUC; seconds an outer iteration.
+
+    Args:
+        result: ``{"runs": [results of ``python -m bilevel_lite study text``, one or more]}``.
+
+    Returns:
+        The figure.
+    """
+    runs = result["runs"]
+    tall = sum(0.7 + 0.23 * len(run["results"]) for run in runs)
+    with mpl.rc_context(STYLE):
+        fig, grid = plt.subplots(
+            len(runs), 3, figsize=(9.0, 0.4 + tall), squeeze=False, layout="constrained",
+            height_ratios=[0.7 + 0.23 * len(run["results"]) for run in runs],
+        )  # fmt: skip
+        for axes, run in zip(grid, runs, strict=True):
+            rows = [row for row in run["results"] if row["runs"]][::-1]
+            for y, row in enumerate(rows):
+                colour = SHADES.get(row["method"], COLORS.get(row["method"].split("-")[0]))
+                for ax, key, scale in ((axes[0], "test_accuracy", 100), (axes[1], "auc", 1)):
+                    for at, filled in (("last", False), ("best", True)):
+                        if key in row["runs"][0][at]:
+                            values = [scale * one[at][key] for one in row["runs"]]
+                            _spread(ax, values, y + (0 if filled else -0.25), colour, filled)
+                if row["method"] not in SHADES:
+                    axes[2].plot(pace(row, "seconds"), y, "o", color=colour)
+            for ax, label in zip(
+                axes, ("test accuracy, %", "AUC of the weights", "seconds an outer iteration"),
+                strict=True,
+            ):  # fmt: skip
+                ax.set(xlabel=label, ylim=(-0.7, len(rows) - 0.3))
+                ax.set_yticks(range(len(rows)), [])
+            axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
+            title = _title({**run, **run["base"], **run["final"]}, run["source"])
+            axes[0].set_title(f"{title}\n{_seeds(run)}", fontsize=7, loc="left")
+        for filled, label in ((True, "chosen by the tuning texts"), (False, "at the end")):
+            grid[0, 0].plot([], [], "o", color="0.3", mfc=None if filled else "none", label=label)
+        grid[0, 0].legend(fontsize=6)
+    return fig
+
+
+def _spread(ax, values: list[float], y: float, colour, filled: bool) -> None:
+    x = mean(values)
+    ax.errorbar(
+        [x], [y], xerr=[[x - min(values)], [max(values) - x]], fmt="o", color=colour, capsize=2,
+        ms=5 if filled else 4, mfc=colour if filled else "none", elinewidth=1,
+    )  # fmt: skip
+
+
+def _seeds(run: dict) -> str:
+    seeds = f"{run['seeds']} seed{'s' if run['seeds'] > 1 else ''}"
+    return f"{run['final']['outer_steps']:g} outer iterations, {seeds}, {run['trials']} trials each"
+
+
+def _title(s: dict, source: str) -> str:
+    return f"{s['dataset']}, batch {s['batch_size']}: {source}"

@@ -1,0 +1,46 @@
+"""The study of text cleaning: the solvers of the main paper's Table 7, each with the same search.
+
+Every variant has the same inner steps (AdamW, one step size for all, `text_cleaning.INNER_LR`), the
+same trials, and searches one number, the step size on the weights, as the paper does. The rest is
+as there: delta = 1e-3, T = 3 iterations of CG, K = 3 or 10 products of Neumann, SAMA's alpha = 0.1.
+
+The paper's grid, 0.01 to 100, is the same for all methods, whose v differ by a factor of a thousand
+in length. Here each box is two decades wide, around `text_cleaning.OUTER_LR`; `--widen 1` goes
+beyond a box whose edge wins.
+
+Textbook CG is run on the GGN, which is positive: on the Hessian of such a network it stops at the
+first direction of negative curvature. CG on the normal equations and Neumann are run on the
+Hessian, as the authors' code and the paper have them.
+"""
+
+from bilevel_lite.experiment.search import Variant
+from bilevel_lite.tasks.text_cleaning import BASELINES, OUTER_LR, PLAIN, TextCleaning
+from bilevel_lite.tasks.text_cleaning import SIZES as SETS
+
+__all__ = ["SIZES", "SOLVERS", "TextCleaning", "variants"]
+
+# training texts, and f's half of the validation texts
+SIZES = {name: (train, valid - round(0.5 * valid)) for name, (train, valid) in SETS.items()}
+
+DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}
+SOLVERS: dict[str, dict] = {
+    "identity": {"method": "aid-identity", **STEP},
+    "sama": {"method": "sama", "alpha": 0.1},
+    # the papers count products: K of them make K + 1 terms
+    "neumann-3": {"method": "aid-neumann", "iters": 4, "damping": 0.0, **STEP},
+    "neumann-10": {"method": "aid-neumann", "iters": 11, "damping": 0.0, **STEP},
+    "cg-3-ggn": {"method": "aid-cg", "iters": 3, "curvature": "ggn", **DELTA},
+    "cg-normal-3": {"method": "aid-cg-normal", "iters": 3, **DELTA},
+    "kfac-mc": {"method": "aid-kfac", "fisher": "mc", **DELTA},
+    "kfac-empirical": {"method": "aid-kfac", "fisher": "empirical", **DELTA},
+}
+
+
+def variants(dataset: str, model: str) -> list[Variant]:
+    """Plain training on three sets of labels, which has nothing to search, then the solvers."""
+    plain = [Variant(name, {**PLAIN, "labels": labels}) for name, (labels, _) in BASELINES.items()]
+    found = []
+    for name, settings in SOLVERS.items():
+        middle = OUTER_LR[settings["method"]]
+        found.append(Variant(name, settings, {"outer_lr": (middle / 10, middle * 10)}))
+    return plain + found

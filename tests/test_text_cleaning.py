@@ -1,0 +1,482 @@
+"""Texts with weak labels, the vote, the task that weighs them, its study."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite.__main__ import main
+from bilevel_lite.data import DataError, WeakTexts, majority, wrench
+from bilevel_lite.experiment import job, methods
+from bilevel_lite.params import predict
+from bilevel_lite.tasks import cleaning_studies, text_cleaning, text_figures, text_study
+from bilevel_lite.tasks.text_cleaning import TextCleaning
+
+pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+REAL = Path(os.environ.get("BILEVEL_LITE_DATA", "")) / "wrench"
+real = pytest.mark.skipif(not (REAL / "trec").is_dir(), reason="no local WRENCH")
+
+
+@pytest.fixture
+def float32():
+    with job.float32():
+        yield
+
+
+# ---------------------------------------------------------------- the vote
+
+
+def by_hand(weak, classes):
+    """For each text the classes with the most votes; all of them where nobody votes."""
+    out = []
+    for row in weak.tolist():
+        counts = Counter(vote for vote in row if vote >= 0)
+        most = max(counts.values(), default=0)
+        out.append([c for c in range(classes) if counts[c] == most])
+    return out
+
+
+# What is published of the sets (sizes), and what reference/next_chapters.md measured: covered, %,
+# ties among them, accuracy of the vote in % if the first class wins, if ties are drawn, and if only
+# covered texts count.
+TABLE = {
+    "trec": (6, (5033, 500, 500), 68, 95.2, 719, (48.7, 51.9, 53.7)),
+    "semeval": (9, (1749, 178, 600), 164, 100.0, 199, (85.0, 79.9, 79.9)),
+    "youtube": (2, (1586, 120, 250), 10, 87.7, 233, (79.9, 81.7, 86.1)),  # 1268 of 1586
+}
+
+
+@real
+@pytest.mark.parametrize("name", TABLE)
+def test_the_sets_and_their_votes_are_those_of_the_table(name):
+    classes, sizes, functions, covered, ties, accuracy = TABLE[name]
+    d = bl.data.load(name, download=False)
+    assert isinstance(d, WeakTexts) and d.source == "" and len(d.classes) == classes
+    assert tuple(len(part.texts) for part in (d.train, d.valid, d.test)) == sizes
+    t, n = d.train, sizes[0]
+    assert t.weak.shape == (n, functions)
+    spoken = (t.weak != -1).any(1)
+    assert round(100 * spoken.double().mean().item(), 1) == covered
+    tied = by_hand(t.weak, classes)
+    assert sum(len(some) > 1 for some, any_ in zip(tied, spoken, strict=True) if any_) == ties
+    # a draw among the tied classes is right with this probability
+    right = [
+        Fraction(int(y in some), len(some)) for some, y in zip(tied, t.y.tolist(), strict=True)
+    ]
+    seen = [p for p, any_ in zip(right, spoken, strict=True) if any_]
+    first = majority(t.weak, classes)
+    assert first.tolist() == [some[0] for some in tied]
+    found = ((first == t.y).double().mean(), sum(right) / n, sum(seen) / len(seen))
+    assert tuple(round(100 * float(value), 1) for value in found) == accuracy
+    # the draws: within four standard deviations of what is expected of them, and tied classes only
+    drawn = majority(t.weak, classes, "drawn", generator=torch.Generator().manual_seed(1))
+    assert all(y in some for y, some in zip(drawn.tolist(), tied, strict=True))
+    variance = float(sum(p * (1 - p) for p in right))
+    assert abs(int((drawn == t.y).sum()) - float(sum(right))) < 4 * variance**0.5
+
+
+@real
+def test_the_authors_labels_of_trec_are_the_vote_in_which_the_first_class_wins():
+    d = bl.data.load("trec", download=False)
+    theirs = np.load(REAL / "trec" / "hard_labels.npy", allow_pickle=False)
+    assert np.array_equal(majority(d.train.weak, 6, "first").numpy(), theirs)
+    assert not np.array_equal(majority(d.train.weak, 6, "drawn").numpy(), theirs)
+
+
+@real
+def test_semevals_spans_point_at_the_entities():
+    d = bl.data.load("semeval", download=False)
+    entries = json.loads((REAL / "semeval" / "test.json").read_text("utf-8"))
+    rows = zip(d.test.texts, d.test.spans, entries.values(), strict=True)
+    for text, (first, second), entry in rows:
+        assert text[slice(*first)] == entry["data"]["entity1"]
+        assert text[slice(*second)] == entry["data"]["entity2"]
+    assert bl.data.load("youtube", download=False).train.spans == []
+
+
+def test_a_draw_is_fair_and_decides_among_equals_only():
+    weak = torch.tensor([[0, 2, -1, -1], [1, 1, 2, -1]]).repeat(10_000, 1)
+    labels = majority(weak, 4, "drawn", generator=torch.Generator().manual_seed(0)).view(-1, 2)
+    assert set(labels[:, 1].tolist()) == {1}
+    assert set(labels[:, 0].tolist()) == {0, 2}
+    assert abs(int((labels[:, 0] == 0).sum()) - 5000) < 4 * 50  # sd 50
+    again = majority(weak, 4, "drawn", generator=torch.Generator().manual_seed(0)).view(-1, 2)
+    assert torch.equal(labels, again)
+
+
+def test_texts_that_no_function_speaks_about():
+    weak = torch.tensor([[-1, -1], [2, -1]])
+    assert majority(weak, 3).tolist() == [0, 2]  # a tie of all classes at zero votes
+    assert majority(weak, 3, uncovered="abstain").tolist() == [-1, 2]
+    assert majority(weak, 3, uncovered=1).tolist() == [1, 2]
+    drawn = majority(torch.cat([weak[:1].repeat(3000, 1), weak[1:]]), 3, "drawn")[:-1]
+    assert all(abs(int((drawn == c).sum()) - 1000) < 4 * 26 for c in range(3))  # sd 25.8
+
+
+@pytest.mark.parametrize(
+    ("weak", "more", "message"),
+    [
+        (
+            torch.tensor([[3, 0]]),
+            {},
+            r"weak: names \[3\], expected -1 \(abstains\) or a class from",
+        ),
+        (torch.tensor([[-2, 0]]), {}, r"weak: names \[-2\]"),
+        (torch.tensor([0, 1]), {}, r"weak: got shape \(2,\)"),
+        (torch.zeros(2, 2), {}, "weak: got shape .* and dtype torch.float64, expected integers"),
+        (torch.full((2, 2), -1), {}, "weak: no text has a weak label, so there is nothing to vote"),
+        (torch.zeros(2, 2).long(), {"ties": "last"}, "ties: got 'last', expected 'first' or 'dra"),
+        (torch.zeros(2, 2).long(), {"uncovered": 3}, "uncovered: got 3, expected 'tie', 'abstain'"),
+    ],
+)
+def test_what_cannot_be_voted_on_is_refused(weak, more, message):
+    with pytest.raises(ValueError, match=message):
+        majority(weak, 3, **more)
+
+
+# ---------------------------------------------------------------- files
+
+
+def entry(label=0, text="what is it ?", weak=(0, -1)):
+    return {"label": label, "data": {"text": text}, "weak_labels": list(weak)}
+
+
+def folder(path, **parts):
+    path.mkdir(exist_ok=True)
+    for name in ("train", "valid", "test"):
+        rows = parts.get(name, {"a": entry(), "b": entry(1, "who is it ?", (1, 1))})
+        (path / f"{name}.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    (path / "label.json").write_text(json.dumps(parts.get("label", {"0": "THING", "1": "HUM"})))
+    return path
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    d = wrench.read(folder(tmp_path / "mine"))
+    assert d.name == "mine" and d.source == "mine, a set of one's own"
+    assert d.classes == ["THING", "HUM"] and d.train.texts == ["what is it ?", "who is it ?"]
+    assert d.train.y.tolist() == [0, 1] and d.train.weak.tolist() == [[0, -1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"train": {"a": entry(text="  ")}}, "train.json: the text of entry 'a' is empty; leave"),
+        ({"valid": {"a": entry(2)}}, "valid.json: entry 'a' has label 2, expected 0 to 1"),
+        ({"test": {"a": entry(weak=(5, 0))}}, "entry 'a' has the weak label 5, expected -1"),
+        (
+            {"train": {"a": entry(), "b": entry(weak=(0,))}},
+            "'b' has 1 weak labels, the first has 2",
+        ),
+        ({"train": {"a": entry(weak=(0,))}}, r"train, valid and test have \[1, 2, 2\] labelling"),
+        ({"train": {"a": {"text": "x"}}}, "entry 'a' is not of the form"),
+        ({"train": "{"}, "train.json is damaged: not JSON"),
+        ({"train": "[1]"}, "train.json: expected a dictionary of entries, got list"),
+    ],
+)
+def test_a_folder_that_is_not_of_the_form(tmp_path, parts, message):
+    with pytest.raises(DataError, match=message):
+        wrench.read(folder(tmp_path / "mine", **parts))
+
+
+def test_a_missing_file_and_another_content_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_LITE_DATA", str(tmp_path))
+    monkeypatch.setenv("BILEVEL_LITE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="no local copy of train.json, and no download"):
+        bl.data.load("trec", download=False)
+    (tmp_path / "wrench").mkdir()
+    folder(tmp_path / "wrench" / "trec")
+    with pytest.raises(DataError, match="train.json is damaged or not the known file: its content"):
+        bl.data.load("trec", download=False)
+    (tmp_path / "wrench" / "trec" / "test.json").unlink()
+    with pytest.raises(DataError, match="test.json is missing; expected train.json, valid.json"):
+        wrench.read(tmp_path / "wrench" / "trec")
+    with pytest.raises(ValueError, match="dataset: got 'imdb', expected one of"):
+        bl.data.load("imdb")
+
+
+@real
+def test_a_copy_with_other_blanks_and_ids_is_the_same_set(tmp_path, monkeypatch):
+    target = tmp_path / "wrench" / "youtube"
+    shutil.copytree(REAL / "youtube", target)
+    for path in target.glob("*.json"):
+        path.chmod(0o644)
+    rows = json.loads((target / "train.json").read_text("utf-8"))
+    rows = {f"x{key}": dict(reversed(row.items())) for key, row in rows.items()}
+    (target / "train.json").write_text(json.dumps(rows, indent=7))
+    monkeypatch.setenv("BILEVEL_LITE_DATA", str(tmp_path))
+    assert len(bl.data.load("youtube", download=False).train.texts) == 1586
+    rows["x3"]["label"] = 1 - rows["x3"]["label"]
+    (target / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="damaged or not the known file"):
+        bl.data.load("youtube", download=False)
+
+
+# ---------------------------------------------------------------- the task
+
+
+def test_the_task_is_what_its_equations_say(float32):
+    task = TextCleaning.make(TextCleaning.settings(seed=3), CPU)
+    sets = text_cleaning.toy()
+    assert task.strings == sets.train.texts and len(task.lam0) == 120
+    assert torch.equal(task.train[1], majority(sets.train.weak, 3))
+    assert torch.equal(task.wrong, task.train[1] != sets.train.y)
+    assert torch.equal(task.lam0, torch.full((120,), 0.5))
+    # g, by hand: losses of three texts from their ids, weighted
+    words, rows = bl.text.tiny(max_length=100), torch.tensor([5, 17, 44])
+    lam = torch.linspace(0, 1, 120)
+    logits = predict(task.model, task.theta0, words.ids([task.strings[i] for i in rows]))
+    losses = -logits.log_softmax(1)[range(3), task.train[1][rows]]
+    g = task.problem.inner_loss(lam, task.theta0, (task.train[0][rows], task.train[1][rows], rows))
+    assert float(g) == pytest.approx(float((lam[rows] * losses).mean()), rel=1e-5)
+    # the validation texts are split, and the split is another for another seed
+    assert len(task.validation[1]) == len(task.tuning[1]) == 20
+    both = torch.cat([task.validation[0], task.tuning[0]])
+    assert sorted(both.tolist()) == list(range(120, 160))
+    other = TextCleaning.make(TextCleaning.settings(seed=4), CPU)
+    assert not torch.equal(other.validation[0], task.validation[0])
+    assert not torch.equal(other.theta0, task.theta0)
+    whole = TextCleaning.make(TextCleaning.settings(seed=3, tuning_share=0.0), CPU)
+    assert len(whole.validation[1]) == 40 and torch.equal(whole.tuning[0], whole.validation[0])
+
+
+def test_texts_left_out_true_labels_and_weights_that_stay(float32):
+    sets = text_cleaning.toy()
+    silent = sets.train.weak.clone()
+    silent[:7] = -1
+    sets = sets._replace(train=sets.train._replace(weak=silent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_cleaning, "toy", lambda: sets)
+        text_cleaning._prepared.cache_clear()
+        task = TextCleaning.make(TextCleaning.settings(uncovered="left_out"), CPU)
+        assert len(task.lam0) == 113 and task.strings == sets.train.texts[7:]
+        assert task.notes["left out"] == 7
+        some = TextCleaning.make(TextCleaning.settings(texts=40), CPU)
+        assert len(some.strings) == 40 and len(set(some.train[0].tolist())) == 40
+    text_cleaning._prepared.cache_clear()
+    clean = TextCleaning.make(TextCleaning.settings(labels="true", weights="one"), CPU)
+    assert not clean.wrong.any() and torch.equal(clean.train[1], clean.y_clean)
+    assert torch.equal(clean.project(torch.zeros(120)), torch.ones(120))
+    trusted = TextCleaning.make(TextCleaning.settings(labels="validation"), CPU)
+    assert torch.equal(trusted.train[0], trusted.validation[0])
+    batch = trusted.batches(TextCleaning.settings(labels="validation"))["inner_batch"].draw()
+    assert len(batch[0]) == 20  # of 32
+
+
+def test_classes_that_no_vote_names_are_said(float32, monkeypatch):
+    sets = text_cleaning.toy()
+    weak = sets.train.weak.where(sets.train.weak != 2, -1)
+    named = sets._replace(train=sets.train._replace(weak=weak))
+    monkeypatch.setattr(text_cleaning, "toy", lambda: named)
+    text_cleaning._prepared.cache_clear()
+    task = TextCleaning.make(TextCleaning.settings(), CPU)
+    text_cleaning._prepared.cache_clear()
+    assert task.notes["never voted"] == ["HUM"] and task.num_classes == 3
+    assert not (task.train[1] == 2).any() and (task.test[1] == 2).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "imdb"}, "dataset: got 'imdb', expected"),
+        ({"layers": "0"}, "layers: got '0', expected a number of layers, 'half' or 'all'"),
+        ({"layers": "some"}, "layers: got 'some'"),
+        ({"ties": "last"}, "ties: got 'last', expected"),
+        ({"labels": "clean"}, "labels: got 'clean', expected"),
+        ({"tuning_share": 1.0}, "tuning_share: got 1.0, expected from 0 up to"),
+        ({"texts": 121}, "texts: got 121, expected 1 to 120, or 0 for all"),
+        ({"batch_size": 121}, "batch_size: got 121, expected 1 to 120, or 0 for all 120"),
+        ({"outer_batch_size": 21}, "outer_batch_size: got 21, expected 1 to 20"),
+        ({"model": "bert"}, r"text_cleaning: has no setting \['model'\]"),
+    ],
+)
+def test_wrong_settings_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        TextCleaning.settings(**given)
+
+
+def test_an_encoder_that_is_not_there_is_said_as_typed(tmp_path, capsys):
+    words = ["run", "text_cleaning", "--encoder", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*words, "--device", "cpu"]) == 1
+    assert "encoder: " in (said := capsys.readouterr().err) and str(tmp_path) in said
+    words = ["run", "text_cleaning", "--layers", "3", "--out", str(tmp_path / "two")]
+    assert main([*words, "--device", "cpu"]) == 1
+    assert "layers: got 3, expected 1 to 2, or 'all'" in capsys.readouterr().err
+
+
+def timeless(path):
+    result = json.loads((path / "result.json").read_text())
+    for row in [result["best"], *result["history"]]:
+        del row["seconds"]
+    return {k: v for k, v in result.items() if k not in ("provenance", "sha256", "memory")}
+
+
+@pytest.mark.parametrize("method", ["aid-kfac", "sama"])
+def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch, capsys):
+    words = ["run", "text_cleaning", "--method", method, "--seed", "1", "--device", "cpu"]
+    words += ["--outer-steps", "6", "--evaluate-every=2", "--inner-schedule", "cosine"]
+    words += ["--inner-steps", "2", "--outer-lr", "0.5" if method == "sama" else "0.05"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    kind = {"aid-kfac": bl.AID, "sama": bl.SAMA}[method]
+    step, stop = kind.step, [4]
+
+    def stops(self):
+        # the method of the run, not those of the baselines
+        if len(stop) and self.outer_optimizer.param_groups[0]["lr"] and self.iteration == stop[0]:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(kind, "step", stops)
+    assert main([*words, "--set", "baselines=0", "--out", str(tmp_path / "parts")]) == 130
+    stop.clear()
+    assert main([*words, "--set", "baselines=0", "--out", str(tmp_path / "parts")]) == 0
+    assert "resuming" in capsys.readouterr().out
+    whole, parts = timeless(tmp_path / "whole"), timeless(tmp_path / "parts")
+    assert set(whole.pop("baselines")) == {"noisy", "validation", "clean"}
+    assert not parts.pop("baselines")
+    del whole["settings"]["baselines"], parts["settings"]["baselines"]
+    assert whole == parts
+
+
+def test_a_run_tells_wrong_labels_and_names_what_it_rejects(tmp_path, capsys):
+    words = ["run", "text_cleaning", "--method", "aid-kfac", "--device", "cpu"]
+    words += ["--outer-lr", "0.05", "--evaluate-every", "5"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "result.json").read_text())
+    assert "52 of 120 labels are wrong" in out and "random weights, claims nothing" in out
+    assert "(one is 5.0 points; of 60 test texts one is 1.67)" in out
+    best, rejected = result["best"], result["surest"]
+    assert best["auc"] > 0.8  # 0.5 is chance
+    assert best["wrong_weight"] < 0.4 < 0.6 < best["right_weight"]
+    sets, given = text_cleaning.toy(), majority(text_cleaning.toy().train.weak, 3)
+    assert len(rejected) == 12
+    for row in rejected:
+        i = sets.train.texts.index(row["text"])
+        same = [k for k, text in enumerate(sets.train.texts) if text == row["text"]]
+        assert row["true"] == sets.classes[sets.train.y[i]]
+        assert row["given"] in {sets.classes[given[k]] for k in same}
+    assert sum(row["given"] != row["true"] for row in rejected) >= 10
+    weights = result["weights"]
+    assert sum(weights["wrong"]) == 52 and sum(weights["right"]) == 68
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_plain_training_stands_where_its_labels_put_it(float32):
+    s = TextCleaning.settings(outer_steps=15, evaluate_every=5, seed=1)
+    task = TextCleaning.make(s, CPU)
+    fits = {name: fit() for name, fit in task.baselines(s).items()}
+    assert fits["noisy"]["test_accuracy"] < fits["validation"]["test_accuracy"]
+    assert fits["clean"]["test_accuracy"] > 0.95
+    assert set(fits["noisy"]) == {
+        "iteration", "tuning_loss", "test_loss", "test_accuracy", "last_test_loss",
+        "last_test_accuracy",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", ["half", "all"])
+def test_more_layers(layers, float32):
+    s = TextCleaning.settings(layers=layers, batch_size=8, inner_steps=1)
+    task = TextCleaning.make(s, CPU)
+    assert s.inner_lr == text_cleaning.INNER_LR[layers]
+    assert task.train[0].dim() == (2 if layers == "all" else 1)  # ids, where nothing is frozen
+    method = methods.build(s, task)
+    method.step()
+    assert not torch.equal(method.lam, task.lam0)
+
+
+# ---------------------------------------------------------------- the study
+
+SHORT = [
+    "study", "text", "--dataset", "toy", "--encoder", "tiny", "--device", "cpu", "--trials", "1",
+    "--search-steps", "2", "--outer-steps", "2", "--looks", "2", "--seeds", "2",
+]  # fmt: skip
+
+
+def test_the_study_covers_what_it_says():
+    found = {v.name: v for v in cleaning_studies.variants("text", "trec", "linear")}
+    assert list(found) == [
+        "noisy", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10", "cg-3-ggn",
+        "cg-normal-3", "kfac-mc", "kfac-empirical",
+    ]  # fmt: skip
+    widths = {high / low for v in found.values() for low, high in v.space.values()}
+    assert all(w == pytest.approx(100) for w in widths) and all(
+        list(v.space) in ([], ["outer_lr"]) for v in found.values()
+    )
+    assert [name for name, v in found.items() if not v.space] == ["noisy", "validation", "clean"]
+    for v in found.values():
+        TextCleaning.settings(dataset="trec", **v.settings)
+    # 6 trials of each of the 8, then 3 seeds of all 11
+    assert cleaning_studies.runs("text") == 8 * 6 + 11 * 3
+    with pytest.raises(ValueError, match="dataset: got 'mnist', expected one of .*trec"):
+        cleaning_studies.variants("text", "mnist", "linear")
+
+
+def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
+    only = ["--texts", "100", "--only", "noisy", "kfac-empirical"]
+    words = [*SHORT, *only, "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    table = capsys.readouterr().out
+    assert "at the end" in table
+    run, calls = job.run_job, []
+
+    def stops(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(job, "run_job", stops)
+    assert main([*words, str(tmp_path / "parts")]) == 130
+    assert main([*words, str(tmp_path / "parts")]) == 0
+    first, again = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")
+    )
+    assert first["kind"] == "text_cleaning_study" and first["base"]["layers"] == "1"
+    assert first["base"]["texts"] == 100
+    assert "model" not in first and first["seeds"] == 2 and first["first_seed"] == 1
+    for rows in (first["results"], again["results"]):
+        for one in (one for row in rows for one in row["runs"]):
+            del one["seconds"], one["memory"]
+            for line in (one["best"], one["last"], *one["history"]):
+                del line["seconds"]
+    assert first["results"] == again["results"]
+    noisy, kfac = first["results"]
+    assert [one["seed"] for one in kfac["runs"]] == [1, 2]
+    assert not noisy["trials"] and len(kfac["trials"]) == 1
+    assert all(len(one["surest"]) == 12 for one in kfac["runs"])
+    stored = {"kind": "text_cleaning_study", "runs": [first]}
+    for rows in (first["results"],):
+        for one in (one for row in rows for one in row["runs"]):
+            one["best"]["seconds"] = 1.0
+    fig = TextCleaning.draw(stored)[""]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["kfac-empirical", "noisy"]
+    assert "random weights, claims nothing" in fig.axes[0].get_title(loc="left")
+    text_figures.plt.close(fig)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["text", "--model", "mlp"],
+            "--model: text has none; it has ['encoder', 'layers', 'texts']",
+        ),
+        (["solvers", "--layers", "2"], "--layers: solvers has none; it has ['batchnorm', 'model',"),
+        (["text", "--layers", "few"], "layers: got 'few', expected a number of layers, 'half'"),
+        (["text", "--dataset", "digits"], "--dataset: got 'digits', expected one of ['semeval',"),
+    ],
+)
+def test_bad_input_of_the_study(words, message, tmp_path, capsys):
+    assert main(["study", *words, "--out", str(tmp_path / "x")]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_study_of_text_fits_its_sets():
+    assert text_study.SIZES["youtube"] == (1586, 60) and text_study.SIZES["semeval"] == (1749, 89)
