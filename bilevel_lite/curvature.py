@@ -230,7 +230,7 @@ class OutputSide:
 
     def empirical_weight(self) -> Tensor | None:
         """sigma + max(V', 0), by which an example's own second moment is multiplied; or None."""
-        return _plus(self.sigma, None if self.slope is None else self.slope.clamp(min=0))
+        return self.sigma if self.slope is None else self.sigma + self.slope.clamp(min=0)
 
     def faulty(self) -> Tensor:
         """True where `require_sound` would raise; bool, shape (), without a wait for the device."""
@@ -427,9 +427,8 @@ class Probes:
         if look:
             _require_finite_outputs(outputs)
         p = outputs.softmax(-1) if risk.loss == "cross_entropy" else None
-        bend = None if side.slope is None else side.slope.clamp(min=0)
         if self.fisher == "empirical":
-            return [_times(risk.output_gradient(outputs, y), _root(_plus(sigma, bend)))]
+            return [_times(risk.output_gradient(outputs, y), _root(side.empirical_weight()))]
         if self.fisher == "exact":
             columns = _exact_columns(outputs, p)
         else:
@@ -439,13 +438,9 @@ class Probes:
         if share is not None:
             columns = [share.sqrt()[..., None] * column for column in columns]
         columns = [_times(column, _root(sigma)) for column in columns]
-        if bend is not None:
-            columns.append(_times(risk.output_gradient(outputs, y), _root(bend)))
+        if side.slope is not None:
+            columns.append(_times(risk.output_gradient(outputs, y), side.slope.clamp(min=0).sqrt()))
         return columns
-
-
-def _plus(sigma: Tensor | None, bend: Tensor | None) -> Tensor | None:
-    return sigma if bend is None else sigma + bend
 
 
 def _root(weight: Tensor | None) -> Tensor | None:

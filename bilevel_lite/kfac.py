@@ -40,6 +40,7 @@ from bilevel_lite.kronecker import (
     batched,
     heuristic_damping,
     kronecker_inverse,
+    same_memory,
     spectra,
 )
 from bilevel_lite.linsolve import SolveInfo, richardson
@@ -610,11 +611,6 @@ def _owned(factors: tuple, done: Estimate) -> tuple:
         return Columns(f.columns.clone(), f.scale) if shared else f
 
     return tuple(map(owned, factors))
-
-
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True if both are views of the same memory (their contents then change together)."""
-    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def _pack(part: Factor | Tensor | None):
