@@ -753,7 +753,7 @@ class Fisher(_ProbeFisher):
         lam: Outer variable; gives the weights and the inputs.
         theta: Inner variable, shape (d,).
         batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
-        fisher, samples, generator: As `Probes` says.
+        fisher, samples, generator: As `Probes` says, ``"mc"`` or ``"exact"``.
 
     Raises:
         ValueError: as `GGN`, or for an unknown ``fisher`` or number of samples.
