@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.refuse import require_variable
+from bilevel_lite.refuse import at_least, require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
 from bilevel_lite.surroundings import differentiating
 
@@ -166,15 +166,15 @@ def audit(
     if not named:
         raise ValueError("solvers: is empty, expected at least one solver")
     for solver in named.values():
-        _require_solver(solver)
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
     for name, sampler in (("inner_sampler", inner_sampler), ("outer_sampler", outer_sampler)):
         if sampler is not None and not callable(getattr(sampler, "draw", None)):
             raise TypeError(
                 f"{name}: got {type(sampler).__name__}, expected a sampler with draw(), such as "
                 "bilevel_lite.data.Batches"
             )
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws: got {draws!r}, expected an integer of at least 1")
+    at_least("draws", draws, 1)
 
     def h(solver, theta, inner=inner_batch, outer=outer_batch):
         return hypergradient(
@@ -250,19 +250,13 @@ class _Thorough(CG):
         return done
 
 
-def _require_solver(solver: Any) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
-
-
 def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
     named: dict[str, Solver] = {}
     for solver in solvers:
-        name, number = type(solver).__name__, 2
-        if name in named:
-            while f"{name} ({number})" in named:
-                number += 1
-            name = f"{name} ({number})"
+        name, number = type(solver).__name__, 1
+        while name in named:
+            number += 1
+            name = f"{type(solver).__name__} ({number})"
         named[name] = solver
     return named
 

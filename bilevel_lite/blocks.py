@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.curvature import Operator
+from bilevel_lite.curvature import Operator, Probes
 from bilevel_lite.factors import Estimate, arrange, estimate
 from bilevel_lite.kronecker import Solve
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk
@@ -126,7 +126,8 @@ def kfac_operator(
         tensor([[ 0.1875, -0.1875],
                 [-0.1875,  0.1875]])
     """
-    done = estimate(risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=False)
+    how = Probes(fisher, samples, generator)
+    done = estimate(risk, lam, theta, batch, how, bias, rest, dual=False)
     return block_operator(_kronecker, done, risk, theta)
 
 

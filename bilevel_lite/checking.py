@@ -226,10 +226,6 @@ def _short(error: float) -> str:
     return "below 1e-9" if error < 1e-9 else f"{error:.1e}"
 
 
-def _ratio(a: Tensor, b: Tensor) -> float:
-    return float(a) / float(b) if float(b) else 0.0
-
-
 def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
     """Relative error and cosine of h against the truth."""
     size = float(truth.norm())
@@ -293,12 +289,13 @@ def finite_difference_hypergradient(
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a positive number")
     lam, outer_batch = ordinary(lam.detach()), ordinary(outer_batch)
-    axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
-    if directions is not None and directions.shape[1:] != lam.shape:
+    rows = directions
+    if rows is None:
+        rows = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+    elif rows.shape[1:] != lam.shape:
         raise ValueError(
-            f"directions: got shape {tuple(directions.shape)}, expected (k, *{tuple(lam.shape)})"
+            f"directions: got shape {tuple(rows.shape)}, expected (k, *{tuple(lam.shape)})"
         )
-    rows = axes if directions is None else directions
 
     def phi(point):
         theta = solve_inner(point)

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
+from bilevel_lite.options import check, one_of, whole
 from bilevel_lite.params import dot
 from bilevel_lite.products import hvp_operator
-from bilevel_lite.refuse import NotFinite, require_fisher
+from bilevel_lite.refuse import NotFinite
 from bilevel_lite.risk import (
     SumOfRisks,
     Term,
@@ -57,6 +58,7 @@ __all__ = [
     "Hessian",
     "Operator",
     "OutputSide",
+    "Probes",
     "from_curvlinops",
     "ggn_vp",
     "output_hessian_vp",
@@ -228,20 +230,7 @@ class OutputSide:
 
     def empirical_weight(self) -> Tensor | None:
         """sigma + max(V', 0), by which an example's own second moment is multiplied; or None."""
-        return _plus(self.sigma, None if self.slope is None else self.slope.clamp(min=0))
-
-    def probes(
-        self,
-        fisher: str = "mc",
-        samples: int = 1,
-        generator: "torch.Generator | Drawn | None" = None,
-        look: bool = True,
-    ) -> list[Tensor]:
-        """Square roots of n C; see `output_probes`."""
-        return output_probes(
-            self.risk, self.outputs, self.y, self.sigma, fisher, samples, generator, self.slope,
-            look,
-        )  # fmt: skip
+        return self.sigma if self.slope is None else self.sigma + self.slope.clamp(min=0)
 
     def faulty(self) -> Tensor:
         """True where `require_sound` would raise; bool, shape (), without a wait for the device."""
@@ -352,9 +341,31 @@ def output_probes(
     samples: int = 1,
     generator: "torch.Generator | Drawn | None" = None,
     slope: Tensor | None = None,
-    look: bool = True,
 ) -> list[Tensor]:
-    r"""Output-gradient columns s whose second moment is the output curvature of each example.
+    """Output-gradient columns whose second moment is the output curvature; see `Probes`.
+
+    Args:
+        risk: Gives the likelihood.
+        outputs: Model outputs, shape (n, C) or (n, T, C).
+        y: Targets; used by the empirical variant, for ignored labels and with ``slope``.
+        sigma: Weights, shape (n,), or None.
+        fisher, samples, generator: As `Probes` says.
+        slope: V', shape (n,), or None.
+
+    Returns:
+        A list of tensors like the outputs.
+
+    Raises:
+        ValueError: as `Probes` and `Probes.of`.
+    """
+    return Probes(fisher, samples, generator).of(
+        OutputSide(risk, outputs.detach(), y, sigma, slope)
+    )
+
+
+@dataclass(frozen=True)
+class Probes:
+    r"""Which output-gradient columns s stand for C: the options of all Fishers, KFAC and EKFAC.
 
         sum over probes of s_i s_i^T  =  sigma_i h_i   (exactly, or in expectation)
 
@@ -377,52 +388,59 @@ def output_probes(
     `output_hessian_vp`. So the exact Fisher is then the GGN of the positive V' alone.
 
     Args:
-        risk: Gives the likelihood.
-        outputs: Model outputs, shape (n, C) or (n, T, C).
-        y: Targets; used by the empirical variant, for ignored labels and with ``slope``.
-        sigma: Weights, shape (n,), or None.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
-        samples: M; used by ``"mc"`` only.
-        generator: A CPU generator for the draws of ``"mc"``; they are moved to the outputs' device.
-            Or a `Drawn`, whose numbers are there already.
-        slope: V', shape (n,), or None.
-        look: Check that the outputs are finite; else whoever asks does (`OutputSide.faulty`).
-
-    Returns:
-        A list of tensors like the outputs.
+        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
+        samples: M, of ``"mc"`` alone.
+        generator: A CPU generator for its draws, which are moved to the outputs' device; or a
+            `Drawn`, whose numbers are there already.
 
     Raises:
-        ValueError: for an unknown ``fisher``, fewer than one sample, outputs not finite, or exact
-            probes for so many classes and positions that they would not fit.
+        ValueError: for an unknown ``fisher``, or a number of samples that it does not have.
 
     Cost: negligible; each probe then costs one backward pass.
     Source: Martens and Grosse (2015); the weights: arXiv 2603.29108, app. A.2.
     """
-    require_fisher(fisher, samples)
-    require_batch(outputs)
-    outputs = outputs.detach()
-    if look:
-        _require_finite_outputs(outputs)
-    classification = risk.loss == "cross_entropy"
-    p = outputs.softmax(-1) if classification else None
-    own = fisher == "empirical" or slope is not None
-    s = risk.output_gradient(outputs, y) if own else None
-    bend = None if slope is None else slope.clamp(min=0)
-    if fisher == "empirical":
-        return [_times(s, _root(_plus(sigma, bend)))]
-    if fisher == "exact":
-        columns = _exact_columns(outputs, p)
-    else:
-        columns = [_draw(outputs, p, generator) / math.sqrt(samples) for _ in range(samples)]
-    share = risk.share(outputs, y)
-    if share is not None:
-        columns = [share.sqrt()[..., None] * column for column in columns]
-    columns = [_times(column, _root(sigma)) for column in columns]
-    return columns if bend is None else [*columns, _times(s, _root(bend))]
 
+    fisher: str = one_of("mc", "exact", "empirical")
+    samples: int = whole(default=1)
+    generator: "torch.Generator | Drawn | None" = None
 
-def _plus(sigma: Tensor | None, bend: Tensor | None) -> Tensor | None:
-    return sigma if bend is None else sigma + bend
+    def __post_init__(self):
+        check(self)
+        if self.fisher != "mc" and self.samples != 1:
+            raise ValueError(
+                f"samples: got {self.samples} with fisher={self.fisher!r}, which draws none"
+            )
+
+    def of(self, side: OutputSide, look: bool = True) -> list[Tensor]:
+        """The columns, each like the outputs.
+
+        Args:
+            side: Outputs, targets, weights and their slopes.
+            look: Check that the outputs are finite; else whoever asks does (`OutputSide.faulty`).
+
+        Raises:
+            ValueError: for outputs not finite or without examples, or exact probes for so many
+                classes and positions that they would not fit.
+        """
+        risk, outputs, y, sigma = side.risk, side.outputs, side.y, side.sigma
+        require_batch(outputs)
+        if look:
+            _require_finite_outputs(outputs)
+        p = outputs.softmax(-1) if risk.loss == "cross_entropy" else None
+        if self.fisher == "empirical":
+            return [_times(risk.output_gradient(outputs, y), _root(side.empirical_weight()))]
+        if self.fisher == "exact":
+            columns = _exact_columns(outputs, p)
+        else:
+            draws = (_draw(outputs, p, self.generator) for _ in range(self.samples))
+            columns = [drawn / math.sqrt(self.samples) for drawn in draws]
+        share = risk.share(outputs, y)
+        if share is not None:
+            columns = [share.sqrt()[..., None] * column for column in columns]
+        columns = [_times(column, _root(sigma)) for column in columns]
+        if side.slope is not None:
+            columns.append(_times(risk.output_gradient(outputs, y), side.slope.clamp(min=0).sqrt()))
+        return columns
 
 
 def _root(weight: Tensor | None) -> Tensor | None:
@@ -688,12 +706,12 @@ class OutputMap:
 class _ProbeFisher(GGN):
     """J^T C J with C = (1/n) sum over probes of s s^T, example by example."""
 
-    fisher, samples, generator = "empirical", 1, None
+    how = Probes("empirical")
 
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         super().__init__(risk, lam, theta, batch)
         for part in self.parts:
-            part.probes = part.side.probes(self.fisher, self.samples, self.generator)
+            part.probes = self.how.of(part.side)
 
     def middle(self, part: OutputMap, u: Tensor) -> Tensor:
         """C u of one term, like its outputs."""
@@ -735,9 +753,7 @@ class Fisher(_ProbeFisher):
         lam: Outer variable; gives the weights and the inputs.
         theta: Inner variable, shape (d,).
         batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
-        fisher: ``"mc"`` or ``"exact"``.
-        samples: Draws per example for ``"mc"``.
-        generator: A CPU generator for the draws.
+        fisher, samples, generator: As `Probes` says, ``"mc"`` or ``"exact"``.
 
     Raises:
         ValueError: as `GGN`, or for an unknown ``fisher`` or number of samples.
@@ -764,8 +780,7 @@ class Fisher(_ProbeFisher):
         samples: int = 1,
         generator: torch.Generator | None = None,
     ):
-        require_fisher(fisher, samples)
-        self.fisher, self.samples, self.generator = fisher, samples, generator
+        self.how = Probes(fisher, samples, generator)
         super().__init__(risk, lam, theta, batch)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.blocks import Block, block_operator
-from bilevel_lite.curvature import Operator
+from bilevel_lite.curvature import Operator, Probes
 from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis, spectra
@@ -206,9 +206,8 @@ def ekfac_operator(
         tensor([[ 0.1875, -0.1875],
                 [-0.1875,  0.1875]])
     """
-    done = estimate(
-        risk, lam, theta, batch, fisher, samples, generator, bias, rest, dual=True, keep=True
-    )
+    how = Probes(fisher, samples, generator)
+    done = estimate(risk, lam, theta, batch, how, bias, rest, dual=True, keep=True)
     return block_operator(_undamped, done, risk, theta)
 
 

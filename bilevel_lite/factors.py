@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.curvature import Drawn, OutputSide, output_side, require_risk
+from bilevel_lite.curvature import OutputSide, Probes, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
 from bilevel_lite.params import unflatten
-from bilevel_lite.refuse import require_bias, require_fisher, require_rest
+from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import (
@@ -131,9 +131,7 @@ def estimate(
     lam: Tensor,
     theta: Tensor,
     batch: Any,
-    fisher: str = "mc",
-    samples: int = 1,
-    generator: torch.Generator | Drawn | None = None,
+    how: Probes,
     bias: str = "joint",
     rest: str = "diagonal",
     dual: bool = True,
@@ -148,9 +146,7 @@ def estimate(
         lam: Outer variable.
         theta: Inner variable.
         batch: (x, y, ...).
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per example for ``"mc"``.
-        generator: A CPU generator.
+        how: Which probes.
         bias: ``"joint"`` or ``"separate"``.
         rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
         dual: Keep factors of low rank as columns.
@@ -165,7 +161,6 @@ def estimate(
     (none under ``"empirical"``, whose probe is the losses' gradient, weighted); `Tape.verify`.
     """
     require_risk(risk, "KFAC")
-    require_fisher(fisher, samples)
     require_bias(bias)
     require_rest(rest)
     terms = same_terms(risk, lam.detach(), batch)
@@ -174,7 +169,7 @@ def estimate(
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
         look = look or not tape.settled()  # what is NaN proves nothing
         side = output_side(term, lam, tape.outputs, look)
-        probes = side.probes(fisher, samples, generator, look)
+        probes = how.of(side, look)
         own = None
         if true:
             own = tape.backward(term.risk.output_gradient(side.outputs, side.y), keep=True)
@@ -187,7 +182,7 @@ def estimate(
     layers, uses, places = _arrange_all(risk, passes, by_example)
     names, diagonal = _names(risk), {}
     for one in passes:
-        one.shares = true and fisher == "empirical" and not one.tape.unlike
+        one.shares = true and how.fisher == "empirical" and not one.tape.unlike
         _accumulate(one, dual, rest, keep)
         for name, d in (one.diagonal or {}).items():
             whole = names[_global(one.term, one.tape.places[name][0]).start]
@@ -333,7 +328,8 @@ def kfac_factors(
         theta: Inner variable, shape (d,).
         batch: (x, y, ...), or for a `SumOfRisks` a tuple of these.
         fisher: ``"mc"``: B from draws of the model's own labels; ``"exact"``: one probe a class;
-            ``"empirical"``: the data's labels.
+            ``"empirical"``: the data's labels. As are the next two, an option of
+            `bilevel_lite.curvature.Probes`.
         samples: Draws per example for ``"mc"``.
         generator: A CPU generator for the draws.
         bias: ``"joint"`` (a has a 1 appended, the block is that of [W, bias]) or ``"separate"``
@@ -362,8 +358,7 @@ def kfac_factors(
         (tensor([[1.]]), tensor([[ 0.1875, -0.1875],
                 [-0.1875,  0.1875]]))
     """
-    done = estimate(
-        risk, lam, theta, batch, fisher, samples, generator, bias, rest="drop", dual=False
-    )
+    how = Probes(fisher, samples, generator)
+    done = estimate(risk, lam, theta, batch, how, bias, rest="drop", dual=False)
     factors = {layer.name: (done.a(layer), done.b(layer)) for layer in done.layers}
     return {name: (a and a.dense(), b.dense()) for name, (a, b) in factors.items()}

@@ -9,10 +9,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem, relative_size
-from bilevel_lite.products import (
-    COST,
-    cross_and_route,
-)
+from bilevel_lite.products import COST, cross_and_route
 from bilevel_lite.recorded import Recordings
 from bilevel_lite.refuse import (
     require_batch,
@@ -26,11 +23,7 @@ from bilevel_lite.risk import only_reads
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
 from bilevel_lite.surroundings import differentiating, ordinary
 
-__all__ = [
-    "HypergradientInfo",
-    "hypergradient",
-    "implicit",
-]
+__all__ = ["HypergradientInfo", "hypergradient", "implicit"]
 
 
 @dataclass
@@ -207,12 +200,11 @@ def implicit(
             problem.inner_loss, lam, theta, cross_batch, v, cross_mode
         )
     require_unwritten("inner_loss", before, versions((lam, theta)))
-    implicit = -jv
-    total = direct + implicit
+    total = direct - jv
     require_finite({"hypergradient": total}, lambda: f" (||b|| = {float(b.norm()):.3g})")
     cost = (
         COST["gradient"] * relative_size(outer_batch, inner_batch)
         + solve.gradients * relative_size(curvature_batch, inner_batch)
         + COST["cross"] * relative_size(cross_batch, inner_batch)
     )
-    return total, HypergradientInfo(outer_loss, direct, implicit, v, b, solve, cost)
+    return total, HypergradientInfo(outer_loss, direct, -jv, v, b, solve, cost)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.blocks import Block, DiagonalBlock, kfac_operator, layers_of
-from bilevel_lite.curvature import require_risk
+from bilevel_lite.curvature import Probes, require_risk
 from bilevel_lite.factors import Estimate, estimate, kfac_factors
 from bilevel_lite.kronecker import (
     FORMS,
@@ -40,14 +40,24 @@ from bilevel_lite.kronecker import (
     batched,
     heuristic_damping,
     kronecker_inverse,
+    same_memory,
     spectra,
 )
 from bilevel_lite.linsolve import SolveInfo, richardson
-from bilevel_lite.options import flag, fraction, instance, not_negative, one_of, positive, whole
+from bilevel_lite.options import (
+    again,
+    flag,
+    fraction,
+    instance,
+    not_negative,
+    one_of,
+    positive,
+    whole,
+)
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
-from bilevel_lite.refuse import looked_at, require_finite, require_fisher, versions
+from bilevel_lite.refuse import looked_at, require_finite, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.tape import Layer
@@ -273,9 +283,9 @@ class KFAC(Solver):
         tensor([-0.2270, -0.2270])
     """
 
-    damping: float = not_negative(default=1e-3)
-    fisher: str = one_of("mc", "exact", "empirical", default="mc")
-    samples: int = whole(default=1)
+    damping: float = not_negative(default=1e-3, search=(1e-3, 1.0))
+    fisher: str = again(Probes, "fisher")
+    samples: int = again(Probes, "samples")
     ema: float = fraction(default=0.0)
     every: int = whole(default=1)
     damping_rule: str = one_of(*RULES, default="heuristic")
@@ -289,9 +299,12 @@ class KFAC(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        require_fisher(self.fisher, self.samples)
         self._generator = self.generator or torch.Generator().manual_seed(self.seed)
+        self._probes()  # which refuses samples that are not drawn
         self._memory, self.last_cost = Memory(), 0.0
+
+    def _probes(self) -> Probes:
+        return Probes(self.fisher, self.samples, self._generator)
 
     def _block(
         self, layer: Layer, factors: tuple, tau: float, group: Factorisations | None = None
@@ -359,9 +372,8 @@ class KFAC(Solver):
             self._require_known(risk, theta)
         tau = self.damping + 2 * risk.l2
         done = estimate(
-            risk, lam, theta, batch, self.fisher, self.samples, self._generator,
-            self.bias, self.rest, dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients,
-            true=true, look=look,
+            risk, lam, theta, batch, self._probes(), self.bias, self.rest,
+            dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients, true=true, look=look,
         )  # fmt: skip
         self._memory.without = tuple(done.rest)
         self.last_cost = COST["gradient"] * (1 + done.probes) / 2
@@ -601,11 +613,6 @@ def _owned(factors: tuple, done: Estimate) -> tuple:
     return tuple(map(owned, factors))
 
 
-def same_memory(a: Tensor, b: Tensor) -> bool:
-    """True if both are views of the same memory (their contents then change together)."""
-    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
-
-
 def _pack(part: Factor | Tensor | None):
     if part is None or isinstance(part, Tensor):
         return part
@@ -655,7 +662,7 @@ class KFACRichardson(Solver):
 
     iters: int = whole(default=1)
     kfac: KFAC | None = None
-    step: float = positive(default=1.0)
+    step: float = positive(default=1.0, search=(0.05, 2.0))
     damping: float = not_negative(default=0.0)
     warm_start: bool = flag(default=True)
 

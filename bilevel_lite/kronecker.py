@@ -39,6 +39,7 @@ __all__ = [
     "heuristic_damping",
     "in_basis",
     "kronecker_inverse",
+    "same_memory",
     "set_threads",
     "spectra",
 ]
@@ -199,7 +200,7 @@ class Spectrum:
 
     def coordinates(self, x: Tensor) -> Tensor | None:
         """U^T x, shape (r, R), if x is what `keep` was given, unchanged since; else None."""
-        if self._kept is None or not _same(self._kept[0], x) or self._kept[1] != x._version:
+        if self._kept is None or not same_memory(self._kept[0], x) or self._kept[1] != x._version:
             return None
         return self._kept[2]
 
@@ -264,7 +265,7 @@ class _DampedColumns(DampedFactor):
         return torch.addmm(v, inner, self.columns.T, alpha=-1).div_(self.delta)
 
     def through(self, v, x):
-        if not _same(x, self.columns):
+        if not same_memory(x, self.columns):
             return super().through(v, x)
         return torch.cholesky_solve((v @ x).T, self.chol).T / self.scale
 
@@ -292,8 +293,8 @@ class _DampedSpectrum(DampedFactor):
         return (v @ self.basis.vectors * self.inverse) @ along
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """True if both are the same view of the same memory."""
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True if both are the same view of the same memory; their contents then change together."""
     return a is b or (
         (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
     )
@@ -709,8 +710,7 @@ def eigenbasis_inverse(
         ValueError: if tau is zero and an eigenvalue is zero to working precision.
     """
     thin = b.thin or (a is not None and a.thin)
-    limit = values.numel() * torch.finfo(values.dtype).eps * values.max()
-    if tau == 0 and (thin or bool(values.min() <= limit)):
+    if tau == 0 and (thin or _singular(values)):
         raise ValueError(
             "damping: is 0 and a Kronecker block is singular to working precision; "
             "give a positive damping or l2"
@@ -722,13 +722,16 @@ def eigenbasis_inverse(
 def _require_regular(*factors: Factor | None) -> None:
     """Without damping, refuse a spectrum that has no inverse; other forms meet it in Cholesky."""
     for f in factors:
-        if isinstance(f, Spectrum):
-            limit = f.values.numel() * torch.finfo(f.values.dtype).eps * f.values.max()
-            if f.thin or bool(f.values.min() <= limit):
-                raise ValueError(
-                    f"damping: is 0 and a Kronecker factor of size {f.dim} is singular to working "
-                    "precision; give a positive damping or l2"
-                )
+        if isinstance(f, Spectrum) and (f.thin or _singular(f.values)):
+            raise ValueError(
+                f"damping: is 0 and a Kronecker factor of size {f.dim} is singular to working "
+                "precision; give a positive damping or l2"
+            )
+
+
+def _singular(values: Tensor) -> bool:
+    """True if an eigenvalue is zero to working precision."""
+    return bool(values.min() <= values.numel() * torch.finfo(values.dtype).eps * values.max())
 
 
 def in_basis(a: Spectrum | None, b: Spectrum, values: Tensor, v: Tensor) -> Tensor:

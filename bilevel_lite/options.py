@@ -113,6 +113,12 @@ def instance(kind: type, expected: str, default: Any = MISSING, **more: Any) -> 
     return option(expected, lambda v: isinstance(v, kind), default, error=TypeError, **more)
 
 
+def again(declared: Any, name: str) -> Any:
+    """A field with the option that another class has declared."""
+    one = options_of(declared)[name]
+    return field(default=one.default, metadata={"option": one})
+
+
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
 else:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
-    "FISHERS",
     "NotFinite",
     "at_least",
     "check_labels",
@@ -28,7 +27,6 @@ __all__ = [
     "require_batch",
     "require_bias",
     "require_finite",
-    "require_fisher",
     "require_problem",
     "require_rest",
     "require_unwritten",
@@ -215,23 +213,6 @@ def at_least(name: str, value: int, least: int) -> None:
     """Refuse what is no integer of at least ``least``."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
-FISHERS = ("exact", "mc", "empirical")
-
-
-def require_fisher(fisher: str, samples: int) -> None:
-    """Refuse an unknown Fisher variant or number of samples.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher: got {fisher!r}, expected 'mc', 'exact' or 'empirical'")
-    if not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: got {samples!r}, expected an integer of at least 1")
-    if fisher != "mc" and samples != 1:
-        raise ValueError(f"samples: got {samples} with fisher={fisher!r}, which draws none")
 
 
 def require_bias(bias: str) -> None:

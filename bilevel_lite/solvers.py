@@ -360,7 +360,7 @@ class Neumann(Solver):
     """
 
     terms: int = whole()
-    step: float = positive()
+    step: float = positive(search=(0.02, 1.0))
     damping: float = not_negative(default=0.0)
     curvature: str = one_of("hessian", "ggn", default="hessian")
 

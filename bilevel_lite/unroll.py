@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_operator, update_vjp
 from bilevel_lite.refuse import (
+    at_least,
     require_as_drawn,
     require_batch,
     require_finite,
@@ -126,9 +127,9 @@ def unrolled_hypergradient(
     require_problem(problem)
     require_variable("lam", lam)
     require_variable("theta0", theta0)
-    for name, value in (("steps", steps), ("truncate", truncate)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+    at_least("steps", steps, 1)
+    if truncate is not None:
+        at_least("truncate", truncate, 1)
     if not lr > 0:
         raise ValueError(f"lr: got {lr}, expected a positive number")
     if mode not in ("reverse", "forward"):

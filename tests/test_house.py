@@ -80,14 +80,15 @@ METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10880),
-    "methods": ([*METHODS.values()], 950),
+    "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 925),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2810),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2910),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 2230),
 }
-LARGEST = {"method": 100, "task": 460}  # one file of algorithms/, of tasks/
+# one file of algorithms/ (here the docstring's example counts too), one of tasks/
+LARGEST = {"method": 100, "task": 460}
 
 
 def lines(path: Path) -> int:
@@ -109,5 +110,8 @@ def test_a_part_has_no_more_lines_than_it_may(part):
     "path", [*METHODS.values(), *(PACKAGE / "tasks").glob("*.py")], ids=lambda p: p.stem
 )
 def test_a_method_and_a_task_are_short(path):
-    most = LARGEST["method" if path.parent.name == "algorithms" else "task"]
-    assert most is None or lines(path) <= most, f"{path.name}: {lines(path)} lines, {most} allowed"
+    if path.parent.name == "algorithms":
+        most, there = LARGEST["method"], path.read_text("utf-8").count("\n")
+    else:
+        most, there = LARGEST["task"], lines(path)
+    assert there <= most, f"{path.name}: {there} lines, {most} allowed"

@@ -359,7 +359,7 @@ def test_shared_cross_product_with_parameters_of_every_kind(frozen):
     v, jv, info = solve_and_cross(KFAC(0.1, rest="diagonal"), problem, lam, theta, batch, b)
     assert error(jv, products.cross_vp(risk, lam, theta, batch, v, "double_backward")) < 1e-12
     # the diagonal of what has no block is that of the empirical Fisher, example by example
-    done = estimate(risk, lam, theta, batch, "empirical")
+    done = estimate(risk, lam, theta, batch, curvature.Probes("empirical"))
     values, sigma = bl.unflatten(model, theta), lam.sigmoid()
     for name, diagonal in done.diagonal.items():
         truth = torch.zeros_like(values[name])

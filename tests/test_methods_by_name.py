@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite.experiment.methods import METHODS, OWN, build
+from bilevel_lite.experiment.methods import METHODS, OWN, STEP, build
 from bilevel_lite.experiment.settings import LATER, Settings, written
 from bilevel_lite.tasks.cleaning_comparison import SPACES
 
@@ -62,6 +62,11 @@ def test_the_search_takes_its_ranges_from_the_options():
     for name, space in SPACES.items():
         for option in set(space) & set(OWN):
             assert space[option] == METHODS[name].cls.options()[option].search
+        for option, read in METHODS[name].options.items():
+            if (
+                read is STEP and "step" in space and name != "amigo-kfac"
+            ):  # its step is in G's units
+                assert space["step"] == METHODS[name].cls.options()[option].search
     assert {option for space in SPACES.values() for option in space} & set(OWN)
 
 

@@ -491,11 +491,11 @@ def test_probes_are_square_roots_of_the_curvature_of_each_example(name):
         rows = [s.reshape(len(s), -1) for s in probes]
         return sum(torch.einsum("na,nb->nab", s, s) for s in rows)
 
-    exact = side.probes("exact")
+    exact = curvature.Probes("exact").of(side)
     assert error(moment(exact), truth) < 1e-13
     positions = outputs[0].numel() // 3
     assert len(exact) == 3 * positions + (side.slope is not None)
-    drawn = side.probes("mc", 20000, torch.Generator().manual_seed(0))
+    drawn = curvature.Probes("mc", 20000, torch.Generator().manual_seed(0)).of(side)
     assert error(moment(drawn), truth) < 0.03
     own = output_curvature(c, c.terms[0], c.theta, bend=lambda s: s)
     u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))

@@ -18,11 +18,9 @@ class AID(Method):
     Source: Domke (2012); Pedregosa (2016); Grazzi et al. (2020).
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.AID(problem, lam, theta, bl.CG(2), inner_lr=0.3, outer_lr=0.3)
         >>> steps = [method.step() for _ in range(20)]
         >>> method.lam.round(decimals=2)

@@ -28,11 +28,9 @@ class AmIGO(Method):
     Source: Arbel and Mairal (2022), arXiv 2111.14580; with KFAC arXiv 2603.29108, our readings.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.AmIGO(problem, lam, theta, linear_lr=0.3, inner_lr=0.3, outer_lr=0.3)
         >>> steps = [method.step() for _ in range(20)]
         >>> method.lam.round(decimals=2)

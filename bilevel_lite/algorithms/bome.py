@@ -29,11 +29,9 @@ class BOME(Method):
     Source: Ye et al. (2022), arXiv 2209.08709.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.BOME(problem, lam, theta, inner_lr=0.1, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(60)]
         >>> method.lam.round(decimals=2)

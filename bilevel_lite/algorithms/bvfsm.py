@@ -26,19 +26,16 @@ class BVFSM(Method):
     The barrier needs a positive gap V + slack - g(lam, theta): where theta lost it as lam moved, it
     starts again from z. A step on theta, at first inner_lr as those on z, is halved until the gap
     stays positive and the expression falls enough (Armijo's rule); the next starts from there.
-
-    (Other code takes the gap's value to be g(z) + constant, which makes the barrier a penalty. The
-    paper's further, vanishing ||theta||^2, for an f without a minimum of its own, is left out.)
+    Other code takes the gap's value to be g(z) + constant, which makes the barrier a penalty. The
+    paper's further, vanishing ||theta||^2, for an f without a minimum of its own, is left out.
 
     Cost of a step: 3 inner_steps + 3 gradients, half a one for a look at g, or at f where gap > 0.
     Source: Liu et al. (2021), arXiv 2106.07991 and 2110.04974.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.BVFSM(problem, lam, theta, inner_lr=0.1, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(50)]
         >>> method.lam.round(decimals=2)
@@ -68,7 +65,7 @@ class BVFSM(Method):
                 self.z = self.z - lr * (self._g_theta(inner, self.z)[1] + 2 * mu * self.z)
             best = self._g(inner, self.z)
             level = best.value + mu * self.z.square().sum() + slack
-            if self._gap(level, self.theta, inner) <= 0:
+            if level <= self._value("inner_loss", inner, self.theta):
                 self.theta.copy_(self.z)
             for _ in range(self.inner_steps):
                 lr = self._descend(level, nu, lr, inner, outer)
@@ -81,31 +78,23 @@ class BVFSM(Method):
         (here, g_theta), (loss, f_theta) = self._g_theta(inner), self._f_theta(outer)
         gap = float(level - here)
         if not gap > 0:
-            raise NotFinite(
-                f"slack: is lost in the rounding of g = {float(here):.3g} at step "
-                f"{self.iteration + 1}; give a larger slack or a smaller decay"
-            )
+            raise NotFinite(f"slack: is lost in the rounding of g = {here:.3g}; give a larger one")
         slope = f_theta + nu / gap * g_theta
         value, steep = float(loss) - nu * math.log(gap), float(dot(slope, slope))
-        if not math.isfinite(steep):
-            raise NotFinite(f"direction for theta: its squared norm is {steep}")
         # below the rounding of the two losses no fall can be seen
         seen = float(loss.abs()) + nu * (abs(math.log(gap)) + float(level.abs()) / gap)
         enough = value + 4 * torch.finfo(self.theta.dtype).eps * seen
         first = lr
-        while lr >= torch.finfo(self.theta.dtype).tiny:
+        while lr >= torch.finfo(self.theta.dtype).tiny and math.isfinite(steep):
             trial = self.theta - lr * slope
             if self._barrier(level, nu, trial, inner, outer) <= enough - lr / 4 * steep:
                 self.theta.copy_(trial)
                 return min(2 * lr, self._lr) if lr == first else lr
             lr /= 2
-        raise NotFinite("direction for theta: no step along it lowers the barrier")
+        raise NotFinite(f"direction for theta: no step along it, squared norm {steep:.3g}, helps")
 
     def _barrier(self, level, nu, theta, inner, outer):
-        if not (gap := self._gap(level, theta, inner)) > 0:
+        gap = float(level - self._value("inner_loss", inner, theta))
+        if not gap > 0:
             return math.inf
         return float(self._value("outer_loss", outer, theta)) - nu * math.log(gap)
-
-    def _gap(self, level, theta, batch):
-        """V + slack - g(lam, theta), the barrier's argument."""
-        return float(level - self._value("inner_loss", batch, theta))

@@ -29,11 +29,9 @@ class ITD(Method):
     Source: Maclaurin et al. (2015); Franceschi et al. (2017); truncated: Shaban et al. (2019).
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.ITD(problem, lam, theta, inner_steps=5, inner_lr=0.3, outer_lr=0.3)
         >>> steps = [method.step() for _ in range(20)]
         >>> method.lam.round(decimals=2)

@@ -31,11 +31,9 @@ class MRBO(Method):
     Source: Yang, Ji and Liang (2021), arXiv 2106.04692; with KFAC arXiv 2603.29108, our reading.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.MRBO(problem, lam, theta, bl.CG(2), inner_lr=0.3, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(60)]
         >>> method.lam.round(decimals=2)

@@ -26,21 +26,17 @@ class NBO(Method):
         "cg"     that many CG steps on each (NBO-CG)
 
     With steps = 0, "gd" moves dtheta = linear_lr grad_theta g and dv = linear_lr (H v - b): a
-    step of SOBA, but for lam, which moves after theta and v, not with them.
-
-    Args:
-        **common: See `bilevel_lite.algorithms.method.Method`. ``inner_lr`` (1) scales dtheta.
+    step of SOBA, but for lam, which moves after theta and v, not with them. ``inner_lr``, 1 by
+    default, scales dtheta.
 
     Cost of a step: 1 gradient of g and 2 of f, 2 steps + 1 products (with "cg" 2 (steps + 1) + 1;
     H v is free while v is zero), 1 cross product.
     Source: Dong et al. (2025), arXiv 2505.02101; equations from secondary sources.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.NBO(problem, lam, theta, linear_lr=0.3, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(60)]
         >>> method.lam.round(decimals=2)
@@ -60,11 +56,7 @@ class NBO(Method):
         help="Gradient steps on theta before the first iteration: Newton's is local",
     )
 
-    choices = (
-        "Hessian, for theta and v",
-        "gradient or CG steps, warm start",
-        "single loop, Newton",
-    )
+    choices = "Hessian, for theta and v", "gradient or CG steps, warm start", "single loop, Newton"
     remembers = ("v", "warmed")
     roles = ("inner", "outer", "curvature", "cross")
     step_sizes = ("linear_lr",)

@@ -27,27 +27,22 @@ class NHGD(Method):
     plain average of all steps, beta = (t - 1)/t at the t-th, the start counting as the first.
 
     F equals the Hessian only where the model is well specified and theta optimal. With noisy labels
-    or weights it does not: q q^T scales with the weights squared (chapter 17).
-
+    or weights it does not: q q^T scales with the weights squared (chapter 17). q is the gradient of
+    all of g, an l2 term included, whose own curvature F does not have.
     The start F = initial I is forgotten at the rate beta; once it is, directions that few gradients
     point to have a small F, and F^-1 grows there as beta^-t: with d above the memory 1 / (1 - beta)
-    give a KFAC instead. q is the gradient of all of g, an l2 term included, whose own curvature F
-    does not have.
-
-    With ``kfac`` (made with ``fisher="empirical"`` and an ``ema``) the same running average is kept
-    of its Kronecker factors, which need no d x d matrix; its damping is inside. They are inverted
-    once, with the gradient of the last inner step.
+    give a KFAC instead (with ``fisher="empirical"`` and an ``ema``): the same running average is
+    kept of its Kronecker factors, which need no d x d matrix and have its damping inside; they are
+    inverted once, with the gradient of the last inner step.
 
     Cost of a step: inner_steps + 1 gradients, 1 cross product; F^-1 costs 4 d^2 operations an inner
     step, a KFAC with an ema its estimate (about 1 gradient) an inner step.
     Source: Kong et al. (2026), arXiv 2602.10905; the scale and the start are our reading.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.NHGD(problem, lam, theta, inner_lr=0.3, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(60)]
         >>> method.lam.round(decimals=2)
@@ -59,9 +54,7 @@ class NHGD(Method):
         default=0.99, none=True, help="Memory of the average; None: plain", search=(0.5, 0.99)
     )
     initial: float = positive(default=1.0, help="F at the start, times the identity")
-    scale: str = one_of(
-        "fisher", "plain", default="fisher", help="n (1 for a batch without rows), or 1"
-    )
+    scale: str = one_of("fisher", "plain", help="n (1 for a batch without rows), or 1")
     kfac: KFAC | None = instance(
         KFAC, "a bilevel_lite.KFAC", default=None, help="For F, without beta, initial and scale"
     )
@@ -75,9 +68,7 @@ class NHGD(Method):
         if self.beta == 0:
             raise ValueError(f"beta: got {self.beta}, expected a positive number")
         if self.kfac is not None and self.kfac.every > 1:
-            raise ValueError(
-                f"kfac: has every = {self.kfac.every}, but the average changes at each step; give 1"
-            )
+            raise ValueError(f"kfac: has every = {self.kfac.every}, but F moves each step; give 1")
         d = self.theta.numel()
         if self.kfac is None and d > 20_000:
             raise ValueError(
@@ -86,7 +77,7 @@ class NHGD(Method):
             )
         self.solver, self.updates, self.m = self.kfac, 1, None
         if self.kfac is None:
-            self.m = torch.eye(d, dtype=self.theta.dtype, device=self.theta.device) / self.initial
+            self.m = (torch.ones_like(self.theta) / self.initial).diag()
 
     def _direction(self):
         for step in range(self.inner_steps):

@@ -16,9 +16,9 @@ class SABA(SOBA):
 
         estimate = current(batch i) - table[i] + mean(table),    table[i] <- current(batch i)
 
-    for the five terms grad_theta g, H v, J v (a row for each inner batch) and b, grad_lam f (a row
-    for each outer batch). The noise vanishes as the tables settle, so that constant steps
-    converge. The memory is five tables of (number of batches) x dimension.
+    for the five terms grad_theta g, H v, J v (a row for each inner batch) and b, grad_lam f (for
+    each outer batch), so that the noise vanishes as the tables settle, and constant steps converge.
+    The memory is five tables of (number of batches) x dimension.
 
     Args:
         inner_batches: The fixed minibatches of g, a list of batches of one size.
@@ -29,15 +29,11 @@ class SABA(SOBA):
     Source: Dagreou et al. (2022).
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, x: ((theta - lam - x) ** 2).sum(),  # solved by lam + mean of x
-        ...     lambda lam, theta, x: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> x = [torch.tensor([0.5]), torch.tensor([-0.5])]
-        >>> rates = {"linear_lr": 0.1, "inner_lr": 0.1, "outer_lr": 0.05}
-        >>> lam = theta = torch.zeros(2)
-        >>> method = bl.SABA(problem, lam, theta, inner_batches=x, outer_batches=x,
-        ...                  generator=torch.Generator().manual_seed(0), **rates)
+        >>> g = lambda lam, theta, x: ((theta - lam - x) ** 2).sum()  # solved by lam + mean of x
+        >>> f = lambda lam, theta, x: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
+        >>> x, draws = list(torch.tensor([[0.5], [-0.5]])), torch.Generator().manual_seed(0)
+        >>> method = bl.SABA(problem, lam, theta, 0.1, x, x, draws, inner_lr=0.1, outer_lr=0.05)
         >>> steps = [method.step() for _ in range(200)]
         >>> method.lam.round(decimals=2)
         tensor([1., 1.])
@@ -49,28 +45,24 @@ class SABA(SOBA):
 
     choices = ("Hessian", "one variance-reduced step, warm start", "single loop, SAGA")
     remembers = ("v", "inner_table", "outer_table", "generator", "counts")
-    needs = ()
+    roles = needs = ()  # it has fixed batches instead
 
     def __post_init__(self):
         super().__post_init__()
-        if self.inner_batch is not None or self.outer_batch is not None:
-            raise ValueError("inner_batch, outer_batch: SABA takes inner_batches, outer_batches")
         for level in ("inner", "outer"):
             name = f"{level}_batches"
             _require_equal(name, getattr(self, name), getattr(self.problem, f"{level}_loss"))
             setattr(self, name, ordinary(getattr(self, name)))
         self.counts = [len(self.inner_batches), len(self.outer_batches)]
-        self._unit = self.inner_batches[0]
         self.inner_table = self.outer_table = None
-        self._rows: list[tuple] = []  # what the tables get once the step is good
+        self._unit, self._rows = self.inner_batches[0], []  # rows: for the tables, in `_commit`
 
     def _direction(self):
         if self.inner_table is None:
-            rows = [self._inner_oracle(batch)[1:] for batch in self.inner_batches]
-            self.inner_table = [torch.stack(column) for column in zip(*rows, strict=True)]
-            rows = [self._f(batch)[1:] for batch in self.outer_batches]
-            self.outer_table = [torch.stack(column) for column in zip(*rows, strict=True)]
-        i, j = (self._pick(level) for level in ("inner", "outer"))
+            g = zip(*(self._inner_oracle(batch)[1:] for batch in self.inner_batches), strict=True)
+            f = zip(*(self._f(batch)[1:] for batch in self.outer_batches), strict=True)
+            self.inner_table, self.outer_table = ([*map(torch.stack, terms)] for terms in (g, f))
+        i, j = (int(torch.randint(n, (1,), generator=self.generator)) for n in self.counts)
         inner_loss, *inner = self._inner_oracle(self.inner_batches[i])
         g_theta, jv, hv = _saga(self.inner_table, i, inner)
         outer_loss, *outer = self._f(self.outer_batches[j])
@@ -80,9 +72,6 @@ class SABA(SOBA):
         self.v = self.v - self.linear_lr * (hv - b)
         return inner_loss, outer_loss, direct - jv, None
 
-    def _pick(self, level):
-        return int(torch.randint(self.counts[level == "outer"], (1,), generator=self.generator))
-
     def _commit(self):
         for table, row, terms in self._rows:
             for column, term in zip(table, terms, strict=True):
@@ -90,10 +79,8 @@ class SABA(SOBA):
 
     def load_state_dict(self, state: dict) -> None:
         """As `Method.load_state_dict`; ValueError, too, if there were other numbers of batches."""
-        if (there := state.get("values", {}).get("counts", self.counts)) != self.counts:
-            raise ValueError(
-                f"state: is of {there} inner and outer batches, expected {self.counts}"
-            )
+        if (n := state.get("values", {}).get("counts", self.counts)) != self.counts:
+            raise ValueError(f"state: is of {n} inner and outer batches, expected {self.counts}")
         super().load_state_dict(state)
 
 

@@ -28,11 +28,9 @@ class SAMA(Method):
     Source: Choe et al. (2023), arXiv 2310.05674.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.SAMA(problem, lam, theta, inner_lr=0.1, outer_lr=0.3)
         >>> steps = [method.step() for _ in range(60)]
         >>> method.lam.round(decimals=2)

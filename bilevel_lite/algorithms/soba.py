@@ -25,11 +25,9 @@ class SOBA(Method):
     Source: Dagreou, Ablin, Vaiter and Moreau (2022), arXiv 2201.13409.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.SOBA(problem, lam, theta, linear_lr=0.3, inner_lr=0.3, outer_lr=0.1)
         >>> steps = [method.step() for _ in range(100)]
         >>> method.lam.round(decimals=2)

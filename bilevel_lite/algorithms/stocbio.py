@@ -24,11 +24,9 @@ class StocBiO(Method):
     Source: Ji, Yang and Liang (2021), arXiv 2010.07962.
 
     Example:
-        >>> problem = bl.BilevelProblem(
-        ...     lambda lam, theta, _: ((theta - lam) ** 2).sum(),
-        ...     lambda lam, theta, _: ((theta - 1) ** 2).sum(),
-        ... )
-        >>> lam = theta = torch.zeros(2)
+        >>> g = lambda lam, theta, _: ((theta - lam) ** 2).sum()
+        >>> f = lambda lam, theta, _: ((theta - 1) ** 2).sum()
+        >>> problem, lam, theta = bl.BilevelProblem(g, f), torch.zeros(2), torch.zeros(2)
         >>> method = bl.StocBiO(problem, lam, theta, inner_lr=0.3, outer_lr=0.3)
         >>> steps = [method.step() for _ in range(40)]
         >>> method.lam.round(decimals=2)

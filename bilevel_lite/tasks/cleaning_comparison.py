@@ -1,23 +1,24 @@
 """All methods on the hypercleaning job, each with the same search (`experiment.search`)."""
 
+from bilevel_lite.algorithms.method import Method
 from bilevel_lite.experiment import search as searching
-from bilevel_lite.experiment.methods import OWN
+from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.experiment.search import Variant
+from bilevel_lite.kfac import KFAC, KFACRichardson
 from bilevel_lite.models import FLAT
+from bilevel_lite.options import options_of
+from bilevel_lite.solvers import Neumann
 from bilevel_lite.tasks.hypercleaning import SIZES, Hypercleaning
 
 __all__ = ["MINIBATCHES", "SPACES", "run", "searched"]
 
-# What each method searches over: setting -> (low, high), all on a logarithmic scale.
-BOTH = {"inner_lr": (0.02, 1.0), "outer_lr": (10.0, 1e5)}
-DAMPING = {"damping": (1e-3, 1.0)}
-STEP = {"step": (0.02, 1.0)}
-
-
-def _own(method: str, name: str) -> dict:
-    """Where the method itself says that one of its options is searched."""
-    return {name: OWN[name][method].search}
-
+# What is searched over, all on a logarithmic scale: where the options say it that the settings are
+# read as, but for outer_lr, which is in the units of this task's lam.
+BOTH = {"inner_lr": Method.options()["inner_lr"].search, "outer_lr": (10.0, 1e5)}
+DAMPING = {"damping": options_of(KFAC)["damping"].search}
+STEP = {"step": options_of(Neumann)["step"].search}
+PRECONDITIONED = {"step": options_of(KFACRichardson)["step"].search}
+NEWTON = {"outer_lr": BOTH["outer_lr"]}  # inner_lr is 1
 
 SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "aid-identity": {**BOTH},  # its step only scales outer_lr
@@ -27,24 +28,27 @@ SPACES: dict[str, dict[str, tuple[float, float]]] = {
     "aid-kfac": {**BOTH, **DAMPING},
     "aid-ekfac": {**BOTH, **DAMPING},
     "amigo": {**BOTH, **STEP},
-    "amigo-kfac": {**BOTH, **DAMPING, "step": (0.05, 2.0)},
+    "amigo-kfac": {**BOTH, **DAMPING, **PRECONDITIONED},
     "amigo-kfac-replace": {**BOTH, **DAMPING},
     "stocbio": {**BOTH, **STEP},
-    "mrbo": {**BOTH, **STEP, **_own("mrbo", "inner_memory")},
-    "mrbo-kfac": {**BOTH, **DAMPING, **_own("mrbo-kfac", "inner_memory")},
+    "mrbo": {**BOTH, **STEP},
+    "mrbo-kfac": {**BOTH, **DAMPING},
     "soba": {**BOTH, **STEP},
     "saba": {**BOTH, **STEP},
     "itd": {**BOTH},
-    "nbo-gd": {"outer_lr": BOTH["outer_lr"], **STEP},
-    "nbo-cg": {"outer_lr": BOTH["outer_lr"], **STEP},  # the step of its warm-up
-    "nsbo-sgd": {"outer_lr": BOTH["outer_lr"], **STEP},
-    "nhgd-kfac": {**BOTH, **DAMPING, **_own("nhgd-kfac", "beta")},
-    "sama": {**BOTH, **_own("sama", "alpha")},
-    "bsg1": {**BOTH, **_own("bsg1", "floor")},
-    "bome": {**BOTH, **STEP, **_own("bome", "eta")},
-    "bvfsm": {**BOTH, **_own("bvfsm", "nu")},
-    "f2sa": {**BOTH, **_own("f2sa", "penalty")},
+    "nbo-gd": {**NEWTON, **STEP},
+    "nbo-cg": {**NEWTON, **STEP},  # the step of its warm-up
+    "nsbo-sgd": {**NEWTON, **STEP},
+    "nhgd-kfac": {**BOTH, **DAMPING},
+    "sama": {**BOTH},
+    "bsg1": {**BOTH},
+    "bome": {**BOTH, **STEP},
+    "bvfsm": {**BOTH},
+    "f2sa": {**BOTH},
 }
+for _name, _space in SPACES.items():  # and the method's own options
+    _own, _tied = METHODS[_name].own, METHODS[_name].tied
+    _space.update({k: one.search for k, one in _own.items() if one.search and k not in _tied})
 
 # Convolutional networks have a steeper loss: smaller steps on theta and on the linear system.
 CONVOLUTIONAL = {"inner_lr": (0.003, 0.3), "step": (0.002, 0.3)}
