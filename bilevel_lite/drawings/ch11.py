@@ -101,6 +101,7 @@ def forest(groups, edge=0.03):
     lines = sum(1 + len(group) for group in groups.values())
     figure, ax = plotting.figure(1, height=0.7 + 0.185 * lines)
     figure.set_size_inches(7.4, 0.7 + 0.185 * lines)
+    figure.set_dpi(66)
     ax.set_xscale("symlog", linthresh=edge, linscale=1.2)
     ax.axvspan(-edge, edge, color="0.93", lw=0)
     ax.axvline(0, color="black", lw=0.8)
@@ -133,13 +134,15 @@ def clock(panels):
     """Test loss of the iterate chosen so far against seconds.
 
     ``panels[title]`` is (rows of a study by method, a history of each, baselines by name); mean and
-    range of all seeds stand where the runs end.
+    range of all seeds stand where the runs end. Methods without a style are left out.
     """
     figure, axes = plotting.figure(len(panels), height=2.9)
+    figure.set_dpi(72)
     for ax, (title, (rows, histories, baselines)) in zip(axes, panels.items(), strict=True):
         for method, row in rows.items():
-            color, line = STYLES[method]
-            history = histories[method]
+            if method not in STYLES:
+                continue
+            (color, line), history = STYLES[method], histories[method]
             chosen = accumulate(history, lambda a, b: min(a, b, key=lambda r: r["tuning_loss"]))
             seconds = [look["seconds"] for look in history]
             ax.plot(seconds, [look["test_loss"] for look in chosen], line, color=color, lw=1.2,
@@ -164,6 +167,7 @@ def clock(panels):
 def luck(curves):
     """Expected lowest tuning loss of k trials; ``curves[panel][method]`` is a list over k."""
     figure, axes = plotting.figure(len(curves), height=2.5)
+    figure.set_dpi(60)
     for ax, (title, of) in zip(axes, curves.items(), strict=True):
         for method, values in of.items():
             color, line = STYLES[method]
