@@ -55,6 +55,7 @@ def ritz(values):
     """Smallest Ritz values by step; ``values[model, "H" or "G"]`` is a list."""
     models = list(dict.fromkeys(model for model, _ in values))
     figure, axes = plotting.figure(len(models), height=2.5)
+    figure.set_dpi(78)
     for ax, model in zip(axes, models, strict=True):
         for name, style, color in (("H", "o-", "black"), ("G", ".--", BLUE)):
             steps = range(1, len(values[model, name]) + 1)
@@ -73,6 +74,7 @@ def live(tracks):
     styles = {"identity": (COLORS["identity"], "-"), "CG-3 on H": (COLORS["cg"], "-"),
               "CG-3 on G": (COLORS["cg"], ":"), "KFAC": (COLORS["kfac"], "-")}  # fmt: skip
     figure, (left, right) = plotting.figure(2, height=2.6)
+    figure.set_dpi(78)
     for name, track in tracks.items():
         gradients, auc = ([row[k] for row in track] for k in (0, 1))
         curvature = [row[2].curvature[0] for row in track if row[2].curvature]
@@ -101,7 +103,7 @@ def forest(groups, edge=0.03):
     lines = sum(1 + len(group) for group in groups.values())
     figure, ax = plotting.figure(1, height=0.7 + 0.185 * lines)
     figure.set_size_inches(7.4, 0.7 + 0.185 * lines)
-    figure.set_dpi(66)
+    figure.set_dpi(78)
     ax.set_xscale("symlog", linthresh=edge, linscale=1.2)
     ax.axvspan(-edge, edge, color="0.93", lw=0)
     ax.axvline(0, color="black", lw=0.8)
