@@ -187,7 +187,7 @@ def test_another_tasks_folder_is_refused(tmp_path, capsys):
 
 
 def test_long_tailed_classes_have_the_sizes_of_the_rule(float32):
-    task = long_tail.LongTail.make(long_tail.LongTail.settings(ratio=0.1, seed=3), CPU)
+    task = long_tail.LongTail.make(long_tail.LongTail.settings(ratio=0.1, l2=1e-4, seed=3), CPU)
     counts = [round(80 * 0.1 ** (c / 9)) for c in range(10)]
     assert task.counts.tolist() == counts and (counts[0], counts[9]) == (80, 8)
     for _, y in (task.validation, task.tuning):
