@@ -144,7 +144,7 @@ def timeless(folder: Path):
     for row in result["results"]:
         for run in row["runs"]:
             del run["seconds"]
-            for look in [run["best"], *run.get("history", [])]:
+            for look in [run["best"], run["last"], *run.get("history", [])]:
                 del look["seconds"]
     return result["results"]
 
