@@ -65,10 +65,11 @@ class Pass:
         """Factor A of one layer in this term, from its inputs, padding left out."""
         x = self.tape.input_columns(layer)
         mask = self.term.risk.unpadded(self.term.batch)
-        (call,) = self.tape.calls[layer.name]
-        # a head on pooled texts takes (n, width): its columns are texts, also where width is T
-        if mask is not None and call.input.shape[:-1] == mask.shape:
-            x = x[:, mask.flatten()]
+        places = self.tape.places_of(layer)
+        # a head on pooled texts has (n,): its columns are texts, also where its width is T
+        if mask is not None and places[: mask.dim()] == mask.shape:
+            real = mask.reshape(*mask.shape, *[1] * (len(places) - mask.dim()))
+            x = x[:, real.expand(places).flatten()]
         rows = x.shape[1]  # none, where a layer was called without examples: then A is zero
         return accumulate(None, x, 1 / max(1, rows), dual and 0 < rows < NARROW * len(x))
 

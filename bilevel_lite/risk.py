@@ -185,8 +185,10 @@ class WeightedRisk:
         ignore_index: The label of what has no loss term; by default -100 where labels have
             positions, and none where they are of shape (n,).
         mask: ``mask(batch)`` -> bool, shape (n, T), True at positions that are not padding. It
-            changes no loss; it leaves padding out of KFAC's factor A. (Factor B needs no mask where
-            padding has no loss term: the gradients there are zero.)
+            changes no loss; it leaves padding out of KFAC's factor A in the layers that are applied
+            at (n, T) or (n, T, ...); others, such as a head on pooled texts, have no padding or
+            positions of their own. (Factor B needs no mask where padding has no loss term: the
+            gradients there are zero.)
 
     Raises:
         ValueError: for an unknown loss, a negative ``l2``, a weight whose parameters cannot be told

@@ -450,6 +450,12 @@ class Tape:
             raise ValueError(_overwritten(layer.name))
         return _input_columns(call.module, call.input, layer.joint)
 
+    def places_of(self, layer: Layer) -> torch.Size:
+        """What the columns run over: (n, positions ...), of an output (n, ..., d1), (n, d1, ...)."""
+        (call,) = self.calls[layer.name]
+        linear = isinstance(call.module, nn.Linear)
+        return call.shape[:-1] if linear else call.shape[:1] + call.shape[2:]
+
 
 def _gradients(outputs: Tensor, at: dict[str, Tensor], probe: Tensor) -> dict[str, Tensor]:
     """Gradient of < probe, outputs > in each leaf, `_projected`; zero where it has none.

@@ -550,6 +550,42 @@ def test_padding_changes_nothing_under_a_mask(kind, fisher):
         assert error(one[0], two[0]) < 1e-12 and error(one[1], two[1]) < 1e-12
 
 
+class Layouts(nn.Module):
+    """A linear map on both halves of each word, a convolution over words, a map on their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.conv, self.read = nn.Linear(3, 4), nn.Conv2d(1, 2, (1, 3)), nn.Linear(12, 3)
+
+    def forward(self, x):
+        real = (x != 0).any(-1, keepdim=True).to(x)
+        z = self.part(x.view(*x.shape[:2], 2, 3)).tanh().flatten(2)
+        z = self.conv((real * z)[:, None]).tanh().permute(0, 2, 1, 3).flatten(2)
+        return self.read((real * z).sum(1) / real.sum(1))
+
+
+@pytest.mark.parametrize("length", [4, 9, 12])  # 12: as wide as the inputs of the last map
+def test_a_mask_is_of_words_in_whatever_layout_a_layer_takes_them(length):
+    model, words = built(Layouts), torch.tensor([4, 2, 3, 4, 1])
+    g = torch.Generator().manual_seed(6)
+    real, y = torch.arange(length) < words[:, None], torch.randint(3, (5,), generator=g)
+    x = torch.zeros(5, length, 6)
+    x[:, :4] = torch.randn(5, 4, 6, generator=g)
+    x = x * real[..., None]
+    risk, at = bl.WeightedRisk(model, mask=lambda b: b[2]), (torch.zeros(0), bl.flatten(model))
+    found = kfac_factors(risk, *at, (x, y, real), "exact", bias="separate")
+    halves = x[real].view(-1, 3)
+    z = model.part(halves).tanh().view(-1, 8).detach()
+    patches = z.unfold(1, 3, 1).reshape(-1, 3)
+    for name, rows in (("part", halves), ("conv", patches)):
+        assert error(found[name][0], rows.T @ rows / len(rows)) < 1e-12, name
+    bare = kfac_factors(bl.WeightedRisk(model), *at, (x, y), "exact", bias="separate")
+    assert error(found["read"][0], bare["read"][0]) < 1e-12
+    for name in ("part", "conv"):
+        assert error(found[name][1], bare[name][1]) < 1e-12  # no gradient at padding
+        assert error(found[name][0], bare[name][0]) > 1e-2, name
+
+
 def test_padding_and_draws_of_one_sentence():
     """Its words come first, so that they get the same draws however long the padding is."""
     hs = []

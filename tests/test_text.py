@@ -499,13 +499,11 @@ def test_a_mask_as_wide_as_the_head_is_not_taken_for_its_inputs():
     model, ids = classifier(trim=False), ids_of(8, [t for t in TEXTS if len(t.split()) < 7])
     problem, batch = problem_of(model), batch_of(ids)
     a, _ = kfac_factors(problem.inner_loss, LAM, bl.flatten(model), batch)["head"]
-    truth, _ = factors_by_hand(model, ids)["head"] if len(ids) == len(LAM) else (None, None)
     seen = []
     model.head.register_forward_hook(lambda m, x, z: seen.append(x[0].detach()))
     model(ids)
     rows = torch.cat([seen[0], torch.ones(len(ids), 1)], 1)
     assert ids.shape[1] == 8 and error(a, rows.T @ rows / len(ids)) < 1e-12
-    assert truth is None or error(a, truth) < 1e-12
 
 
 # ------------------------------------------------------------------ attention
