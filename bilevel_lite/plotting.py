@@ -13,6 +13,7 @@ __all__ = [
     "PALETTE",
     "draw_audit",
     "figure",
+    "interval",
     "use_style",
 ]
 
@@ -76,6 +77,27 @@ def figure(columns: int = 1, height: float = 2.8, **kwargs):
     """
     width = 5.0 if columns == 1 else 9.0
     return plt.subplots(1, columns, figsize=(width, height), **kwargs)
+
+
+def interval(ax, y: float, each: list[float], middle: float, half: float, color: str) -> None:
+    """Draw a difference: its seeds as ticks, the mean and its interval, filled where it is decided.
+
+    Args:
+        ax: Axes, with a line at zero of their own.
+        y: Height.
+        each: The difference on each seed.
+        middle: Their mean.
+        half: Half width of the interval; infinite where there is none, which is not drawn.
+        color: Of all of it.
+
+    Example:
+        >>> figure, ax = bl.plotting.figure()
+        >>> bl.plotting.interval(ax, 0, [-0.2, -0.1], -0.15, 0.1, "black")
+    """
+    ax.plot(each, [y] * len(each), "|", ms=6, color=color, alpha=0.7)
+    if half < float("inf"):
+        ax.errorbar([middle], [y], xerr=[half], fmt="o", ms=4.5, capsize=2, lw=1, color=color,
+                    mfc=color if abs(middle) > half else "white")  # fmt: skip
 
 
 def draw_audit(report):

@@ -451,7 +451,7 @@ class Tape:
         return _input_columns(call.module, call.input, layer.joint)
 
     def places_of(self, layer: Layer) -> torch.Size:
-        """What the columns run over: (n, positions ...), of an output (n, ..., d1), (n, d1, ...)."""
+        """What its columns run over: (n, positions ...), the output without d1."""
         (call,) = self.calls[layer.name]
         linear = isinstance(call.module, nn.Linear)
         return call.shape[:-1] if linear else call.shape[:1] + call.shape[2:]

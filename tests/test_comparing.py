@@ -61,14 +61,19 @@ def test_a_difference_is_scipys_paired_interval():
 
 
 def test_a_memory_is_compared_with_none_at_one_point_whosever_it_is():
-    cell = {"batch_size": 8, "damping": 0.5}
+    def cell(name, ema, at, *losses, damping=0.5):
+        runs = [run(seed, loss) for seed, loss in enumerate(losses, 1)]
+        return row(name, runs, {"inner_lr": at}, ema=ema, batch_size=8, damping=damping)
+
     rows = [
-        row("ema0", [run(1, 0.5), run(2, 0.4)], ema=0.0, **cell),
-        row("ema0.9", [run(1, 0.4), run(2, 0.2)], ema=0.9, **cell),
-        {**row("ema0.9-at0", [run(1, 0.45), run(2, 0.3)], ema=0.9, **cell), "follows": "ema0"},
-        {**row("ema0-at0.9", [run(1, 0.5), run(2, 0.3)], ema=0.0, **cell), "follows": "ema0.9"},
+        cell("ema0", 0.0, 0.1, 0.5, 0.4),
+        cell("ema0.9", 0.9, 0.2, 0.4, 0.2),
+        cell("ema0.9-at0", 0.9, 0.1, 0.45, 0.3),
+        cell("ema0-at0.9", 0.0, 0.2, 0.5, 0.3),
+        cell("elsewhere", 0.0, 0.3, 0.1, 0.1),
+        cell("other damping", 0.0, 0.1, 0.1, 0.1, damping=0.25),
     ]
     pairs = comparing.memory_pairs(rows)
-    assert list(pairs) == ["8, 0.5, 0.9, at 0's", "8, 0.5, 0.9, at 0.9's"]
+    assert list(pairs) == ["8, 0.5, 0.9 (0.2)", "8, 0.5, 0.9 (0.1)"]
     found = torch.tensor([each for each, *_ in pairs.values()])
-    assert found.allclose(torch.tensor([[-0.05, -0.1], [-0.1, -0.1]]))
+    assert found.allclose(torch.tensor([[-0.1, -0.1], [-0.05, -0.1]]))

@@ -9,6 +9,7 @@ import pages
 import pytest
 
 from bilevel_lite import experiment
+from bilevel_lite.experiment.comparing import difference, fresh, memory_pairs
 from bilevel_lite.tasks.cleaning_comparison import SPACES
 from bilevel_lite.tasks.hypercleaning import BASELINES, mean_test_loss
 
@@ -204,3 +205,26 @@ def test_commands_exist():
     makefile = (form.ROOT / "Makefile").read_text("utf-8")
     for name in re.findall(r"`?make ([a-z]+)", README):
         assert re.search(rf"^{name}:", makefile, re.MULTILINE) or name in ("sure", "no"), name
+
+
+def test_pairs_in_the_prose_are_those_of_the_stored_runs():
+    """README and figures/README quote differences over fresh seeds; here they are computed."""
+    figures = (form.ROOT / "figures" / "README.md").read_text("utf-8")
+    linear = fresh("hyperclean_mnist_solvers", "hyperclean_mnist_solvers_fresh")
+    batch, equal = fresh("hyperclean_mnist_batch"), fresh("hyperclean_mnist_ema_equal")
+
+    def said(one, other):
+        _, middle, half = difference(one, other)
+        return f"{middle:+.3f} ± {half:.3f}"
+
+    pairs = [said(linear["kfac"], linear[f"{m}"]) for m in ("cg-3", "cg-10", "ekfac", "pcg-3")]
+    pairs += [said(linear["kfac"], linear[f"{m}"]) for m in ("neumann-10", "cg-normal-3")]
+    pairs += [
+        said(batch[f"kfac-b{size}"], batch[f"{rival}-b{size}"])
+        for size in (64, 128, 256) for rival in ("cg-3", "cg-normal-3")
+    ]  # fmt: skip
+    for pair in memory_pairs(list(equal.values())).values():
+        pairs.append(f"{pair[1]:+.4f} ± {pair[2]:.4f}")
+    assert [text for text in pairs if text not in figures] == []
+    for name in ("cg-10", "kfac"):
+        assert f"({mean_test_loss(linear[name]):.3f})" in README

@@ -3,8 +3,6 @@
 from itertools import accumulate
 from statistics import mean
 
-import numpy as np
-
 from bilevel_lite import plotting
 from bilevel_lite.drawings import arrow, canvas, text
 from bilevel_lite.plotting import COLORS, PALETTE
@@ -55,7 +53,7 @@ def ritz(values):
     """Smallest Ritz values by step; ``values[model, "H" or "G"]`` is a list."""
     models = list(dict.fromkeys(model for model, _ in values))
     figure, axes = plotting.figure(len(models), height=2.5)
-    figure.set_dpi(78)
+    figure.set_dpi(70)
     for ax, model in zip(axes, models, strict=True):
         for name, style, color in (("H", "o-", "black"), ("G", ".--", BLUE)):
             steps = range(1, len(values[model, name]) + 1)
@@ -74,7 +72,7 @@ def live(tracks):
     styles = {"identity": (COLORS["identity"], "-"), "CG-3 on H": (COLORS["cg"], "-"),
               "CG-3 on G": (COLORS["cg"], ":"), "KFAC": (COLORS["kfac"], "-")}  # fmt: skip
     figure, (left, right) = plotting.figure(2, height=2.6)
-    figure.set_dpi(78)
+    figure.set_dpi(70)
     for name, track in tracks.items():
         gradients, auc = ([row[k] for row in track] for k in (0, 1))
         curvature = [row[2].curvature[0] for row in track if row[2].curvature]
@@ -113,12 +111,9 @@ def forest(groups, edge=0.03):
                 va="center", backgroundcolor="white")  # fmt: skip
         for line, (each, middle, half, note) in group.items():
             y += 1
-            decided = np.isfinite(half) and abs(middle) > half
+            decided = abs(middle) > half
             color = (GREEN if middle < 0 else ORANGE) if decided else "0.45"
-            ax.plot(each, [y] * len(each), "|", ms=6, color=color)
-            if np.isfinite(half):
-                ax.errorbar([middle], [y], xerr=[half], fmt="o", ms=4.5, capsize=2, color=color,
-                            mfc=color if decided else "white", lw=1)  # fmt: skip
+            plotting.interval(ax, y, each, middle, half, color)
             ax.text(1.01, y, note, transform=ax.get_yaxis_transform(), fontsize=6.5, va="center")
             places, names = [*places, y], [*names, line]
         y += 1

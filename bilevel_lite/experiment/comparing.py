@@ -91,21 +91,21 @@ def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[flo
 
 
 def memory_pairs(rows: list[dict]) -> dict[str, tuple[list[float], float, float]]:
-    """What a memory of the factors changes where nothing else differs.
+    """What a memory of the factors changes where nothing else differs, the point neither.
 
     Args:
         rows: Of the study ``ema``.
 
     Returns:
-        For each pair at one point, by "batch, damping, memory, whose point": memory minus none as
-        `difference` gives it.
+        Memory minus none, as `difference` gives it, for all pairs with one batch size, damping and
+        point, by "batch, damping, memory (inner_lr, outer_lr)".
     """
-    named, out = {row["method"]: row for row in rows}, {}
-    for row in rows:
-        if "follows" in row:
-            pair = sorted((row, named[row["follows"]]), key=lambda one: -one["settings"]["ema"])
-            own = named[row["follows"]]["settings"]["ema"]
-            s = pair[0]["settings"]
-            name = f"{s['batch_size']}, {s['damping']:g}, {s['ema']:g}, at {own:g}'s"
-            out[name] = difference(*pair)
+    out = {}
+    for one in (row for row in rows if row["settings"]["ema"] > 0):
+        s, at = one["settings"], one["chosen"]
+        for none in rows:
+            if none["chosen"] == at and none["settings"] == {**s, "ema": 0.0}:
+                point = ", ".join(f"{value:g}" for value in at.values())
+                name = f"{s['batch_size']}, {s['damping']:g}, {s['ema']:g} ({point})"
+                out[name] = difference(one, none)
     return out

@@ -11,7 +11,7 @@ import numpy as np
 
 from bilevel_lite.experiment.comparing import difference, memory_pairs
 from bilevel_lite.experiment.search import pace
-from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
+from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure, interval
 
 __all__ = [
     "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
@@ -270,22 +270,14 @@ def _draw_ema(rows):
         ax.set(xscale="log", xlabel="damping", title=f"batch {size}, own points")
     axes[0].set_ylabel("test loss")
     axes[0].legend(fontsize=7)
-    _forest(axes[-1], memory_pairs(rows))
+    pairs = memory_pairs(rows)
+    axes[-1].axvline(0, color="black", linewidth=0.8)
+    for y, pair in enumerate(pairs.values()):
+        interval(axes[-1], y, *pair, PALETTE[0])
+    axes[-1].set_yticks(range(len(pairs)), list(pairs), fontsize=6)
+    axes[-1].invert_yaxis()
     axes[-1].set(xlabel="test loss, memory minus none", title="at equal points")
     return fig
-
-
-def _forest(ax, pairs: dict[str, tuple[list[float], float, float]], color=None) -> None:
-    """A line for each pair: its seeds, the mean, the 95 % interval; filled where it is decided."""
-    ax.axvline(0, color="black", linewidth=0.8)
-    for y, (each, middle, half) in enumerate(pairs.values()):
-        shade = color or PALETTE[0]
-        ax.plot(each, [y] * len(each), "|", ms=7, color=shade, alpha=0.6)
-        if np.isfinite(half):
-            ax.errorbar([middle], [y], xerr=[half], fmt="o", ms=5, capsize=2, color=shade,
-                        mfc=shade if abs(middle) > half else "white")  # fmt: skip
-    ax.set_yticks(range(len(pairs)), list(pairs), fontsize=7)
-    ax.set_ylim(len(pairs) - 0.5, -0.5)
 
 
 def _draw_noise(rows):
@@ -324,11 +316,7 @@ def _draw_resnet18(rows):
     fig, axes = plt.subplots(1, 3, figsize=(10.0, 3.4), width_ratios=(1.3, 1.6, 1))
     axes[0].axvline(0, color="black", linewidth=0.8)
     for y, row in enumerate(rivals if kfac else []):
-        each, middle, half = difference(kfac, row)
-        style = {"color": _colour(row["method"])}
-        axes[0].plot(each, [y] * len(each), "o", ms=3, alpha=0.5, **style)
-        if np.isfinite(half):
-            axes[0].errorbar([middle], [y], xerr=[half], fmt="|", ms=9, capsize=3, **style)
+        interval(axes[0], y, *difference(kfac, row), _colour(row["method"]))
     axes[0].set_yticks(range(len(rivals)), [row["method"] for row in rivals], fontsize=7)
     axes[0].invert_yaxis()
     axes[0].set(xlabel="test loss of KFAC minus rival's", title="left of 0: KFAC's is lower")

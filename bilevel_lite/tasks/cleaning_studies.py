@@ -195,18 +195,24 @@ STUDIES = {
 }  # fmt: skip
 
 
+def _named(study: str) -> Study:
+    if study not in STUDIES:
+        raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
+    return STUDIES[study]
+
+
 def variants(study: str, dataset: str, model: str) -> list[Variant]:
     """Return the variants of a study.
 
     Raises:
         ValueError: for an unknown study or dataset.
     """
-    if study not in STUDIES:
-        raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
-    if dataset not in (known := STUDIES[study].datasets):
-        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(known)} in {study}")
-    found = STUDIES[study].variants(dataset, model)
-    if STUDIES[study].kind is not Hypercleaning:
+    one = _named(study)
+    if dataset not in one.datasets:
+        known = sorted(one.datasets)
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {known} in {study}")
+    found = one.variants(dataset, model)
+    if one.kind is not Hypercleaning:
         return found
     return [replace(variant, space=searched(variant.space, model)) for variant in found]
 
@@ -279,7 +285,7 @@ def run(
     """
     if unknown := sorted(set(given) - set(USUAL)):
         raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
-    one = STUDIES.get(study, Study("", lambda dataset, model: []))
+    one = _named(study)
     own = {**one.usual, **(one.on_gpu if pick_device(device).type == "cuda" else {})}
     batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
