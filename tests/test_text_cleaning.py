@@ -44,7 +44,7 @@ def by_hand(weak, classes):
     return out
 
 
-# What is published of the sets (sizes), and what reference/next_chapters.md measured: covered, %,
+# What is published of the sets (sizes), and what was measured of them: covered, %,
 # ties among them, accuracy of the vote in % if the first class wins, if ties are drawn, and if only
 # covered texts count.
 TABLE = {
