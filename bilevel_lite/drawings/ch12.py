@@ -1,0 +1,100 @@
+"""Chapter 12: the drawing of what is trained in an encoder, and the figures of its data."""
+
+import numpy as np
+
+from bilevel_lite import plotting
+from bilevel_lite.drawings import SOFT, arrow, box, canvas, text
+from bilevel_lite.plotting import COLORS, PALETTE
+
+GREY = 7  # the palette's
+
+
+def encoder():
+    """A text on its way through an encoder: what is kept (grey) and what is trained (coloured)."""
+    figure, ax = canvas(9.0, 3.0)
+    tokens = ("who", "built", "it", "?", "[pad]", "[pad]")
+    for row, token in enumerate(tokens):
+        y = 2.55 - 0.4 * row
+        pad = token == "[pad]"
+        color = SOFT if pad else "black"
+        text(ax, 0.45, y, token, color=color)
+        for start, end in ((0.8, 1.15), (2.35, 2.7), (3.5, 3.85)):
+            arrow(ax, (start, y), (end, y), color=color)
+        box(ax, 3.1, y, "" if pad else f"$h_{{i{row + 1}}}$", width=0.75, height=0.32, color=GREY)
+        for x, name in ((4.3, "a"), (5.9, r"\gamma")):
+            style = {"color": color}
+            text(ax, x, y, f"${name}_{{i{row + 1}}}$" if not pad else "masked", **style)
+        arrow(ax, (6.25, y), (6.75, 1.75), color=color) if not pad else None
+    box(ax, 1.75, 1.55, "embeddings,\nfrozen layers", width=1.15, height=2.5, color=GREY)
+    box(ax, 5.1, 1.55, "last layer:\nsix maps $W$", width=0.95, height=2.5, color=2)
+    box(ax, 7.2, 1.75, "mean of\nthe tokens", width=0.85, height=0.7, color=GREY)
+    box(ax, 8.45, 1.75, "head", width=0.7, height=0.7, color=2)
+    arrow(ax, (7.65, 1.75), (8.08, 1.75))
+    text(ax, 3.1, 0.08, "computed once, kept", color="0.35")
+    text(ax, 5.1, 0.08, "trained: $A$ from $a$, $B$ from $\\gamma$", color="0.35")
+    return figure
+
+
+def live(looks, lam, wrong):
+    """Mean weights and AUC over the looks (left), the learned weights by label (right).
+
+    ``looks`` has rows step, mean weight of right labels, of wrong ones, AUC, test accuracy.
+    """
+    step, right, bad, area, _ = np.array(looks).T
+    figure, (left, middle) = plotting.figure(2, height=2.6)
+    left.plot(step, right, color=COLORS["clean"], label="mean weight, right labels")
+    left.plot(step, bad, "--", color=COLORS["corrupted"], label="mean weight, wrong labels")
+    left.plot(step, area, ":", color="black", label="AUC")
+    left.set(xlabel="outer iteration", ylim=(0, 1))
+    left.legend(fontsize=7)
+    bins = np.linspace(0, 1, 26)
+    for name, mask, hatch in (("clean", ~wrong, ""), ("corrupted", wrong, "///")):
+        style = {"hatch": hatch, "edgecolor": "white", "linewidth": 0, "alpha": 0.6}
+        middle.hist(lam[mask].numpy(), bins, color=COLORS[name], label=name, **style)
+    middle.set(xlabel=r"learned weight $\lambda_i$", ylabel="texts")
+    middle.legend(title="label is", fontsize=7)
+    return figure
+
+
+METHODS = {
+    "noisy": ("0.4", "P"), "validation": ("0.4", "X"), "clean": ("0.4", "*"),
+    "identity": (COLORS["identity"], "o"), "sama": (PALETTE[3], "v"),
+    "neumann-3": (COLORS["neumann"], "<"), "neumann-10": (COLORS["neumann"], ">"),
+    "cg-3-ggn": (COLORS["cg"], "s"), "cg-normal-3": (COLORS["cg"], "D"),
+    "kfac-mc": (COLORS["kfac"], "o"), "kfac-empirical": (COLORS["kfac"], "s"),
+}  # fmt: skip
+
+
+def study(panels):
+    """Test accuracy of each method on each set, at the chosen look and at the end.
+
+    ``panels[title][method]`` is (accuracies chosen, accuracies at the end), per cent, one for each
+    seed. Filled: chosen; hollow: at the end; bars from the lowest seed to the highest.
+    """
+    figure, axes = plotting.figure(len(panels), height=2.9, sharey=True)
+    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+        for y, (method, (chosen, end)) in enumerate(rows.items()):
+            color, marker = METHODS[method]
+            for values, shift, face in ((chosen, 0.12, color), (end, -0.16, "white")):
+                middle = float(np.mean(values))
+                bar = [[middle - min(values)], [max(values) - middle]]
+                ax.errorbar([middle], [y + shift], xerr=bar, fmt=marker, color=color, mfc=face,
+                            ms=4.5, capsize=2, lw=1)  # fmt: skip
+        ax.set(xlabel="test accuracy, %", title=title)
+        ax.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def memory(bars, base):
+    """Peak memory of a run beyond plain training, as bars; ``bars[method]`` is in MiB."""
+    figure, ax = plotting.figure(1, height=2.4)
+    names = list(bars)
+    colors = [METHODS[name][0] for name in names]
+    ax.barh(names, [bars[name] for name in names], color=colors)
+    ax.axvline(base, color="black", ls=":", lw=1)
+    ax.text(base, -0.9, "plain training", fontsize=7, ha="center")
+    ax.set(xlabel="peak memory of the process, MiB")
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", labelsize=7)
+    return figure

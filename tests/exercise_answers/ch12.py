@@ -1,0 +1,150 @@
+"""Answers to the exercises of chapter 12: right ones, and the mistakes that students make."""
+
+from math import ceil
+
+import torch
+
+from bilevel_lite import data
+
+
+def vote(weak, C, y, variant=""):
+    counts = torch.stack([(weak == c).sum(1) for c in range(C)], 1)
+    tied = counts == counts.max(1, keepdim=True).values
+    labels = counts.argmax(1)
+    right = tied[torch.arange(len(y)), y]
+    chance = right.double() / tied.sum(1)
+    if variant == "last":
+        labels = C - 1 - counts.flip(1).argmax(1)
+    if variant == "abstain":
+        labels = data.majority(weak, C, "first", uncovered="abstain")
+    if variant == "first":
+        return labels, float((labels == y).double().mean())
+    if variant == "always":
+        chance = right.double()
+    if variant == "covered":
+        chance = chance[(weak >= 0).any(1)]
+    if variant == "never":
+        chance = chance * (weak >= 0).any(1)
+    return labels if variant == "alone" else (labels, float(chance.mean()))
+
+
+def factors(a, gamma, mask, variant=""):
+    n, tokens, rows = len(a), int(mask.sum()), mask.numel()
+    kept, probes = a[mask], gamma[mask]
+    A, B = kept.T @ kept / tokens, probes.T @ probes / n
+    if variant == "padding":
+        A = torch.einsum("iqj,iqk->jk", a, a) / rows
+    if variant == "padding in the sum":
+        A = torch.einsum("iqj,iqk->jk", a, a) / tokens
+    if variant == "rows":
+        A = A * tokens / rows
+    if variant == "texts":
+        A = A * tokens / n
+    if variant == "pairs":
+        summed = (a * mask[..., None]).sum(1)
+        A = summed.T @ summed / tokens
+    if variant == "B tokens":
+        B = B * n / tokens
+    if variant == "B sum":
+        B = B * n
+    if variant == "B pairs":
+        B = gamma.sum(1).T @ gamma.sum(1) / n
+    return A if variant == "alone" else (A, B)
+
+
+def head_block(a, mask, omega, variant=""):
+    share = mask / mask.sum(1, keepdim=True)
+    means = a.mean(1) if variant == "padding" else (share[..., None] * a).sum(1)
+    moments = means[..., None] * means[:, None]
+    if variant == "tokens":
+        moments = torch.einsum("iq,iqj,iqk->ijk", share, a, a)
+    if variant == "factors":
+        return torch.kron(omega.mean(0), moments.mean(0))
+    pairs = list(zip(omega, moments, strict=True))
+    blocks = [torch.kron(m, o) if variant == "order" else torch.kron(o, m) for o, m in pairs]
+    return torch.stack(blocks).sum(0) / (1 if variant == "sum" else len(a))
+
+
+def pool(hidden, ids, query, pad, variant=""):
+    mask = ids != (0 if variant == "zero" else pad)
+    scores = hidden @ query
+    if variant == "plain":
+        return (scores.softmax(1)[..., None] * hidden).sum(1)
+    if variant == "product":
+        return ((scores * mask).softmax(1)[..., None] * hidden).sum(1)
+    if variant == "after":
+        return (scores.softmax(1)[..., None] * hidden * mask[..., None]).sum(1)
+    scores = scores.masked_fill(~mask, -1e30)
+    return (scores.softmax(0 if variant == "texts" else 1)[..., None] * hidden).sum(1)
+
+
+def texts_needed(both, one, other, variant=""):
+    gap, first, second = one - other, both + one, both + other
+    paired = one + other - (0 if variant == "square" else gap**2)
+    apart = first * (1 - first) + second * (1 - second)
+    if variant == "one":
+        apart = first * (1 - first)
+    if variant == "swapped":
+        paired, apart = apart, paired
+    z = (1.96 / gap) ** 2
+    if variant == "no square":
+        return abs(1.96 / gap) * paired**0.5, abs(1.96 / gap) * apart**0.5
+    return ceil(z * paired), ceil(z * apart)
+
+
+MAPS = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
+ENTRIES = sum((i + 1) ** 2 + o**2 for i, o in MAPS)
+PARAMETERS = sum((i + 1) * o for i, o in MAPS)
+GIB = (385 * 1536) ** 2 * 4 / 2**30
+
+RIGHT = {
+    "12.A": 0.865,
+    "12.B": (0.833, 3.65),
+    "12.1": vote,
+    "12.2": factors,
+    "12.3": (1537, ENTRIES, PARAMETERS, GIB),
+    "12.4": head_block,
+    "12.5": pool,
+    "12.6": texts_needed,
+}
+
+WRONG = {
+    "12.A": [0.135, 86.5, 6.41, 0.5, (0.8, 0.1), "most", vote],
+    "12.B": [
+        (1 / 120, 3.65), (0.2, 3.65), (1.2, 3.65), (0.833, 0.133), (0.833, 1.46), (0.833, 8.16),
+        (0.833, 0.0365), 0.833, vote,
+    ],
+    "12.1": [
+        lambda *a, variant=variant: vote(*a, variant=variant)
+        for variant in ("last", "abstain", "first", "always", "covered", "never", "alone")
+    ],
+    "12.2": [
+        lambda *a, variant=variant: factors(*a, variant=variant)
+        for variant in (
+            "padding", "padding in the sum", "rows", "texts", "pairs", "B tokens", "B sum",
+            "B pairs", "alone",
+        )
+    ],
+    "12.3": [
+        (1536, ENTRIES, PARAMETERS, GIB),
+        (385, ENTRIES, PARAMETERS, GIB),
+        (1537, sum(i**2 + o**2 for i, o in MAPS), PARAMETERS, GIB),
+        (1537, sum((i + 1) ** 2 for i, _ in MAPS), PARAMETERS, GIB),
+        (1537, ENTRIES, sum(i * o for i, o in MAPS), GIB),
+        (1537, ENTRIES, PARAMETERS, GIB / 4),
+        (1537, ENTRIES, PARAMETERS, PARAMETERS**2 * 4 / 2**30),
+        (1537, ENTRIES, PARAMETERS),
+    ],
+    "12.4": [
+        lambda *a, variant=variant: head_block(*a, variant=variant)
+        for variant in ("padding", "tokens", "factors", "order", "sum")
+    ],
+    "12.5": [
+        lambda *a, variant=variant: pool(*a, variant=variant)
+        for variant in ("zero", "plain", "product", "after", "texts")
+    ],
+    "12.6": [
+        lambda *a, variant=variant: texts_needed(*a, variant=variant)
+        for variant in ("square", "one", "swapped", "no square")
+    ],
+}  # fmt: skip
