@@ -375,7 +375,7 @@ def test_plain_training_stands_where_its_labels_put_it(float32):
     assert fits["noisy"]["test_accuracy"] < fits["validation"]["test_accuracy"]
     assert fits["clean"]["test_accuracy"] > 0.95
     assert set(fits["noisy"]) == {
-        "iteration", "tuning_loss", "test_loss", "test_accuracy", "last_test_loss",
+        "iteration", "tuning_error", "test_loss", "test_accuracy", "last_test_loss",
         "last_test_accuracy",
     }  # fmt: skip
 

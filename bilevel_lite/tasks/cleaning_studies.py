@@ -150,6 +150,7 @@ class Study:
         variants: Of a dataset and a model.
         usual: What it is run with beside `USUAL`.
         batch: The batch size in every role, where it is not the dataset's.
+        cross: That of J, where it is another one.
         on_gpu: What differs from ``usual`` on a GPU, ``batch`` among it.
         kind: The task.
         datasets: Of the task.
@@ -159,6 +160,7 @@ class Study:
     variants: Callable[[str, str], list[Variant]]
     usual: dict = field(default_factory=dict)
     batch: int | None = None
+    cross: int | None = None
     on_gpu: dict = field(default_factory=dict)
     kind: type[Task] = Hypercleaning
     datasets: tuple[str, ...] = tuple(SIZES)
@@ -188,6 +190,7 @@ STUDIES = {
             "outer_steps": 150, "looks": 15,
         },
         batch=32,
+        cross=text_study.CROSS,
         on_gpu={"batch": 128, "search_steps": 200, "outer_steps": 1000, "looks": 50},
         kind=text_study.TextCleaning,
         datasets=tuple(text_study.SIZES),
@@ -315,6 +318,9 @@ def run(
         raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
     sizes = {role: int(size) for role, size in sizes.items()}
     batches = _sizes(dataset, batch) if batch else {}
+    if one.cross:
+        most = same.get("texts") or text_study.SIZES[dataset][0]
+        batches |= {"cross_batch_size": min(one.cross, most)}
     base = {**MINIBATCHES.get(dataset, {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
