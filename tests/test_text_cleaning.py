@@ -480,3 +480,25 @@ def test_bad_input_of_the_study(words, message, tmp_path, capsys):
 
 def test_a_study_of_text_fits_its_sets():
     assert text_study.SIZES["youtube"] == (1586, 60) and text_study.SIZES["semeval"] == (1749, 89)
+
+
+def test_what_is_at_hand_is_both_or_neither(tmp_path, monkeypatch):
+    def no_data(name, download=True):
+        raise DataError("nothing here")
+
+    def no_encoder(place):
+        raise text_cleaning.text.EncoderError("nothing here")
+
+    monkeypatch.setattr(text_cleaning.data, "load", lambda name: None)
+    monkeypatch.setattr(text_cleaning.text, "encoder", lambda place: None)
+    monkeypatch.delenv("BILEVEL_LITE_DATA", raising=False)
+    monkeypatch.setenv("BILEVEL_LITE_MODELS", str(tmp_path))
+    assert text_cleaning.at_hand() == ("trec", text_cleaning.SMALL)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    assert text_cleaning.at_hand() == ("trec", str(tmp_path / "own"))
+    monkeypatch.setattr(text_cleaning.text, "encoder", no_encoder)
+    assert text_cleaning.at_hand() == ("toy", "tiny")
+    monkeypatch.setattr(text_cleaning.text, "encoder", lambda place: None)
+    monkeypatch.setattr(text_cleaning.data, "load", no_data)
+    assert text_cleaning.at_hand() == ("toy", "tiny")

@@ -38,9 +38,9 @@ def encoder():
 def live(looks, lam, wrong):
     """Mean weights and AUC over the looks (left), the learned weights by label (right).
 
-    ``looks`` has rows step, mean weight of right labels, of wrong ones, AUC, test accuracy.
+    ``looks`` has rows step, mean weight of right labels, of wrong ones, AUC.
     """
-    step, right, bad, area, _ = np.array(looks).T
+    step, right, bad, area = np.array(looks).T
     figure, (left, middle) = plotting.figure(2, height=2.6)
     left.plot(step, right, color=COLORS["clean"], label="mean weight, right labels")
     left.plot(step, bad, "--", color=COLORS["corrupted"], label="mean weight, wrong labels")

@@ -31,6 +31,7 @@ from torch import Tensor
 from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
+from bilevel_lite.data.files import DataError
 from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.folder import RunError
@@ -42,12 +43,15 @@ from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tasks.wrong_labels import auc, precision, surest
+from bilevel_lite.text.encoders import local
 
-__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings"]
+__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings", "at_hand"]
 
 TOY = "toy"
 # training and validation texts; each dataset has its own test texts
 SIZES = {"trec": (5033, 500), "semeval": (1749, 178), "youtube": (1586, 120), TOY: (120, 40)}
+# a pretrained encoder of which a CPU trains a layer in a minute; 22.7 M parameters
+SMALL = "sentence-transformers/all-MiniLM-L6-v2"
 CHUNK = 64  # texts of one forward pass, where nothing is differentiated
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 LABELS = ("weak", "true", "validation")
@@ -71,6 +75,24 @@ OUTER_LR = {
     "aid-kfac": 0.01, "aid-cg": 0.3, "aid-cg-normal": 1.0, "aid-neumann": 1.0, "aid-identity": 1.0,
     "sama": 10.0,
 }  # fmt: skip
+
+
+def at_hand() -> tuple[str, str]:
+    """What a run of a minute on a CPU can use here, as ``(dataset, encoder)`` of the settings.
+
+    TREC and a pretrained encoder, a folder on this machine (`bilevel_lite.text.encoder`) or the
+    hub's all-MiniLM-L6-v2; if either cannot be had, the toy texts and the tiny encoder.
+
+    Raises:
+        ImportError: without transformers.
+    """
+    place = str(next(iter(local()), SMALL))
+    try:
+        data.load("trec")
+        text.encoder(place)
+    except (DataError, text.EncoderError):
+        return TOY, "tiny"
+    return "trec", place
 
 
 @dataclass(kw_only=True)
@@ -186,8 +208,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
             ValueError: as the encoder says, and the vote.
             DataError: if the texts cannot be had.
         """
-        places = (s.encoder, s.layers, s.pooling, s.max_length, s.kept_in)
-        sets, cut, model, (x, x_valid, x_test) = _prepared(s.dataset, *places, device)
+        sets = toy() if s.dataset == TOY else data.load(s.dataset)
         generator, classes = torch.Generator().manual_seed(s.seed), len(sets.classes)
         uncovered = "abstain" if s.uncovered == "left_out" else "tie"
         voted = data.majority(sets.train.weak, classes, s.ties, uncovered, generator)
@@ -195,6 +216,10 @@ class TextCleaning(Supervised, name="text_cleaning"):
         left_out = len(voted) - len(rows)
         if s.texts:
             rows = rows[torch.randperm(len(rows), generator=generator)[: s.texts]]
+        places = (s.encoder, s.layers, s.pooling, s.max_length, s.kept_in)
+        sets, cut, model, (x, x_valid, x_test) = _prepared(
+            s.dataset, tuple(rows.tolist()), *places, device
+        )
         n = len(sets.valid.y)
         tuned = round(s.tuning_share * n)
         # in order again: sorted by length, and a batch is as wide as its longest text
@@ -205,7 +230,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
             model.head.weight.copy_(
                 0.02 * torch.randn(model.head.weight.shape, generator=generator)
             )
-        y_clean, y = sets.train.y[rows].to(device), voted[rows].to(device)
+        y_clean, y = sets.train.y.to(device), voted[rows].to(device)
         inner = WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], mask=model.mask)
         never = sorted(set(range(classes)) - set(y.unique().tolist()))
         task = cls(
@@ -213,14 +238,14 @@ class TextCleaning(Supervised, name="text_cleaning"):
             model=model,
             lam0=torch.full((len(y),), 0.5, device=device),
             theta0=flatten(model),
-            train=(x[rows].to(device), y),
+            train=(x.to(device), y),
             validation=validation,
             tuning=tuning if tuned else validation,
             test=(x_test.to(device), sets.test.y.to(device)),
             num_classes=classes,
             source="; ".join(filter(None, [sets.source, model.description])),
             y_clean=y_clean,
-            strings=[sets.train.texts[i] for i in rows.tolist()],
+            strings=sets.train.texts,
             classes=sets.classes,
             notes={
                 "left out": left_out, "cut off": cut,
@@ -420,18 +445,20 @@ class TextCleaning(Supervised, name="text_cleaning"):
 
 @lru_cache(maxsize=1)
 def _prepared(
-    dataset: str, place: str, layers: str, pooling: str, length: int, kept_in: str, device
-) -> tuple[WeakTexts, list[int], text.TextClassifier, tuple[Tensor, Tensor, Tensor]]:
-    """What does not depend on the seed: texts, how many are cut off, model, inputs by split.
+    dataset: str, rows: tuple[int, ...], place: str, layers: str, pooling: str, length: int,
+    kept_in: str, device,
+) -> tuple[WeakTexts, list[int], text.TextClassifier, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Texts, how many are cut off, model, inputs by split; of the training texts some rows.
 
     Validation and test texts are sorted by their length. The last one made is kept: frozen layers
-    take longer than many a run.
+    take longer than many a run, and whoever trains on all texts has the same ones for each seed.
     """
     sets = toy() if dataset == TOY else data.load(dataset)
+    all_ = sets.train
+    some = all_._replace(texts=[all_.texts[i] for i in rows], y=all_.y[list(rows)])
+    sets = sets._replace(train=some)
     try:
-        encoder = text.tiny(max_length=length) if place == "tiny" else text.encoder(
-            place or None, length
-        )  # fmt: skip
+        encoder = text.encoder(place or None, length)
     except text.EncoderError as error:
         raise ValueError(f"encoder: {error}") from error
     except ImportError as error:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Encoder", "EncoderError", "depth", "encoder", "learned_positions", "tiny", "transformers",
+    "Encoder", "EncoderError", "depth", "encoder", "learned_positions", "local", "tiny",
+    "transformers",
 ]  # fmt: skip
 
 DEFAULT = "bert-base-uncased"
@@ -232,10 +233,11 @@ def encoder(place: str | Path | None = None, max_length: int | None = None) -> E
     """Return a Hugging Face encoder with its tokenizer, by hub name or folder.
 
     Args:
-        place: A folder, or a name on the hub. By default ``bert-base-uncased`` if it lies in the
-            hub's local cache or the hub answers within seconds; otherwise a local folder (that of
-            the environment variable ``BILEVEL_LITE_MODELS`` or one in it, then ``models/`` beside
-            the folder ``BILEVEL_LITE_DATA``); otherwise `tiny`.
+        place: A folder, a name on the hub, or ``"tiny"`` (see `tiny`). By default
+            ``bert-base-uncased`` if it lies in the hub's local cache or the hub answers within
+            seconds; otherwise a local folder (that of the environment variable
+            ``BILEVEL_LITE_MODELS`` or one in it, then ``models/`` beside the folder
+            ``BILEVEL_LITE_DATA``); otherwise `tiny`.
         max_length: Tokens of a text that are read; by default 100, or as many as the model takes.
 
     Raises:
@@ -250,6 +252,8 @@ def encoder(place: str | Path | None = None, max_length: int | None = None) -> E
         >>> words.ids(["What is a hypergradient ?", "Who asks ?"]).shape
         torch.Size([2, 7])
     """
+    if place == "tiny":
+        return tiny(max_length=max_length)
     if place is not None:
         return _loaded(str(place), max_length)
     if _cached(DEFAULT) or not _silence(DEFAULT):
@@ -258,12 +262,12 @@ def encoder(place: str | Path | None = None, max_length: int | None = None) -> E
         except EncoderError as error:
             if str(error).startswith("max_length"):
                 raise
-    found = _local()
+    found = local()
     return _loaded(str(found[0]), max_length) if found else tiny(max_length=max_length)
 
 
-def _local() -> list[Path]:
-    """Folders on this machine that hold a model."""
+def local() -> list[Path]:
+    """Folders on this machine that hold a model, `BILEVEL_LITE_MODELS` first; see `encoder`."""
     own, data = os.environ.get("BILEVEL_LITE_MODELS"), os.environ.get("BILEVEL_LITE_DATA")
     places = [Path(own)] if own else []
     places += [Path(data).resolve().parent / "models"] if data else []
@@ -282,7 +286,7 @@ def _loaded(place: str, max_length: int | None) -> Encoder:
     else:
         alone = _cached(place)
         if not alone and (why := _silence(place)):
-            others = ", ".join(map(str, _local())) or "none is here; see BILEVEL_LITE_MODELS"
+            others = ", ".join(map(str, local())) or "none is here; see BILEVEL_LITE_MODELS"
             raise EncoderError(
                 f"place: {place} is no folder and not in the hub's cache, and the hub {why}; give "
                 f"a folder (on this machine: {others}) or take bilevel_lite.text.tiny()"
