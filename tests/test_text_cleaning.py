@@ -339,7 +339,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch, c
     assert main([*words, "--set", "baselines=0", "--out", str(tmp_path / "parts")]) == 0
     assert "resuming" in capsys.readouterr().out
     whole, parts = timeless(tmp_path / "whole"), timeless(tmp_path / "parts")
-    assert set(whole.pop("baselines")) == {"noisy", "validation", "clean"}
+    assert set(whole.pop("baselines")) == {"noisy", "balanced", "validation", "clean"}
     assert not parts.pop("baselines")
     del whole["settings"]["baselines"], parts["settings"]["baselines"]
     assert whole == parts
@@ -380,6 +380,19 @@ def test_plain_training_stands_where_its_labels_put_it(float32):
     }  # fmt: skip
 
 
+def test_balanced_weights_give_the_classes_the_shares_of_the_texts_to_trust():
+    s = TextCleaning.settings(weights="balanced", method="aid-identity", outer_steps=2)
+    task = TextCleaning.make(s, CPU)
+    y, trusted, lam = task.train[1].tolist(), task.validation[1].tolist(), task.lam0.double()
+    assert not task.learned and lam.mean() == pytest.approx(1, abs=1e-6)
+    for c in range(3):
+        mass = sum(float(lam[i]) for i, one in enumerate(y) if one == c) / len(y)
+        assert mass == pytest.approx(trusted.count(c) / len(trusted), abs=1e-6)
+    method = methods.build(s, task)
+    method.step()
+    assert torch.equal(method.lam, task.lam0)
+
+
 @pytest.mark.parametrize("layers", ["half", "all"])
 def test_more_layers(layers, float32):
     s = TextCleaning.settings(layers=layers, batch_size=8, inner_steps=1)
@@ -402,18 +415,19 @@ SHORT = [
 def test_the_study_covers_what_it_says():
     found = {v.name: v for v in cleaning_studies.variants("text", "trec", "linear")}
     assert list(found) == [
-        "noisy", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10", "cg-3-ggn",
+        "noisy", "balanced", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10", "cg-3-ggn",
         "cg-normal-3", "kfac-mc", "kfac-empirical",
     ]  # fmt: skip
     widths = {high / low for v in found.values() for low, high in v.space.values()}
     assert all(w == pytest.approx(100) for w in widths) and all(
         list(v.space) in ([], ["outer_lr"]) for v in found.values()
     )
-    assert [name for name, v in found.items() if not v.space] == ["noisy", "validation", "clean"]
+    plain = [name for name, v in found.items() if not v.space]
+    assert plain == ["noisy", "balanced", "validation", "clean"]
     for v in found.values():
         TextCleaning.settings(dataset="trec", **v.settings)
-    # 6 trials of each of the 8, then 3 seeds of all 11
-    assert cleaning_studies.runs("text") == 8 * 6 + 11 * 3
+    # 6 trials of each of the 8, then 3 seeds of all 12
+    assert cleaning_studies.runs("text") == 8 * 6 + 12 * 3
     with pytest.raises(ValueError, match="dataset: got 'mnist', expected one of .*trec"):
         cleaning_studies.variants("text", "mnist", "linear")
 

@@ -57,7 +57,8 @@ def live(looks, lam, wrong):
 
 
 METHODS = {
-    "noisy": ("0.4", "P"), "validation": ("0.4", "X"), "clean": ("0.4", "*"),
+    "noisy": ("0.4", "P"), "balanced": ("0.4", "d"), "validation": ("0.4", "X"),
+    "clean": ("0.4", "*"),
     "identity": (COLORS["identity"], "o"), "sama": (PALETTE[3], "v"),
     "neumann-3": (COLORS["neumann"], "<"), "neumann-10": (COLORS["neumann"], ">"),
     "cg-3-ggn": (COLORS["cg"], "s"), "cg-normal-3": (COLORS["cg"], "D"),

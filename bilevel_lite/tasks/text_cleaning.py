@@ -55,10 +55,12 @@ SMALL = "sentence-transformers/all-MiniLM-L6-v2"
 CHUNK = 64  # texts of one forward pass, where nothing is differentiated
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 LABELS = ("weak", "true", "validation")
+# plain training: its labels, its weights, and how it is called
 BASELINES = {
-    "noisy": ("weak", "noisy training"),
-    "validation": ("validation", "validation texts only"),
-    "clean": ("true", "true training labels"),
+    "noisy": ("weak", "one", "noisy training"),
+    "balanced": ("weak", "balanced", "noisy training, classes as f's"),
+    "validation": ("validation", "one", "validation texts only"),
+    "clean": ("true", "one", "true training labels"),
 }
 LINUX = sys.platform.startswith("linux")
 # plain training is a run whose weights stay at 1: no more is spent on them than must be
@@ -122,8 +124,8 @@ class TextCleaningSettings(Settings):
         known=LABELS,
     )  # fmt: skip
     weights: str = setting(
-        "learned", "learned, or all one (plain training, for comparison)",
-        known=("learned", "one"),
+        "learned", "learned; for comparison all one, or balanced: one number for each class",
+        known=("learned", "one", "balanced"),
     )  # fmt: skip
     texts: int = setting(0, "training texts, drawn; 0 is all", least=0)
     tuning_share: float = option(
@@ -145,7 +147,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
     ids, if all layers are trained), index positions among the training texts.
 
     Attributes:
-        lam0: Start of the weights, 0.5 each (1 if they are not learned), shape (N,).
+        lam0: Start of the weights, 0.5 each, shape (N,); if they are not learned, what they stay.
         train: (x, voted y), N texts.
         y_clean: Their true labels, which only measures and the baseline see.
         strings: The training texts.
@@ -252,16 +254,30 @@ class TextCleaning(Supervised, name="text_cleaning"):
                 "never voted": [sets.classes[c] for c in never],
             },
         )  # fmt: skip
-        return task.on(s.labels, s.weights == "learned")
+        return task.on(s.labels, s.weights)
 
-    def on(self, labels: str, learned: bool) -> "TextCleaning":
-        """The same task with another training set: ``"weak"``, ``"true"`` or ``"validation"``."""
+    def on(self, labels: str, weights: str) -> "TextCleaning":
+        """The same task with another training set and other weights.
+
+        Args:
+            labels: ``"weak"``, ``"true"`` or ``"validation"``.
+            weights: ``"learned"``; ``"one"``; or ``"balanced"``: one for each class, such that the
+                classes have the shares that they have among f's texts, of mean 1. That needs
+                neither J nor a solver, and is what learned weights have to beat.
+        """
         x, y, y_clean = *self.train, self.y_clean
         if labels == "validation":
             (x, y), y_clean = self.validation, self.validation[1]
         elif labels == "true":
             y = y_clean
+        learned = weights == "learned"
         start = torch.full((len(y),), 0.5 if learned else 1.0, device=y.device)
+        if weights == "balanced":
+            here, there = (
+                row.bincount(minlength=self.num_classes) for row in (y, self.validation[1])
+            )
+            share = (there / here.clamp(min=1))[y]
+            start = (share / share.mean()).to(start)
         return replace(self, train=(x, y), y_clean=y_clean, lam0=start, learned=learned)
 
     # -- for the method
@@ -271,8 +287,8 @@ class TextCleaning(Supervised, name="text_cleaning"):
         return super()._sampler(s, min(size, len(split[1])), salt, split)
 
     def project(self, lam: Tensor) -> Tensor:
-        """Clip the weights to [0, 1]; leave them at 1 where they are not learned."""
-        return lam.clamp(0, 1) if self.learned else torch.ones_like(lam)
+        """Clip the weights to [0, 1]; leave them as they are where they are not learned."""
+        return lam.clamp(0, 1) if self.learned else self.lam0
 
     def attach(self, method: Method, s: TextCleaningSettings) -> None:
         """Start the high-water mark of the memory anew."""
@@ -316,15 +332,16 @@ class TextCleaning(Supervised, name="text_cleaning"):
     def baselines(self, s: TextCleaningSettings) -> dict[str, Callable[[], dict]]:
         """Plain training with the run's inner steps, the iterate chosen like that of the weights.
 
-        ``noisy``: on the voted labels (what the main paper calls its baseline); ``validation``: on
-        f's validation texts alone; ``clean``: on the true labels, which nobody has.
+        ``noisy``: on the voted labels (what the main paper calls its baseline); ``balanced``: the
+        same with one weight for each class (see `on`); ``validation``: on f's validation texts
+        alone; ``clean``: on the true labels, which nobody has.
         """
         if s.labels != "weak":
             return {}
-        return {name: partial(self._plain, s, labels) for name, (labels, _) in BASELINES.items()}
+        return {name: partial(self._plain, s, *kind[:2]) for name, kind in BASELINES.items()}
 
-    def _plain(self, s: TextCleaningSettings, labels: str) -> dict:
-        task = self.on(labels, learned=False)
+    def _plain(self, s: TextCleaningSettings, labels: str, weights: str) -> dict:
+        task = self.on(labels, weights)
         own = {**dict.fromkeys(methods.OWN), **PLAIN}
         method = methods.build(replace(s, **own), task)
         rows = []
@@ -398,7 +415,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
     def table(cls, result: dict) -> str:
         """Baselines and learned weights, at the chosen iterate and at the end; what is rejected."""
         known, best, last = result["baselines"], result["best"], result["history"][-1]
-        rows = [(text, known[name], "last_") for name, (_, text) in BASELINES.items()
+        rows = [(text, known[name], "last_") for name, (*_, text) in BASELINES.items()
                 if name in known]  # fmt: skip
         rows = [(words, row, row[f"{at}test_accuracy"]) for words, row, at in rows]
         rows.append(("learned weights", best, last["test_accuracy"]))

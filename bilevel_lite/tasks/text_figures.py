@@ -10,7 +10,9 @@ from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 
 __all__ = ["draw_runs", "draw_study"]
 
-SHADES = {"noisy": PALETTE[1], "validation": PALETTE[7], "clean": PALETTE[2]}
+SHADES = {
+    "noisy": PALETTE[1], "balanced": PALETTE[4], "validation": PALETTE[7], "clean": PALETTE[2],
+}  # fmt: skip
 
 
 def draw_runs(result: dict):

@@ -43,8 +43,11 @@ SOLVERS: dict[str, dict] = {
 
 
 def variants(dataset: str, model: str) -> list[Variant]:
-    """Plain training on three sets of labels, which has nothing to search, then the solvers."""
-    plain = [Variant(name, {**PLAIN, "labels": labels}) for name, (labels, _) in BASELINES.items()]
+    """Plain training, which has nothing to search, then the solvers."""
+    plain = [
+        Variant(name, {**PLAIN, "labels": labels, "weights": weights})
+        for name, (labels, weights, _) in BASELINES.items()
+    ]
     found = []
     for name, settings in SOLVERS.items():
         middle = OUTER_LR[settings["method"]] * CROSS / 32
