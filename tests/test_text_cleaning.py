@@ -415,8 +415,8 @@ SHORT = [
 def test_the_study_covers_what_it_says():
     found = {v.name: v for v in cleaning_studies.variants("text", "trec", "linear")}
     assert list(found) == [
-        "noisy", "balanced", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10", "cg-3-ggn",
-        "cg-normal-3", "kfac-mc", "kfac-empirical",
+        "noisy", "balanced", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10",
+        "cg-3-ggn", "cg-normal-3", "kfac-mc", "kfac-empirical",
     ]  # fmt: skip
     widths = {high / low for v in found.values() for low, high in v.space.values()}
     assert all(w == pytest.approx(100) for w in widths) and all(
