@@ -4,13 +4,14 @@ A seed draws split, noise, start and batches and moves all methods together; a s
 luckiest point of its own seed. So methods are compared by pairs, on seeds that no search has seen.
 """
 
+from collections.abc import Iterable
 from statistics import mean
 
 import numpy as np
 
 from bilevel_lite.experiment.folder import stored
 
-__all__ = ["courses", "difference", "fresh", "memory_pairs"]
+__all__ = ["courses", "difference", "fresh", "joined", "memory_pairs"]
 
 SEARCHED_ON = 0  # the seed of every search
 
@@ -36,8 +37,13 @@ def fresh(*names: str) -> dict[str, dict]:
         >>> all(run["seed"] > 0 for row in rows.values() for run in row["runs"])
         True
     """
+    return joined(run for name in names for run in stored(name)["runs"])
+
+
+def joined(results: Iterable[dict]) -> dict[str, dict]:
+    """The rows of studies and runs that are at hand, by method, as `fresh` has them."""
     rows: dict[str, dict] = {}
-    for row in (row for name in names for run in stored(name)["runs"] for row in _rows(run)):
+    for row in (row for result in results for row in _rows(result)):
         runs = [run for run in row["runs"] if run["seed"] != SEARCHED_ON]
         have = rows.setdefault(row["method"], {**row, "runs": []})
         one, other = ({**r.get("settings", {}), **(r["chosen"] or {})} for r in (row, have))

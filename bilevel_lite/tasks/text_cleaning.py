@@ -450,12 +450,14 @@ class TextCleaning(Supervised, name="text_cleaning"):
 
     @classmethod
     def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs or of the study of the solvers."""
+        """The figure of runs (of several methods: their memory) or of the study of the solvers."""
         from bilevel_lite.tasks import text_figures
 
         if stored["kind"] == f"{cls.name}_study":
             return {"": text_figures.draw_study(stored)}
         if stored["kind"] == cls.name:
+            if len({run["settings"]["method"] for run in stored["runs"]}) > 1:
+                return {"": text_figures.draw_memory(stored["runs"])}
             return {"": text_figures.draw_runs(stored)}
         return super().draw(stored)
 

@@ -5,10 +5,13 @@ from statistics import mean
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
+from bilevel_lite.tasks.text_cleaning import BASELINES
+from bilevel_lite.tasks.text_study import SOLVERS
 
-__all__ = ["draw_runs", "draw_study"]
+__all__ = ["draw_memory", "draw_runs", "draw_study", "peaks"]
 
 SHADES = {
     "noisy": PALETTE[1], "balanced": PALETTE[4], "validation": PALETTE[7], "clean": PALETTE[2],
@@ -50,6 +53,41 @@ def draw_runs(result: dict):
     return fig
 
 
+def peaks(runs: list[dict]) -> dict[str, float]:
+    """Peak memory in MiB by the study's names, of runs each in a process of its own.
+
+    Args:
+        runs: Results of ``python -m bilevel_lite run text_cleaning``, of plain training on the
+            voted labels (``"noisy"``) and of solvers with the study's settings.
+
+    Raises:
+        ValueError: for a run that is neither.
+    """
+    found = {}
+    for run in runs:
+        s = run["settings"]
+        names = [name for name, own in SOLVERS.items() if own.items() <= s.items()]
+        if s["weights"] == "one":
+            names = ["noisy"]
+        if len(names) != 1:
+            raise ValueError(f"runs: {s['method']} is none of {list(SOLVERS)} as it was run")
+        found[names[0]] = run["memory"]["peak_mib"]
+    return found
+
+
+def draw_memory(runs: list[dict]):
+    """Draw the peaks of runs with different methods as bars."""
+    bars = peaks(runs)
+    with mpl.rc_context(STYLE):
+        fig, ax = figure(1, height=2.6)
+        colours = [SHADES.get(name, COLORS.get(name.split("-")[0])) for name in bars]
+        ax.barh(list(bars), list(bars.values()), color=colours)
+        ax.set(xlabel=f"peak memory of the {runs[0]['memory']['of']}, MiB")
+        ax.invert_yaxis()
+        ax.set_title(_title(runs[0]["settings"], runs[0]["source"]), fontsize=7, loc="left")
+    return fig
+
+
 def draw_study(result: dict):
     """Draw the study: a row for each set and number of layers, a line for each method.
 
@@ -57,20 +95,24 @@ def draw_study(result: dict):
     mean of the seeds, with a bar from the lowest to the highest; AUC; seconds an outer iteration.
 
     Args:
-        result: ``{"runs": [results of ``python -m bilevel_lite study text``, one or more]}``.
+        result: ``{"runs": [results of ``python -m bilevel_lite study text``, one or more]}``;
+            those of one set and number of layers are joined.
 
     Returns:
         The figure.
     """
-    runs = result["runs"]
-    tall = sum(0.7 + 0.23 * len(run["results"]) for run in runs)
+    panels: dict[tuple, list[dict]] = {}
+    for run in result["runs"]:
+        panels.setdefault((run["dataset"], run["base"]["layers"]), []).append(run)
+    shown = {where: sorted(joined(parts).values(), key=_place) for where, parts in panels.items()}
+    heights = [0.7 + 0.23 * len(rows) for rows in shown.values()]
     with mpl.rc_context(STYLE):
         fig, grid = plt.subplots(
-            len(runs), 3, figsize=(9.0, 0.4 + tall), squeeze=False, layout="constrained",
-            height_ratios=[0.7 + 0.23 * len(run["results"]) for run in runs],
+            len(panels), 3, figsize=(9.0, 0.4 + sum(heights)), squeeze=False, layout="constrained",
+            height_ratios=heights,
         )  # fmt: skip
-        for axes, run in zip(grid, runs, strict=True):
-            rows = [row for row in run["results"] if row["runs"]][::-1]
+        for axes, (where, parts) in zip(grid, panels.items(), strict=True):
+            run, rows = parts[0], [row for row in shown[where] if row["runs"]][::-1]
             for y, row in enumerate(rows):
                 colour = SHADES.get(row["method"], COLORS.get(row["method"].split("-")[0]))
                 for ax, key, scale in ((axes[0], "test_accuracy", 100), (axes[1], "auc", 1)):
@@ -88,7 +130,8 @@ def draw_study(result: dict):
                 ax.set_yticks(range(len(rows)), [])
             axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
             title = _title({**run, **run["base"], **run["final"]}, run["source"])
-            axes[0].set_title(f"{title}\n{_seeds(run)}", fontsize=7, loc="left")
+            seeds = _seeds(run, max(len(row["runs"]) for row in rows))
+            axes[0].set_title(f"{title}\n{seeds}", fontsize=7, loc="left")
         for filled, label in ((True, "chosen by the tuning texts"), (False, "at the end")):
             grid[0, 0].plot([], [], "o", color="0.3", mfc=None if filled else "none", label=label)
         grid[0, 0].legend(fontsize=6)
@@ -103,8 +146,13 @@ def _spread(ax, values: list[float], y: float, colour, filled: bool) -> None:
     )  # fmt: skip
 
 
-def _seeds(run: dict) -> str:
-    seeds = f"{run['seeds']} seed{'s' if run['seeds'] > 1 else ''}"
+def _place(row: dict) -> int:
+    order = [*BASELINES, *SOLVERS]
+    return order.index(row["method"]) if row["method"] in order else len(order)
+
+
+def _seeds(run: dict, most: int) -> str:
+    seeds = f"{most} seed{'s' if most > 1 else ''}"
     return f"{run['final']['outer_steps']:g} outer iterations, {seeds}, {run['trials']} trials each"
 
 
