@@ -82,10 +82,10 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10880),
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 925),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2910),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2935),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 2230),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 2300),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}

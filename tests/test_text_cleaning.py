@@ -16,7 +16,13 @@ from bilevel_lite.__main__ import main
 from bilevel_lite.data import DataError, WeakTexts, majority, wrench
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.params import predict
-from bilevel_lite.tasks import cleaning_studies, text_cleaning, text_figures, text_study
+from bilevel_lite.tasks import (
+    cleaning_studies,
+    text_cleaning,
+    text_figures,
+    text_study,
+    text_variants,
+)
 from bilevel_lite.tasks.text_cleaning import TextCleaning
 
 pytest.importorskip("transformers")
@@ -501,18 +507,18 @@ def test_what_is_at_hand_is_both_or_neither(tmp_path, monkeypatch):
         raise DataError("nothing here")
 
     def no_encoder(place):
-        raise text_cleaning.text.EncoderError("nothing here")
+        raise text_variants.text.EncoderError("nothing here")
 
-    monkeypatch.setattr(text_cleaning.data, "load", lambda name: None)
-    monkeypatch.setattr(text_cleaning.text, "encoder", lambda place: None)
+    monkeypatch.setattr(text_variants.data, "load", lambda name: None)
+    monkeypatch.setattr(text_variants.text, "encoder", lambda place: None)
     monkeypatch.delenv("BILEVEL_LITE_DATA", raising=False)
     monkeypatch.setenv("BILEVEL_LITE_MODELS", str(tmp_path))
-    assert text_cleaning.at_hand() == ("trec", text_cleaning.SMALL)
+    assert text_variants.at_hand() == ("trec", text_variants.SMALL)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text("{}")
-    assert text_cleaning.at_hand() == ("trec", str(tmp_path / "own"))
-    monkeypatch.setattr(text_cleaning.text, "encoder", no_encoder)
-    assert text_cleaning.at_hand() == ("toy", "tiny")
-    monkeypatch.setattr(text_cleaning.text, "encoder", lambda place: None)
-    monkeypatch.setattr(text_cleaning.data, "load", no_data)
-    assert text_cleaning.at_hand() == ("toy", "tiny")
+    assert text_variants.at_hand() == ("trec", str(tmp_path / "own"))
+    monkeypatch.setattr(text_variants.text, "encoder", no_encoder)
+    assert text_variants.at_hand() == ("toy", "tiny")
+    monkeypatch.setattr(text_variants.text, "encoder", lambda place: None)
+    monkeypatch.setattr(text_variants.data, "load", no_data)
+    assert text_variants.at_hand() == ("toy", "tiny")

@@ -7,10 +7,11 @@ from bilevel_lite.drawings import SOFT, arrow, box, canvas, text
 from bilevel_lite.plotting import COLORS, PALETTE
 
 GREY = 7  # the palette's
+BACK = PALETTE[1]  # what goes backwards, as in chapter 2
 
 
 def encoder():
-    """A text on its way through an encoder: what is kept (grey) and what is trained (coloured)."""
+    """A text on its way through an encoder (arrows to the right), and gamma on its way back."""
     figure, ax = canvas(9.0, 3.0)
     tokens = ("who", "built", "it", "?", "[pad]", "[pad]")
     for row, token in enumerate(tokens):
@@ -20,18 +21,20 @@ def encoder():
         text(ax, 0.45, y, token, color=color)
         for start, end in ((0.8, 1.15), (2.35, 2.7), (3.5, 3.85)):
             arrow(ax, (start, y), (end, y), color=color)
-        box(ax, 3.1, y, "" if pad else f"$h_{{i{row + 1}}}$", width=0.75, height=0.32, color=GREY)
-        for x, name in ((4.3, "a"), (5.9, r"\gamma")):
-            style = {"color": color}
-            text(ax, x, y, f"${name}_{{i{row + 1}}}$" if not pad else "masked", **style)
-        arrow(ax, (6.25, y), (6.75, 1.75), color=color) if not pad else None
-    box(ax, 1.75, 1.55, "embeddings,\nfrozen layers", width=1.15, height=2.5, color=GREY)
-    box(ax, 5.1, 1.55, "last layer:\nsix maps $W$", width=0.95, height=2.5, color=2)
-    box(ax, 7.2, 1.75, "mean of\nthe tokens", width=0.85, height=0.7, color=GREY)
+        box(ax, 3.1, y, "not kept" if pad else f"$h_{{i{row + 1}}}$", width=0.75, height=0.32,
+            color=SOFT if pad else GREY)  # fmt: skip
+        text(ax, 4.22, y, "masked" if pad else f"$a_{{i{row + 1}}}$", color=color)
+        text(ax, 5.95, y, "0" if pad else rf"$\gamma_{{i{row + 1}}}$", color=color)
+        if not pad:
+            arrow(ax, (6.75, 1.75), (6.25, y), color=BACK)
+    box(ax, 1.75, 1.55, "embeddings,\nfrozen\nlayers", width=1.15, height=2.5, color=GREY)
+    box(ax, 5.15, 1.55, "last layer:\nsix maps $W$", width=1.0, height=2.5, color=2)
+    box(ax, 7.2, 1.75, "mean of\nthe tokens", width=0.95, height=0.7)
     box(ax, 8.45, 1.75, "head", width=0.7, height=0.7, color=2)
-    arrow(ax, (7.65, 1.75), (8.08, 1.75))
-    text(ax, 3.1, 0.08, "computed once, kept", color="0.35")
-    text(ax, 5.1, 0.08, "trained: $A$ from $a$, $B$ from $\\gamma$", color="0.35")
+    arrow(ax, (7.7, 1.75), (8.08, 1.75))
+    text(ax, 2.5, 0.08, "computed once, kept", color="0.35")
+    text(ax, 5.3, 0.08, "trained: $A$ from $a$, $B$ from $\\gamma$", color="0.35")
+    text(ax, 7.75, 0.85, "$\\gamma$ comes back from the right", color=BACK)
     return figure
 
 
@@ -66,35 +69,36 @@ METHODS = {
 }  # fmt: skip
 
 
-def study(panels):
-    """Test accuracy of each method on each set, at the chosen look and at the end.
+def study(rows, minus):
+    """Accuracy of each method (left), and how far the others are behind one of them (right).
 
-    ``panels[title][method]`` is (accuracies chosen, accuracies at the end), per cent, one for each
-    seed. Filled: chosen; hollow: at the end; bars from the lowest seed to the highest.
+    ``rows[method]`` is (accuracies at the chosen look, at the end), per cent, one for each seed.
+    Filled: chosen; hollow: at the end; bars from the lowest seed to the highest.
+    ``minus[method]`` is (differences on each seed, mean, half width of the interval), in points.
     """
-    figure, axes = plotting.figure(len(panels), height=2.9, sharey=True)
-    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
-        for y, (method, (chosen, end)) in enumerate(rows.items()):
-            color, marker = METHODS[method]
-            for values, shift, face in ((chosen, 0.12, color), (end, -0.16, "white")):
-                middle = float(np.mean(values))
-                bar = [[middle - min(values)], [max(values) - middle]]
-                ax.errorbar([middle], [y + shift], xerr=bar, fmt=marker, color=color, mfc=face,
-                            ms=4.5, capsize=2, lw=1)  # fmt: skip
-        ax.set(xlabel="test accuracy, %", title=title)
-        ax.set_yticks(range(len(rows)), list(rows), fontsize=7)
-    axes[0].invert_yaxis()
+    figure, (left, right) = plotting.figure(2, height=3.0, sharey=True)
+    for y, (method, (chosen, end)) in enumerate(rows.items()):
+        color, marker = METHODS[method]
+        for values, shift, face in ((chosen, 0.14, color), (end, -0.16, "white")):
+            middle = float(np.mean(values))
+            bar = [[middle - min(values)], [max(values) - middle]]
+            left.errorbar([middle], [y + shift], xerr=bar, fmt=marker, color=color, mfc=face,
+                          ms=4.5, capsize=2, lw=1)  # fmt: skip
+        if method in minus:
+            plotting.interval(right, y, *minus[method], color)
+    right.axvline(0, color="black", lw=0.8)
+    left.set(xlabel="test accuracy, %")
+    right.set(xlabel="KFAC less this one, points of accuracy")
+    left.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    left.invert_yaxis()
     return figure
 
 
-def memory(bars, base):
-    """Peak memory of a run beyond plain training, as bars; ``bars[method]`` is in MiB."""
+def memory(peaks):
+    """Peak memory of each method in MiB, as bars beside plain training (``noisy``)."""
     figure, ax = plotting.figure(1, height=2.4)
-    names = list(bars)
-    colors = [METHODS[name][0] for name in names]
-    ax.barh(names, [bars[name] for name in names], color=colors)
-    ax.axvline(base, color="black", ls=":", lw=1)
-    ax.text(base, -0.9, "plain training", fontsize=7, ha="center")
+    ax.barh(list(peaks), list(peaks.values()), color=[METHODS[name][0] for name in peaks])
+    ax.axvline(peaks["noisy"], color="black", ls=":", lw=1)
     ax.set(xlabel="peak memory of the process, MiB")
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=7)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -397,6 +398,21 @@ def stored(name: str, to: str | Path | None = None) -> dict:
     raise ValueError(f"name: there is no stored result {name!r}; known: {stored_names(to)}")
 
 
+def _without_folders(result: dict) -> dict:
+    """The result with the last part alone of absolute paths, where commands and settings have them.
+
+    Where somebody's folders lie is nobody's business, and of no use elsewhere.
+    """
+    path = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?[/\\](?:[\w.+-]+[/\\])+([\w.+-]+)")
+    result = json.loads(json.dumps(result))
+    places = [(result.get("provenance", {}), "command")]
+    places += [(result.get(part, {}), "encoder") for part in ("settings", "base")]
+    for where, key in places:
+        if key in where:
+            where[key] = path.sub(r"\1", where[key])
+    return result
+
+
 def collect(folders: list[str], name: str, to: str | Path | None = None) -> Path:
     """Gather the results of several finished runs into ``figures/data/NAME.json``.
 
@@ -417,7 +433,7 @@ def collect(folders: list[str], name: str, to: str | Path | None = None) -> Path
         path = Path(folder) / "result.json"
         if not path.exists():
             raise RunError(f"{folder} holds no result.json: is the run finished?")
-        runs.append(unseal(json.loads(path.read_text("utf-8")), path))
+        runs.append(_without_folders(unseal(json.loads(path.read_text("utf-8")), path)))
     kinds = sorted({run.get("kind") for run in runs})
     if len(kinds) != 1:
         raise RunError(f"the runs are of different kinds: {kinds}")

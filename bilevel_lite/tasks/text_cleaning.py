@@ -31,7 +31,6 @@ from torch import Tensor
 from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
-from bilevel_lite.data.files import DataError
 from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.folder import RunError
@@ -42,59 +41,17 @@ from bilevel_lite.options import option
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.tasks.text_variants import BASELINES, INNER_LR, OUTER_LR, PLAIN, TOY
 from bilevel_lite.tasks.wrong_labels import auc, precision, surest
-from bilevel_lite.text.encoders import local
 
-__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings", "at_hand"]
+__all__ = ["SIZES", "TextCleaning", "TextCleaningSettings"]
 
-TOY = "toy"
 # training and validation texts; each dataset has its own test texts
 SIZES = {"trec": (5033, 500), "semeval": (1749, 178), "youtube": (1586, 120), TOY: (120, 40)}
-# a pretrained encoder of which a CPU trains a layer in a minute; 22.7 M parameters
-SMALL = "sentence-transformers/all-MiniLM-L6-v2"
 CHUNK = 64  # texts of one forward pass, where nothing is differentiated
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 LABELS = ("weak", "true", "validation")
-# plain training: its labels, its weights, and how it is called
-BASELINES = {
-    "noisy": ("weak", "one", "noisy training"),
-    "balanced": ("weak", "balanced", "noisy training, classes as f's"),
-    "validation": ("validation", "one", "validation texts only"),
-    "clean": ("true", "one", "true training labels"),
-}
 LINUX = sys.platform.startswith("linux")
-# plain training is a run whose weights stay at 1: no more is spent on them than must be
-PLAIN = {
-    "method": "aid-identity", "weights": "one", "outer_batch_size": 1, "curvature_batch_size": 1,
-    "cross_batch_size": 1,
-}  # fmt: skip
-# step sizes of AdamW: one layer as in the first trials, the others by hand; never searched
-INNER_LR = {"1": 3e-4, "half": 1e-4, "all": 5e-5}
-# steps on the weights: one that moves a weight by about 0.3 at its first visit, from the median
-# entry of the hypergradient on TREC (5 for KFAC, 0.09 for CG, 0.03 to 0.04, 0.003 for SAMA) and the
-# outer momentum; v differs in length that much (CG, Neumann and identity as in `text_study`)
-OUTER_LR = {
-    "aid-kfac": 0.01, "aid-cg": 0.3, "aid-cg-normal": 1.0, "aid-neumann": 1.0, "aid-identity": 1.0,
-    "sama": 10.0,
-}  # fmt: skip
-
-
-def at_hand() -> tuple[str, str]:
-    """What a run of a minute on a CPU can use here, as ``(dataset, encoder)`` of the settings.
-
-    TREC and a pretrained encoder, a folder on this machine (`bilevel_lite.text.encoder`) or the
-    hub's all-MiniLM-L6-v2; if either cannot be had, the toy texts and the tiny encoder.
-
-    Raises:
-        ImportError: without transformers.
-    """
-    place = str(next(iter(local()), SMALL))
-    try:
-        data.load("trec")
-        text.encoder(place)
-    except (DataError, text.EncoderError):
-        return TOY, "tiny"
-    return "trec", place
 
 
 @dataclass(kw_only=True)

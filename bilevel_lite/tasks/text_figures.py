@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
-from bilevel_lite.tasks.text_cleaning import BASELINES
-from bilevel_lite.tasks.text_study import SOLVERS
+from bilevel_lite.tasks.text_variants import BASELINES, SOLVERS
 
 __all__ = ["draw_memory", "draw_runs", "draw_study", "peaks"]
 
 SHADES = {
     "noisy": PALETTE[1], "balanced": PALETTE[4], "validation": PALETTE[7], "clean": PALETTE[2],
+    "sama": PALETTE[3],
 }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def draw_study(result: dict):
                         if key in row["runs"][0][at]:
                             values = [scale * one[at][key] for one in row["runs"]]
                             _spread(ax, values, y + (0 if filled else -0.25), colour, filled)
-                if row["method"] not in SHADES:
+                if row["method"] not in BASELINES:
                     axes[2].plot(pace(row, "seconds"), y, "o", color=colour)
             for ax, label in zip(
                 axes, ("test accuracy, %", "AUC of the weights", "seconds an outer iteration"),

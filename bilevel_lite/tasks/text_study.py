@@ -19,8 +19,9 @@ Hessian, as the authors' code and the paper have them.
 """
 
 from bilevel_lite.experiment.search import Variant
-from bilevel_lite.tasks.text_cleaning import BASELINES, OUTER_LR, PLAIN, TextCleaning
 from bilevel_lite.tasks.text_cleaning import SIZES as SETS
+from bilevel_lite.tasks.text_cleaning import TextCleaning
+from bilevel_lite.tasks.text_variants import BASELINES, OUTER_LR, PLAIN, SOLVERS
 
 __all__ = ["CROSS", "SIZES", "SOLVERS", "TextCleaning", "variants"]
 
@@ -29,18 +30,6 @@ SIZES = {name: (train, valid - round(0.5 * valid)) for name, (train, valid) in S
 
 CROSS = 128
 MIDDLE = 10 * CROSS / 32
-DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}
-SOLVERS: dict[str, dict] = {
-    "identity": {"method": "aid-identity", **STEP},
-    "sama": {"method": "sama", "alpha": 0.1},
-    # the papers count products: K of them make K + 1 terms
-    "neumann-3": {"method": "aid-neumann", "iters": 4, "damping": 0.0, **STEP},
-    "neumann-10": {"method": "aid-neumann", "iters": 11, "damping": 0.0, **STEP},
-    "cg-3-ggn": {"method": "aid-cg", "iters": 3, "curvature": "ggn", **DELTA},
-    "cg-normal-3": {"method": "aid-cg-normal", "iters": 3, **DELTA},
-    "kfac-mc": {"method": "aid-kfac", "fisher": "mc", **DELTA},
-    "kfac-empirical": {"method": "aid-kfac", "fisher": "empirical", **DELTA},
-}
 
 
 def variants(dataset: str, model: str) -> list[Variant]:

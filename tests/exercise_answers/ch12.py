@@ -53,7 +53,7 @@ def factors(a, gamma, mask, variant=""):
 
 
 def head_block(a, mask, omega, variant=""):
-    share = mask / mask.sum(1, keepdim=True)
+    share = mask.double() / mask.sum(1, keepdim=True)
     means = a.mean(1) if variant == "padding" else (share[..., None] * a).sum(1)
     moments = means[..., None] * means[:, None]
     if variant == "tokens":
@@ -87,6 +87,8 @@ def texts_needed(both, one, other, variant=""):
     if variant == "swapped":
         paired, apart = apart, paired
     z = (1.96 / gap) ** 2
+    if variant == "down":
+        return int(z * paired), int(z * apart)
     if variant == "no square":
         return abs(1.96 / gap) * paired**0.5, abs(1.96 / gap) * apart**0.5
     return ceil(z * paired), ceil(z * apart)
@@ -132,6 +134,7 @@ WRONG = {
         (1537, sum((i + 1) ** 2 for i, _ in MAPS), PARAMETERS, GIB),
         (1537, ENTRIES, sum(i * o for i, o in MAPS), GIB),
         (1537, ENTRIES, PARAMETERS, GIB / 4),
+        (1537, ENTRIES, PARAMETERS, GIB * (384 / 385) ** 2),
         (1537, ENTRIES, PARAMETERS, PARAMETERS**2 * 4 / 2**30),
         (1537, ENTRIES, PARAMETERS),
     ],
@@ -145,6 +148,6 @@ WRONG = {
     ],
     "12.6": [
         lambda *a, variant=variant: texts_needed(*a, variant=variant)
-        for variant in ("square", "one", "swapped", "no square")
+        for variant in ("square", "one", "swapped", "no square", "down")
     ],
 }  # fmt: skip
