@@ -440,6 +440,25 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
         experiment.stored("nothing")
 
 
+def test_a_stored_result_tells_nobodys_folders(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
+    result = json.loads((whole / "result.json").read_text())
+    del result["sha256"]
+    result["provenance"]["command"] = (
+        "python -m bilevel_lite run t --encoder /home/me/models/mini-l6 --out=/data/x/y.z "
+        "--set a=1/2 ../shared/b"
+    )
+    result["settings"]["encoder"] = "/home/me/models/mini-l6"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(experiment.folder.seal(result)))
+    experiment.collect([str(tmp_path / "run")], "shorn")
+    (run,) = experiment.stored("shorn")["runs"]
+    assert run["settings"]["encoder"] == "mini-l6"
+    assert run["provenance"]["command"] == (
+        "python -m bilevel_lite run t --encoder mini-l6 --out=y.z --set a=1/2 ../shared/b"
+    )
+
+
 def test_collect(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment.folder, "_REPOSITORY", tmp_path)
     path = experiment.collect([str(whole)], "some")

@@ -98,6 +98,26 @@ def test_the_authors_labels_of_trec_are_the_vote_in_which_the_first_class_wins()
 
 
 @real
+def test_where_the_wrong_labels_of_trec_come_from():
+    # what chapter 12 says of them
+    d = bl.data.load("trec", download=False)
+    weak, y, desc = d.train.weak, d.train.y, d.classes.index("DESC")
+    votes = (weak[..., None] == torch.arange(6)).sum(1)
+    first = votes.argmax(1)
+    bad = (first == desc) & (y != desc)
+    ties = (votes == votes.max(1, keepdim=True).values).sum(1) > 1
+    silent = (weak < 0).all(1)
+    assert int((first != y).sum()) == 2582 and int(bad.sum()) == 2399
+    assert [int((bad & k).sum()) for k in (~ties, ties & ~silent, silent)] == [1586, 667, 146]
+    said = [(int((weak[:, j] == desc).sum()), j) for j in range(weak.shape[1])]
+    count, rule = max(said)
+    speaks = weak[:, rule] == desc
+    assert count > 3000 and 0.2 < float((y[speaks] == desc).double().mean()) < 0.26
+    with_what = torch.tensor(["what" in text.split() for text in d.train.texts])
+    assert float(with_what[speaks].double().mean()) > 0.95
+
+
+@real
 def test_semevals_spans_point_at_the_entities():
     d = bl.data.load("semeval", download=False)
     entries = json.loads((REAL / "semeval" / "test.json").read_text("utf-8"))
@@ -522,3 +542,16 @@ def test_what_is_at_hand_is_both_or_neither(tmp_path, monkeypatch):
     monkeypatch.setattr(text_variants.text, "encoder", lambda place: None)
     monkeypatch.setattr(text_variants.data, "load", no_data)
     assert text_variants.at_hand() == ("toy", "tiny")
+
+
+def test_peaks_are_named_by_the_study_or_refused():
+    def run(peak, **settings):
+        return {"settings": {"weights": "learned", **settings}, "memory": {"peak_mib": peak}}
+
+    own = text_variants.SOLVERS
+    runs = [run(5.0, **own["kfac-mc"]), run(7.0, **own["cg-3-ggn"], batch_size=32)]
+    plain = run(3.0, method="aid-identity")
+    plain["settings"]["weights"] = "one"
+    assert text_figures.peaks([plain, *runs]) == {"noisy": 3.0, "kfac-mc": 5.0, "cg-3-ggn": 7.0}
+    with pytest.raises(ValueError, match="runs: soba is none of"):
+        text_figures.peaks([run(1.0, method="soba")])
