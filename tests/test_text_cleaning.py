@@ -544,6 +544,29 @@ def test_what_is_at_hand_is_both_or_neither(tmp_path, monkeypatch):
     assert text_variants.at_hand() == ("toy", "tiny")
 
 
+def test_what_chooses_is_the_share_of_the_tuning_texts_that_is_misclassified(float32):
+    s = TextCleaning.settings(outer_steps=2)
+    task = TextCleaning.make(s, CPU)
+    theta = task.theta0
+    found = predict(task.model, theta, task.tuning[0]).argmax(1).tolist()
+    missed = sum(a != b for a, b in zip(found, task.tuning[1].tolist(), strict=True))
+    assert 0 < missed < len(found) and missed != len(found) / 2
+    assert task.judge(task.lam0, theta) == pytest.approx(missed / len(found), abs=1e-6)
+    row = task.measure(task.lam0, theta)
+    assert row[task.criterion] == pytest.approx(missed / len(found), abs=1e-6)
+
+
+def test_the_studys_boxes_hold_the_points_that_won():
+    found = {v.name: v.space for v in cleaning_studies.variants("text", "trec", "linear")}
+    runs = bl.experiment.stored("text_cleaning_trec")["runs"]
+    chosen = {row["method"]: row["chosen"] for run in runs for row in run["results"]}
+    won = {name: point["outer_lr"] for name, point in chosen.items() if point}
+    assert len(won) == 5
+    for name, value in won.items():
+        low, high = found[name]["outer_lr"]
+        assert low < value < high
+
+
 def test_peaks_are_named_by_the_study_or_refused():
     def run(peak, **settings):
         return {"settings": {"weights": "learned", **settings}, "memory": {"peak_mib": peak}}

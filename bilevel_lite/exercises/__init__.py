@@ -21,7 +21,7 @@ import torch
 
 __all__ = [
     "Wrong", "check", "close", "compare", "draw", "exercise", "fresh", "judge", "known",
-    "name_mistake", "numbers",
+    "name_mistake", "near", "numbers",
 ]  # fmt: skip
 
 _CHECKS = {}
@@ -333,6 +333,28 @@ def numbers(answer, count: int) -> list[float]:
     if len(values) != count:
         raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
     return values
+
+
+def near(value: float, truth: float, name: str, mistakes: list, hint: str, rtol: float) -> None:
+    """Hold one number against the truth, with a sentence for each mistake that is known.
+
+    Args:
+        value: The answer.
+        truth: What it should be.
+        name: What the messages call it.
+        mistakes: (wrong value, sentence) of known mistakes.
+        hint: Said of any other value.
+        rtol: Relative tolerance, of the truth and of the mistakes.
+
+    Raises:
+        Wrong: if it is not the truth.
+    """
+    if abs(value - truth) <= rtol * abs(truth):
+        return
+    for wrong, sentence in mistakes:
+        if abs(value - wrong) <= rtol * abs(wrong):
+            raise Wrong(f"{name}: {sentence}")
+    raise Wrong(f"{name}: {value:.6g} is not right. {hint}")
 
 
 def name_mistake(got, truth: torch.Tensor, mistakes: list, rtol: float = 1e-8) -> None:

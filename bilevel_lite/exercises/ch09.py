@@ -5,19 +5,14 @@ import math
 import torch
 
 from bilevel_lite.algorithms import AID
-from bilevel_lite.exercises import Wrong, close, draw, exercise, numbers
+from bilevel_lite.exercises import Wrong, close, draw, exercise, near, numbers
 from bilevel_lite.problem import BilevelProblem
 
 
 def _require(rows, rtol):
     """Rows (value, name, truth, hint, [(wrong value, sentence)])."""
     for value, name, truth, hint, mistakes in rows:
-        if abs(value - truth) <= rtol * abs(truth):
-            continue
-        for wrong, sentence in mistakes:
-            if abs(value - wrong) <= rtol * abs(wrong):
-                raise Wrong(f"{name}: {sentence}")
-        raise Wrong(f"{name}: {value:.6g} is not right. {hint}")
+        near(value, truth, name, mistakes, hint, rtol)
 
 
 @exercise("9.A")

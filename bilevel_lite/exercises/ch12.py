@@ -5,23 +5,14 @@ import math
 import torch
 
 from bilevel_lite import data
-from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers
-
-
-def _near(value: float, truth: float, name: str, mistakes: list, hint: str, within: float) -> None:
-    if abs(value - truth) <= within * abs(truth):
-        return
-    for wrong, sentence in mistakes:
-        if abs(value - wrong) <= within * abs(wrong):
-            raise Wrong(f"{name}: {sentence}")
-    raise Wrong(f"{name}: {value:.6g} is not right. {hint}")
+from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers
 
 
 @exercise("12.A")
 def check_padding(answer):
     """Of 100 rows of a text, those that hold no token."""
     (share,) = numbers(answer, 1)
-    _near(
+    near(
         share, 1 - 13.5 / 100, "The share",
         [(13.5 / 100, "that is the share of tokens."),
          (86.5, "give a number between 0 and 1."),
@@ -34,13 +25,13 @@ def check_padding(answer):
 def check_points(answer):
     """The standard error of a share, and of a difference of two shares on other texts."""
     one, error = numbers(answer, 2)
-    _near(
+    near(
         one, 100 / 120, "One text",
         [(1 / 120, "give points, of which 100 are the whole."), (0.2, "that is TREC's 500."),
          (120 / 100, "that is how many texts a point is.")],
         "120 texts are 100 points.", 0.02,
     )  # fmt: skip
-    _near(
+    near(
         error, 100 * (0.8 * 0.2 / 120) ** 0.5, "The standard error",
         [(100 * 0.8 * 0.2 / 120, "that is the variance, of a share, times 100."),
          (100 * 0.8 * 0.2 / 120**0.5, "take the root of 0.8 * 0.2, too."),
@@ -151,13 +142,13 @@ def check_sizes(answer):
     count = sum((i + 1) * o for i, o in maps)
     both = sum((i + 1) ** 2 + o**2 for i, o in maps)
     gib = (max((i + 1) * o for i, o in maps)) ** 2 * 4 / 2**30
-    _near(
+    near(
         rows, wide + 1, "The rows of A",
         [(wide, "a 1 for the bias is appended to a."), (width + 1, "its inputs are 1,536."),
          (width, "that is B.")],
         "A is as large as the map's input, and one for the bias.", 1e-9,
     )  # fmt: skip
-    _near(
+    near(
         entries, both, "The entries of all factors",
         [(sum(i**2 + o**2 for i, o in maps), "a 1 for the bias is appended to each a."),
          (sum((i + 1) ** 2 for i, _ in maps), "that is A alone."),
@@ -166,13 +157,13 @@ def check_sizes(answer):
           "four maps are 384 by 384.")],
         "Add (inputs + 1)^2 and outputs^2 over the six maps.", 1e-9,
     )  # fmt: skip
-    _near(
+    near(
         parameters, count, "The parameters",
         [(sum(i * o for i, o in maps), "each map has a bias, too."),
          (count + 4 * width, "LayerNorm's are none of the six maps'.")],
         "Add (inputs + 1) * outputs over the six maps.", 1e-9,
     )  # fmt: skip
-    _near(
+    near(
         dense, gib, "The dense block",
         [(gib / 4, "a number in float32 takes four bytes."), (2 * gib, "that is float64."),
          (count**2 * 4 / 2**30, "that is the block of all six together."),
