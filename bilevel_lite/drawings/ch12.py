@@ -95,10 +95,11 @@ def study(rows, minus):
 
 
 def memory(peaks):
-    """Peak memory of each method in MiB, as bars beside plain training (``noisy``)."""
+    """Peak memory of each method in MiB, as bars; a line at plain training, ``noisy``, if there."""
     figure, ax = plotting.figure(1, height=2.4)
     ax.barh(list(peaks), list(peaks.values()), color=[METHODS[name][0] for name in peaks])
-    ax.axvline(peaks["noisy"], color="black", ls=":", lw=1)
+    if "noisy" in peaks:
+        ax.axvline(peaks["noisy"], color="black", ls=":", lw=1)
     ax.set(xlabel="peak memory of the process, MiB")
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=7)

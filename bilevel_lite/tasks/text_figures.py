@@ -5,6 +5,7 @@ from statistics import mean
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from bilevel_lite.drawings import ch12
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
@@ -77,14 +78,9 @@ def peaks(runs: list[dict]) -> dict[str, float]:
 
 def draw_memory(runs: list[dict]):
     """Draw the peaks of runs with different methods as bars."""
-    bars = peaks(runs)
     with mpl.rc_context(STYLE):
-        fig, ax = figure(1, height=2.6)
-        colours = [SHADES.get(name, COLORS.get(name.split("-")[0])) for name in bars]
-        ax.barh(list(bars), list(bars.values()), color=colours)
-        ax.set(xlabel=f"peak memory of the {runs[0]['memory']['of']}, MiB")
-        ax.invert_yaxis()
-        ax.set_title(_title(runs[0]["settings"], runs[0]["source"]), fontsize=7, loc="left")
+        fig = ch12.memory(peaks(runs))
+        fig.axes[0].set_title(_title(runs[0]["settings"], runs[0]["source"]), fontsize=7)
     return fig
 
 
