@@ -221,6 +221,13 @@ def test_a_pass_visits_every_example_at_most_once_and_in_a_new_order():
     assert torch.equal(b.all()[2], torch.arange(10))
 
 
+def test_a_batch_as_large_as_the_set_is_the_set_and_no_copy():
+    b = batches(size=10)
+    for _ in range(2):
+        x, y, index = b.draw()
+        assert x is b.x and y is b.y and torch.equal(index, torch.arange(10))
+
+
 @pytest.mark.parametrize("drawn", [0, 2, 3, 7])
 def test_a_resumed_sampler_draws_the_same_batches(drawn):
     first = batches()

@@ -12,7 +12,8 @@ class Batches:
     """A sampler of batches (x, y, index) from tensors that stay on one device.
 
     Each pass visits the examples in a new random order; a remainder smaller than a batch is left
-    out of that pass, so that every batch has the same size.
+    out of that pass, so that every batch has the same size. A batch as large as the set is the set
+    itself, in order and not copied: a mean over it knows no order.
 
     Args:
         x: Inputs, shape (n, ...).
@@ -59,6 +60,8 @@ class Batches:
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the next batch: x[index], y[index], index."""
+        if self.batch_size == len(self.x):
+            return self.all()
         if self._position + self.batch_size > len(self.x):
             self._start_pass()
         index = self._order[self._position : self._position + self.batch_size]
