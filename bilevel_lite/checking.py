@@ -4,20 +4,23 @@ exact         H formed and solved; J v by another route than the method's
 differences   of Phi, with the inner problem solved anew
 J v           the method's own v, J v by another route
 residual      ||b - H v|| / ||b||, H v from differences of first derivatives
+
+The judged number is a solver's, or one that somebody computed with code of his own.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel_lite.hypergrad import HypergradientInfo, hypergradient
+from bilevel_lite.hypergrad import HypergradientInfo
+from bilevel_lite.hypergrad import hypergradient as by_solver
 from bilevel_lite.problem import BilevelProblem, evaluate
-from bilevel_lite.products import cross_differences, cross_vp, dot, theta_gradient
+from bilevel_lite.products import cross_differences, cross_vp, dot, gradient, theta_gradient
 from bilevel_lite.refuse import require_batch, require_problem, require_variable
 from bilevel_lite.solvers import Direct, Solver
 from bilevel_lite.surroundings import differentiating, ordinary
@@ -38,12 +41,17 @@ class CheckReport:
         rtol: The relative error that was asked for.
         passed: True if all relative errors are at most ``rtol``, the exact solution solves its
             system by differences too, and the inner loss gives the same value twice.
-        info: The method's own `HypergradientInfo`.
+        info: The method's own `HypergradientInfo`; None for a given hypergradient.
         relative_error_cross: Of the method's J v against the other route with the method's v.
         residual: ||b - H v|| / ||b|| of the method's v, with H v by differences and without
             damping; what the method itself says is ``info.solve.relative_residual``, where that
             costs it nothing.
         faults: What is wrong, in words; empty if nothing but the size of the errors.
+        length: ||h|| / ||exact||.
+        shares: What h is made of: the numbers a and c for which a grad_lam f - c J v is nearest to
+            it, under "direct" and "implicit", and under "rest" what is left, relative to ||exact||.
+            1, 1 and 0 for the exact one. A part that is zero has no share; empty where the two
+            parts are parallel, as they are for a lam of one entry.
     """
 
     relative_error_exact: float | None
@@ -52,10 +60,12 @@ class CheckReport:
     cosine_differences: float | None
     rtol: float
     passed: bool
-    info: HypergradientInfo
+    info: HypergradientInfo | None
     relative_error_cross: float | None = None
     residual: float | None = None
     faults: tuple[str, ...] = ()
+    length: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
 
     def __str__(self):
         lines = ["against            relative error   cosine"]
@@ -67,12 +77,20 @@ class CheckReport:
                 lines.append(f"{name:<18} {_short(error):>14}   {cosine:.6f}")
         if self.relative_error_cross is not None:
             lines.append(f"{'J v, other route':<18} {_short(self.relative_error_cross):>14}")
-        solve = self.info.solve
+        if self.info is not None:
+            solve = self.info.solve
+            by = f"{solve.solver}, {solve.products} products, relative residual {self.residual:.1e}"
+        else:
+            by = "a given hypergradient"
+            if self.length is not None:
+                lines.append(f"{'length':<18} {self.length:>14.3g}")
+            if self.shares:
+                *parts, (_, rest) = self.shares.items()
+                made = "".join(f"{share if abs(share) > 1e-6 else 0:.3g} {name}, "
+                               for name, share in parts)  # fmt: skip
+                lines.append(f"{'made of':<18} {made}rest {_short(rest)}")
         verdict = "agrees" if self.passed else "DOES NOT AGREE"
-        lines.append(
-            f"{verdict} to {self.rtol:.0e} ({solve.solver}, {solve.products} products, "
-            f"relative residual {self.residual:.1e})"
-        )
+        lines.append(f"{verdict} to {self.rtol:.0e} ({by})")
         return "\n".join([*lines, *self.faults])
 
 
@@ -90,10 +108,15 @@ def check(
     num_directions: int | None = None,
     generator: torch.Generator | None = None,
     verbose: bool = True,
+    hypergradient: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> CheckReport:
     """Compare one method's hypergradient with an exact solve and with finite differences.
 
     The solver is used in a fresh copy: what it remembers, and its generator, are not touched.
+
+    Code of one's own is judged by what it returns: hand it over as ``hypergradient``. The exact
+    one is grad_lam f - J H^-1 b; what is meant to carry damping delta is held against it on a
+    problem with delta/2 ||theta - theta_0||^2 added to g, theta_0 being the point of the check.
 
     Args:
         problem: The two losses.
@@ -111,16 +134,21 @@ def check(
             these directions only, a rough guide with few of them.
         generator: Source of those directions.
         verbose: Print the report.
+        hypergradient: A number to judge in place of a solver's: a tensor like lam, or a function
+            (lam, theta) -> such a tensor, which is called twice, on copies; two values at one
+            point are a fault, and so is writing into lam or theta.
 
     Returns:
         `CheckReport`.
 
     Raises:
-        ValueError: if there is nothing to compare with: theta is too large for an exact solve
-            and no ``solve_inner`` is given.
+        TypeError: if ``hypergradient`` is, or returns, no tensor.
+        ValueError: if there is nothing to compare with (theta is too large for an exact solve
+            and no ``solve_inner`` is given), or a solver and a hypergradient are given.
 
-    Cost: one hypergradient, one direct solve (d products) where d allows, two J v by other routes,
-    two gradients for each of two residuals, two inner solves per direction.
+    Cost: one hypergradient (two calls of a function), one direct solve (d products) where d allows,
+    two J v by other routes, two gradients for each of two residuals, two inner solves per
+    direction.
 
     Example:
         >>> problem = bl.BilevelProblem(
@@ -131,36 +159,60 @@ def check(
         >>> report = bl.check(problem, *at, bl.CG(2), solve_inner=lambda lam: lam, verbose=False)
         >>> report.passed, report.relative_error_exact < 1e-6
         (True, True)
+
+        Code of one's own, with the sign of J v turned round:
+
+        >>> report = bl.check(problem, *at, hypergradient=lambda lam, theta: 2 * (1 - theta))
+        against            relative error   cosine
+        exact solve               2.0e+00   -1.000000
+        length                          1
+        made of            -1 implicit, rest below 1e-9
+        DOES NOT AGREE to 1e-02 (a given hypergradient)
     """
+    require_problem(problem)
     tiny = max(torch.finfo(t.dtype).eps for t in (lam, theta))
     rtol = (1e-4 if tiny < 1e-12 else 1e-2) if rtol is None else rtol
     eps = tiny ** (1 / 3) if eps is None else eps
     at = problem.inner_loss, lam, theta, inner_batch
-    h, info = hypergradient(
-        problem, lam, theta, inner_batch, outer_batch, copy.deepcopy(solver), return_info=True,
-        diagnose=False,  # a residual has H's graph formed, from which J v would then be taken
-    )  # fmt: skip
-    faults = _same_value_twice(*at)
+    info = None
+    if hypergradient is None:
+        h, info = by_solver(
+            problem, lam, theta, inner_batch, outer_batch, copy.deepcopy(solver), return_info=True,
+            diagnose=False,  # a residual has H's graph formed, from which J v would then be taken
+        )  # fmt: skip
+        direct, b, by_other_route = info.direct, info.b, _other_route(info.solve.cross)
+        faults = _same_value_twice(*at)
+    elif solver is not None:
+        raise ValueError(
+            "solver: got one beside hypergradient, expected one of the two: what is judged"
+        )
+    else:
+        h, faults = _given(hypergradient, lam, theta, rtol)
+        _, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
+        by_other_route = cross_differences  # the way that nobody's code takes
+        faults = _same_value_twice(*at) + faults
     if h.shape != lam.shape or h.dtype != lam.dtype or h.device != lam.device:
         faults.append(f"h: is {h.dtype} of shape {tuple(h.shape)}, expected a tensor like lam")
         h = h.to(lam) if h.shape == lam.shape else torch.full_like(lam, math.nan)
-    by_other_route = _other_route(info.solve.cross)
-    cross, _ = _compare(-info.implicit, by_other_route(*at, info.v))
-    if not cross <= rtol:
-        faults.append(f"J v by {info.solve.cross}: is not what another route gives")
-    exact = differences = None
+    cross = residual = exact = differences = length = None
+    shares: dict[str, float] = {}
+    if info is not None:
+        cross, _ = _compare(-info.implicit, by_other_route(*at, info.v))
+        residual = _residual(*at, b, info.v)
+        if not cross <= rtol:
+            faults.append(f"J v by {info.solve.cross}: is not what another route gives")
     if theta.numel() <= Direct().max_dim:
-        v, solved = Direct().solve(problem, lam, theta, inner_batch, info.b)
-        largest = (
-            max(map(abs, solved.curvature)) * float(v.norm()) / max(float(info.b.norm()), tiny)
-        )
-        residual = _residual(*at, info.b, v)
-        if not residual <= rtol * max(1.0, largest * tiny ** (1 / 3)):
+        v, solved = Direct().solve(problem, lam, theta, inner_batch, b)
+        largest = max(map(abs, solved.curvature)) * float(v.norm()) / max(float(b.norm()), tiny)
+        left = _residual(*at, b, v)
+        if not left <= rtol * max(1.0, largest * tiny ** (1 / 3)):
             faults.append(
-                f"H: the exact solution has a relative residual of {residual:.1e} where H v comes "
+                f"H: the exact solution has a relative residual of {left:.1e} where H v comes "
                 "from differences of the gradient"
             )
-        exact = _compare(h, info.direct - by_other_route(*at, v))
+        implicit = -by_other_route(*at, v)
+        exact = _compare(h, direct + implicit)
+        length, shares = _made_of(h, direct, implicit)
     if solve_inner is not None:
         rows, projected = None, h
         if num_directions is not None:
@@ -183,12 +235,61 @@ def check(
         passed=all(error <= rtol for error, _ in results) and not faults,
         info=info,
         relative_error_cross=cross,
-        residual=_residual(*at, info.b, info.v),
+        residual=residual,
         faults=tuple(faults),
+        length=length,
+        shares=shares,
     )
     if verbose:
         print(report)
     return report
+
+
+def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
+    """Somebody's hypergradient, and what is wrong with how it came."""
+    if isinstance(hypergradient, Tensor):
+        return hypergradient.detach(), []
+    if not callable(hypergradient):
+        raise TypeError(
+            f"hypergradient: got {type(hypergradient).__name__}, expected a tensor like lam, or a "
+            "function (lam, theta) that returns one"
+        )
+    values, wrote = [], False
+    for _ in range(2):
+        at = lam.detach().clone(), theta.detach().clone()
+        value = hypergradient(*at)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"hypergradient(lam, theta): returned {type(value).__name__}, expected a tensor "
+                "like lam"
+            )
+        values.append(value.detach().clone())
+        wrote |= not (torch.equal(at[0], lam) and torch.equal(at[1], theta))
+    faults = ["hypergradient: writes into lam or theta"] if wrote else []
+    first, second = (value.nan_to_num() for value in values)
+    if first.shape != second.shape or _compare(first, second)[0] > rtol:
+        faults.append(
+            "hypergradient: gives two values at one point (does it draw random numbers, or add to "
+            "what the call before left?)"
+        )
+    return values[0], faults
+
+
+def _made_of(h: Tensor, direct: Tensor, implicit: Tensor) -> tuple[float, dict[str, float]]:
+    """||h|| / ||exact||, and h as a combination of its two parts, by least squares."""
+    size = float((direct + implicit).norm())
+    length = float(h.norm()) / size if size else math.inf
+    named = {"direct": direct, "implicit": implicit}
+    parts = {name: part.flatten() for name, part in named.items() if part.norm() > 0}
+    if not parts or not (size and torch.isfinite(h).all()):
+        return length, {}
+    columns = torch.stack([part / part.norm() for part in parts.values()], 1)
+    if columns.shape[1] == 2 and 1 - float(columns[:, 0] @ columns[:, 1]) ** 2 < 1e-6:
+        return length, {}
+    found = torch.linalg.lstsq(columns, h.flatten()[:, None]).solution[:, 0]
+    rest = float((h.flatten() - columns @ found).norm()) / size
+    sizes = torch.stack([part.norm() for part in parts.values()])
+    return length, {**dict(zip(parts, (found / sizes).tolist(), strict=True)), "rest": rest}
 
 
 def _other_route(taken: str) -> Callable[..., Tensor]:

@@ -263,11 +263,11 @@ def test_dropout_is_refused(make):
 
 
 def test_h_of_another_type(monkeypatch):
-    def short(*args, whole=checking.hypergradient, **options):
+    def short(*args, whole=checking.by_solver, **options):
         h, info = whole(*args, **options)
         return h.float(), info
 
-    monkeypatch.setattr(checking, "hypergradient", short)
+    monkeypatch.setattr(checking, "by_solver", short)
     blamed(judged(case("weights"), bl.Direct(), rtol=1e-2), "h: is torch.float32 of shape")
 
 
@@ -321,3 +321,144 @@ def test_a_sum_with_shared_layers_agrees():
         c.lam, c.theta, c.batch, None, bl.CG(400, tol=1e-13), verbose=False,
     )  # fmt: skip
     assert report.faults == () and report.relative_error_cross < 1e-6
+
+
+# ---------------------------------------------------------------- what somebody else computed
+
+
+def theirs(change=lambda h: h):
+    """The hypergradient of lam in the weights, by code that check knows nothing of."""
+    c = case("weights")
+    theta = solve(c, c.lam, c.theta)
+
+    def h(lam, theta):
+        return change(bl.hypergradient(problem_of(c), lam, theta, c.batch, None))
+
+    return c, theta, h
+
+
+def judged_given(given, c, theta, **options):
+    return bl.check(
+        problem_of(c), c.lam, theta, c.batch, None, verbose=False, hypergradient=given, **options
+    )
+
+
+def test_a_given_hypergradient_is_judged():
+    c, theta, h = theirs()
+    few = {"num_directions": 3, "generator": torch.Generator().manual_seed(0)}
+    for given in (h, h(c.lam, theta)):
+        report = judged_given(given, c, theta, solve_inner=lambda lam: solve(c, lam, theta), **few)
+        assert report.passed and report.info is None and report.residual is None, str(report)
+        assert report.relative_error_exact < 1e-7 and report.relative_error_differences < 1e-6
+        assert report.length == pytest.approx(1, abs=1e-7)
+        assert "agrees to 1e-04 (a given hypergradient)" in str(report)
+
+
+@pytest.mark.parametrize("factor", [1.01, -1.0, 0.0])
+def test_a_wrong_given_one_does_not_agree(factor):
+    c, theta, h = theirs(lambda h: factor * h)
+    for given in (h, h(c.lam, theta)):
+        report = judged_given(given, c, theta)
+        assert not report.passed and report.faults == ()
+        assert report.length == pytest.approx(abs(factor), abs=1e-7)
+        assert report.relative_error_exact == pytest.approx(abs(factor - 1), rel=1e-4)
+
+
+def shares(a, c, noise=0.0):
+    """The report on a * direct + c * implicit + noise, for f with a direct term."""
+    A = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    problem = bl.BilevelProblem(
+        lambda lam, t, _: 0.5 * t @ A @ t - (lam[:2] * t).sum() - lam[2] * t[0],
+        lambda lam, t, _: 0.5 * (t - 1).square().sum() + lam.square().sum(),
+    )
+    lam = torch.tensor([0.3, -0.2, 0.4])
+    theta = torch.linalg.solve(A, lam[:2] + torch.tensor([0.4, 0.0]))
+    v = torch.linalg.solve(A, theta - 1)
+    direct, implicit = 2 * lam, torch.stack([v[0], v[1], v[0]])
+    h = a * direct + c * implicit + noise * torch.linalg.cross(direct, implicit)
+    return bl.check(problem, lam, theta, hypergradient=h, verbose=False), direct + implicit
+
+
+@pytest.mark.parametrize(("a", "c"), [(1.0, 1.0), (0.0, 1.0), (1.0, 7.7), (3.0, 3.0), (1.0, -1.0)])
+def test_what_a_given_one_is_made_of(a, c):
+    report, _ = shares(a, c)
+    assert report.shares == pytest.approx({"direct": a, "implicit": c, "rest": 0}, abs=1e-8)
+    assert f"{a:.3g} direct, {c:.3g} implicit, rest below 1e-9" in str(report)
+    assert report.passed == (a == c == 1)
+
+
+def test_what_is_neither_part_is_the_rest():
+    report, exact = shares(1.0, 2.0, noise=0.1)
+    clean, _ = shares(1.0, 2.0)
+    assert report.shares["direct"] == pytest.approx(1) and report.shares["implicit"] == (
+        pytest.approx(2)
+    )
+    off = (report.length**2 - clean.length**2) ** 0.5  # at right angles to both parts
+    assert report.shares["rest"] == pytest.approx(off, rel=1e-6) and off > 1e-3
+
+
+def test_parallel_parts_have_no_shares():
+    problem = bl.BilevelProblem(
+        lambda lam, t, _: (t - lam).square().sum(), lambda lam, t, _: t.sum() + lam.sum()
+    )
+    at = torch.ones(3), torch.ones(3)
+    report = bl.check(problem, *at, hypergradient=torch.full((3,), 2.0), verbose=False)
+    assert report.passed and report.shares == {} and "made of" not in str(report)
+
+
+def test_two_calls_that_differ_are_a_fault():
+    total = torch.zeros(())
+
+    def adding(h):
+        return h * total.add_(1)
+
+    c, theta, h = theirs(adding)
+    blamed(judged_given(h, c, theta), "hypergradient: gives two values at one point")
+    generator = torch.Generator().manual_seed(0)
+    c, theta, h = theirs(lambda h: h + 0.1 * torch.randn(h.shape, generator=generator))
+    blamed(judged_given(h, c, theta), "hypergradient: gives two values at one point")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_writing_into_what_was_given_is_a_fault_and_reaches_nobody(which):
+    c, theta, h = theirs()
+    before = c.lam.clone(), theta.clone()
+
+    def writes(*at):
+        value = h(*at)
+        at[which].add_(1e-3)
+        return value
+
+    blamed(judged_given(writes, c, theta), "hypergradient: writes into lam or theta")
+    assert torch.equal(c.lam, before[0]) and torch.equal(theta, before[1])
+
+
+def test_a_given_one_that_is_not_finite_or_of_another_shape_does_not_agree():
+    c, theta, h = theirs(lambda h: h * float("nan"))
+    report = judged_given(h, c, theta)
+    assert not report.passed and report.faults == () and report.shares == {}
+    c, theta, h = theirs(lambda h: h[:2])
+    blamed(judged_given(h, c, theta), "h: is torch.float64 of shape (2,)")
+
+
+def test_a_given_one_is_not_judged_by_a_broken_h_or_j(monkeypatch):
+    """What judges does not rest on double backward, which the given code has likely used."""
+    c, theta, h = theirs()
+    value = h(c.lam, theta)
+    monkeypatch.setattr(products, "_cross_twice", wrong(products._cross_twice))
+    assert judged_given(value, c, theta).passed
+    monkeypatch.setattr(products, "hvp_operator", lambda *a: lambda v: 2 * v)
+    monkeypatch.setattr(solvers, "hvp_operator", lambda *a: lambda v: 2 * v)
+    blamed(judged_given(value, c, theta), "H: the exact solution has a relative residual")
+
+
+def test_what_is_refused_of_a_given_one():
+    c, theta, h = theirs()
+    with pytest.raises(ValueError, match="solver: got one beside hypergradient, expected one"):
+        judged_given(h, c, theta, solver=bl.CG(3))
+    with pytest.raises(TypeError, match="hypergradient: got int, expected a tensor like lam, or a"):
+        judged_given(3, c, theta)
+    with pytest.raises(TypeError, match=r"hypergradient\(lam, theta\): returned list, expected a"):
+        judged_given(lambda lam, theta: [1.0], c, theta)
+    with pytest.raises(TypeError, match="problem: got"):
+        bl.check("problem", c.lam, theta, hypergradient=h)

@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import bilevel_lite as bl
 
-CHAPTERS = [path for path in form.chapters() if path.name[:2] in form.CONVERTED]
+CHAPTERS = [path for path in form.chapters() if form.NAME.fullmatch(path.name)[1] in form.CONVERTED]
 CHAPTERS += [form.solution_of(path) for path in CHAPTERS if form.solution_of(path).exists()]
 
 
@@ -20,7 +20,7 @@ def test_a_converted_chapter_obeys(path):
 
 
 def test_the_list_names_chapters():
-    assert set(form.CONVERTED) <= {path.name[:2] for path in form.chapters()}
+    assert set(form.CONVERTED) <= {form.NAME.fullmatch(path.name)[1] for path in form.chapters()}
 
 
 def test_each_symbol_and_each_name_stands_once():

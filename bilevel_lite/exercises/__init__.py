@@ -13,6 +13,7 @@ import dis
 import functools
 import hashlib
 import inspect
+import re
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -53,14 +54,14 @@ def known(chapter: str) -> list[str]:
     """The numbers of a chapter's exercises and stops, in the order of its checks.
 
     Args:
-        chapter: Its number, ``"1"`` or ``"01"``; an unknown one has none.
+        chapter: Its number, ``"1"``, ``"01"`` or ``"9b"``; an unknown one has none.
     """
-    if str(chapter).isdigit():
+    if match := re.fullmatch(r"(\d+)([a-z]?)", str(chapter)):
+        chapter = f"{int(match[1])}{match[2]}"
         try:
-            import_module(f"bilevel_lite.exercises.ch{int(chapter):02d}")
+            import_module(f"bilevel_lite.exercises.ch{int(match[1]):02d}{match[2]}")
         except ModuleNotFoundError:
             pass
-        chapter = str(int(chapter))
     return [number for number in _CHECKS if number.split(".")[0] == chapter]
 
 

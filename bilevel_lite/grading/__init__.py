@@ -34,7 +34,7 @@ from bilevel_lite.grading.transcript import CannotReplay, Replay
 __all__ = ["cells", "expected", "grade", "summary", "write"]
 
 CALL = re.compile(r"\bcheck\(\s*[\"'](\d+[a-z]?\.(?:\d+|[A-Z]))[\"']")
-TITLE = re.compile(r"^# (\d+)[a-z]?\. ", re.MULTILINE)
+TITLE = re.compile(r"^# (\d+[a-z]?)\. ", re.MULTILINE)
 HEADING = re.compile(r"^### Exercise (\d+[a-z]?\.\d+)\b", re.MULTILINE)
 LARGEST = 2**28  # bytes that are read of a record
 
@@ -77,7 +77,7 @@ def expected(text: str) -> list[str]:
 
 
 def _exists(number: str) -> bool:
-    return number in exercises.known(re.match(r"\d+", number)[0])
+    return number in exercises.known(re.match(r"\d+[a-z]?", number)[0])
 
 
 def grade(paths: list[str | Path], seed: int | None = None, timeout: float = 600.0) -> dict:

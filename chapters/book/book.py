@@ -174,7 +174,7 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
         path.write_text(dumps(nb), encoding="utf-8", newline="\n")
         for problem in form.problems(nb, path):
             print(f"  form: {problem}")
-        if path.name[:2] in form.CONVERTED:
+        if form.NAME.fullmatch(path.name)[1] in form.CONVERTED:
             for problem in notation.problems(nb):
                 print(f"  notation: {problem}")
     return failures

@@ -68,8 +68,9 @@ def packed(path: Path) -> str:
     """A module of checks that does what it did, and reads as nothing."""
     data = base64.b85encode(zlib.compress(path.read_bytes(), 9)).decode()
     rows = "\n".join(data[k : k + 96] for k in range(0, len(data), 96))
+    chapter = path.stem[2:].lstrip("0") or "0"
     return (
-        f'"""Checks of chapter {int(path.stem[2:])}, packed: they hold what the exercises ask for.'
+        f'"""Checks of chapter {chapter}, packed: they hold what the exercises ask for.'
         '"""\n\nimport base64\nimport zlib\n\n'
         f'_DATA = r"""\n{rows}\n"""\n'
         'exec(zlib.decompress(base64.b85decode("".join(_DATA.split()))).decode("utf-8"))\n'
