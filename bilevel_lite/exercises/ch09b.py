@@ -11,10 +11,10 @@ def check_factors(answer):
     """Damping added twice along one direction; a series without its step."""
     length, factor = numbers(answer, 2)
     near(
-        length, 0.1 / 0.13, "The length",
-        [(1.3, "that is the one with one damping over the one with two."),
-         (0.07 / 0.13, "that is relative to no damping at all."),
-         (0.07 / 0.1, "that is what one damping does, relative to none."),
+        length, 0.12 / 0.15, "The length",
+        [(1.25, "that is the one with one damping over the one with two."),
+         (0.09 / 0.15, "that is relative to no damping at all."),
+         (0.09 / 0.12, "that is what one damping does, relative to none."),
          (0.5, "that is so where mu is zero.")],
         "Along an eigenvector v is b / (mu + what is added).", 0.01,
     )  # fmt: skip
