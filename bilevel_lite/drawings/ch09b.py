@@ -10,9 +10,9 @@ def pipeline():
     figure, ax = canvas(9.0, 3.1)
     stages = (
         (0.85, "data, model", 0, ("12 another batch's weights", "13 noise at each access",
-                                  "14 bias in a column", "15 evaluation mode")),
-        (2.85, "$b$, $H$ or KFAC", 2, ("16 weights squared", "17 padding in $A$",
-                                       "18 subclass", "19 constants in $H$")),
+                                  "14 bias in a column", "18 evaluation mode")),
+        (2.85, "$b$, $H$ or KFAC", 2, ("15 weights squared", "16 padding in $A$",
+                                       "17 subclass", "19 constants in $H$")),
         (4.85, "$v$ from $Hv = b$", 3, ("1 stale iterate", "2 stale residual",
                                         "3 half-scaled", "4 squared, 5 damping twice",
                                         "6 unscaled step", "7 step left out")),

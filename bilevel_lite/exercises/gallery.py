@@ -106,7 +106,8 @@ class Gallery:
 
     def panels(self, *names: str):
         """Print the fingerprint of each, and plot its entries over those of the exact one."""
-        figure, axes = plt.subplots(1, len(names), figsize=(9, 9 / max(len(names), 4) + 0.2))
+        side = 9 / max(len(names), 4.5)
+        figure, axes = plt.subplots(1, len(names), figsize=(side * len(names), side + 0.2))
         print(f"{'':<28}error  cosine   length    direct  implicit     rest")
         for ax, name in zip(axes, names, strict=True):
             case = self.cases[self.case[name]]
