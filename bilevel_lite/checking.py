@@ -162,7 +162,8 @@ def check(
 
         Code of one's own, with the sign of J v turned round:
 
-        >>> report = bl.check(problem, *at, hypergradient=lambda lam, theta: 2 * (1 - theta))
+        >>> given = {"hypergradient": lambda lam, theta: 2 * (1 - theta), "rtol": 1e-2}
+        >>> report = bl.check(problem, *at, **given)
         against            relative error   cosine
         exact solve               2.0e+00   -1.000000
         length                          1
