@@ -42,9 +42,21 @@ from bilevel_lite.unroll import unrolled_hypergradient
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
-_LAZY = ("data", "drawings", "exercises", "experiment", "models", "plotting", "tasks", "text")
+_LAZY = (
+    "data", "drawings", "exercises", "experiment", "meta", "models", "plotting", "tasks", "text",
+)  # fmt: skip
 if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
-    from bilevel_lite import data, drawings, exercises, experiment, models, plotting, tasks, text
+    from bilevel_lite import (
+        data,
+        drawings,
+        exercises,
+        experiment,
+        meta,
+        models,
+        plotting,
+        tasks,
+        text,
+    )
 else:
 
     def __getattr__(name):
@@ -90,6 +102,7 @@ __all__ = [
     "finite_difference_hypergradient",
     "flatten",
     "hypergradient",
+    "meta",
     "models",
     "plotting",
     "progress",

@@ -258,6 +258,16 @@ def test_a_broken_rule_is_seen(name, chapter):
     assert any(complaint in problem for problem in form.problems(nb, path))
 
 
+def test_a_chapter_with_a_letter_may_be_shorter(chapter):
+    nb, path = chapter
+    for count, complaint in ((12, False), (11, True)):
+        few = [cell for cell in nb.cells if cell.cell_type == "code"][:count]
+        found = form.chapter_problems(nb, path.with_name("05b_toy.ipynb"), few)
+        assert any("not 12 to 35" in problem for problem in found) == complaint
+        found = form.chapter_problems(nb, path, few)
+        assert any("not 20 to 35" in problem for problem in found)
+
+
 def test_a_missing_solution_is_seen(chapter):
     nb, path = chapter
     form.solution_of(path).unlink()

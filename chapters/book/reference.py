@@ -39,6 +39,9 @@ GROUPS = {
         "models.mlp", "models.lenet", "models.resnet18",
     ],
     "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
+    "Meta-learning": [
+        "meta.adapt", "meta.maml", "meta.imaml", "meta.sinusoids", "meta.few_shot",
+    ],
     "Notebooks": [
         "setup", "progress", "exercises.check", "experiment.stored", "plotting.figure",
         "drawings.canvas",
@@ -54,7 +57,9 @@ runs. The examples begin with
 
     import bilevel_lite as bl
 """
-MODULES = ["data", "drawings", "exercises", "experiment", "models", "plotting", "tasks", "text"]
+MODULES = [
+    "data", "drawings", "exercises", "experiment", "meta", "models", "plotting", "tasks", "text",
+]  # fmt: skip
 
 
 def prepared(lines: list[str]) -> None:

@@ -1,0 +1,371 @@
+"""Meta-learning: one lam for many small inner problems, all of them solved at once by ``vmap``.
+
+    Phi(lam) = mean_i f_i(theta_i(lam))
+
+Task i has a support set, on which theta_i is found, and a query set, on which it is judged: f_i is
+``loss`` on the query set. lam is where the descent starts (`maml`), or the anchor that
+theta_i may not leave for free (`imaml`). A batch of tasks is a pair (x, y) of tensors with one
+leading entry for each task; ``loss(theta, batch) -> scalar`` knows one task only, and is
+differentiated in reverse mode alone, twice.
+
+Example:
+    >>> from bilevel_lite import meta
+    >>> def loss(theta, batch):
+    ...     return (theta * batch[0] - batch[1]).square().mean() / 2
+    >>> support = query = torch.ones(3, 1), torch.tensor([[1.0], [2.0], [3.0]])
+    >>> phi, h = meta.maml(loss, torch.zeros(1), support, query, steps=1, lr=0.5)
+    >>> h  # mean of (1 - lr)^2 (0 - y)
+    tensor([-0.5000])
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vjp, vmap
+
+from bilevel_lite.linsolve import NegativeCurvatureWarning
+from bilevel_lite.refuse import at_least, require_variable
+
+__all__ = ["ImplicitInfo", "adapt", "few_shot", "imaml", "maml", "sinusoids"]
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def adapt(
+    loss: Loss,
+    lam: Tensor,
+    support: Batch,
+    steps: int,
+    lr: float,
+    tau: float = 0.0,
+    theta: Tensor | None = None,
+) -> Tensor:
+    r"""Gradient descent on every task at once, from lam.
+
+        theta_i <- theta_i - lr (grad l_i(theta_i) + tau (theta_i - lam))
+
+    Differentiable in ``lam``, through all steps.
+
+    Args:
+        loss: l_i, a function (theta, batch) -> scalar of one task.
+        lam: Start and anchor, shape (d,).
+        support: One batch (x, y) for each task, along the first dimension.
+        steps: T.
+        lr: Step size.
+        tau: Strength of the anchor, tau/2 ||theta - lam||^2.
+        theta: Other starts, shape (tasks, d).
+
+    Returns:
+        theta_T of each task, shape (tasks, d).
+
+    Raises:
+        TypeError: if ``lam`` is not a floating-point tensor.
+        ValueError: if ``steps`` is below 1, ``lr`` not positive, ``tau`` negative, or x and y are
+            not of equally many tasks.
+
+    Cost: T gradients.
+
+    Example:
+        >>> from bilevel_lite import meta
+        >>> support = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
+        >>> def loss(theta, batch):
+        ...     return (theta - batch[1]).square().sum() / 2
+        >>> meta.adapt(loss, torch.zeros(1), support, steps=50, lr=0.5, tau=1.0)  # half-way
+        tensor([[0.5000],
+                [1.5000]])
+    """
+    tasks = _require(lam, support)
+    at_least("steps", steps, 1)
+    if not lr > 0:
+        raise ValueError(f"lr: got {lr}, expected a positive number")
+    if not tau >= 0:
+        raise ValueError(f"tau: got {tau}, expected a number that is zero or positive")
+    if theta is not None:
+        _require_theta(theta, tasks, lam)
+    slope = vmap(grad(loss))
+    theta = lam.expand(tasks, -1) if theta is None else theta
+    for _ in range(steps):
+        theta = theta - lr * (slope(theta, support) + tau * (theta - lam))
+    return theta
+
+
+def maml(
+    loss: Loss,
+    lam: Tensor,
+    support: Batch,
+    query: Batch,
+    steps: int,
+    lr: float,
+    first_order: bool = False,
+    tau: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""The exact derivative of Phi_T: through T steps of descent that starts at lam.
+
+        h = mean_i (I - lr H_i(theta_0)) ... (I - lr H_i(theta_{T-1})) b_i,   b_i at theta_T
+
+    With ``first_order`` the product is left out, h = mean_i b_i (FOMAML), which is no derivative
+    of anything in general. With ``tau`` the steps feel the anchor as well, as in `adapt`.
+
+    Args:
+        loss: A function (theta, batch) -> scalar of one task.
+        lam: Start of all tasks, shape (d,).
+        support: Batches (x, y) for the descent, the first dimension being the task.
+        query: Batches of the same tasks, on which theta_T is judged.
+        steps: T, at least 1.
+        lr: Inner step size.
+        first_order: Leave out the product.
+        tau: Strength of the anchor.
+
+    Returns:
+        Phi_T(lam), a scalar, and h, shape (d,); both detached.
+
+    Raises:
+        TypeError: as `adapt`.
+        ValueError: as `adapt`; or if support and query are not of equally many tasks.
+
+    Cost, a task: T + 1 gradients, and 2 T more for the way back; the graph of T steps is
+    kept. First-order: T + 1. Source: Finn, Abbeel and Levine (2017), equation 1.
+
+    Example:
+        >>> from bilevel_lite import meta
+        >>> support = query = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
+        >>> def loss(theta, batch):
+        ...     return (theta - batch[1]).square().sum() / 2
+        >>> meta.maml(loss, torch.zeros(1), support, query, steps=2, lr=0.5)[1]  # -2 / 2^4
+        tensor([-0.1250])
+    """
+    _require(lam, support, query)
+
+    def phi(lam):
+        theta = adapt(loss, lam, support, steps, lr, tau)
+        if first_order:  # the value of theta_T, and the slope of lam
+            theta = theta.detach() + (lam - lam.detach())
+        return vmap(loss)(theta, query).mean()
+
+    h, value = grad_and_value(phi)(lam.detach())
+    return value, h
+
+
+@dataclass
+class ImplicitInfo:
+    """What the systems of `imaml` met.
+
+    Attributes:
+        residual: ||b_i - (H_i + tau I) v_i|| / ||b_i|| of each task, as CG's own recurrence has it.
+        curvature: The smallest p^T (H_i + tau I) p / p^T p along CG's directions, for each task.
+    """
+
+    residual: Tensor
+    curvature: Tensor
+
+
+def imaml(
+    loss: Loss,
+    lam: Tensor,
+    theta: Tensor,
+    support: Batch,
+    query: Batch,
+    tau: float,
+    iters: int,
+) -> tuple[Tensor, Tensor, ImplicitInfo]:
+    r"""The implicit hypergradient, where each theta_i minimises l_i + tau/2 ||theta - lam||^2.
+
+        h = mean_i tau v_i,   (H_i + tau I) v_i = b_i,   b_i = grad f_i,   H_i = hess l_i
+
+    CG takes the same number of iterations on every task: under ``vmap`` none ends the loop for the
+    others. A task that is solved, or that meets a direction without curvature, stays as it is.
+
+    Args:
+        loss: A function (theta, batch) -> scalar of one task.
+        lam: The anchor of all tasks, shape (d,).
+        theta: The tasks' solutions, shape (tasks, d), for example from `adapt`.
+        support: Batches (x, y) of l_i, the first dimension being the task.
+        query: Batches of f_i.
+        tau: Strength of the anchor, positive.
+        iters: Iterations of CG, at least 1.
+
+    Returns:
+        Phi, a scalar; h, shape (d,); and an `ImplicitInfo`. All detached.
+
+    Raises:
+        TypeError: as `adapt`.
+        ValueError: if ``tau`` is not positive, ``iters`` below 1, ``theta`` of another shape, or
+            support and query not of equally many tasks.
+
+    Warns:
+        NegativeCurvatureWarning: if some H_i + tau I is seen not to be positive definite.
+
+    Cost, a task: 1 gradient and ``iters`` products, whatever it took to find theta.
+    Source: Rajeswaran, Finn, Kakade and Levine (2019), who write (I + H_i / tau) h_i = b_i.
+
+    Example:
+        >>> from bilevel_lite import meta
+        >>> support = query = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
+        >>> def loss(theta, batch):
+        ...     return (theta - batch[1]).square().sum() / 2
+        >>> theta = torch.tensor([[0.5], [1.5]])  # half-way between lam and y
+        >>> meta.imaml(loss, torch.zeros(1), theta, support, query, tau=1.0, iters=1)[1]
+        tensor([-0.5000])
+    """
+    tasks = _require(lam, support, query)
+    if not tau > 0:
+        raise ValueError(f"tau: got {tau}, expected a positive number; without an anchor use maml")
+    at_least("iters", iters, 1)
+    _require_theta(theta, tasks, lam)
+
+    def one(theta, support, query):
+        b, value = grad_and_value(loss)(theta, query)
+        product = vjp(lambda theta: grad(loss)(theta, support), theta)[1]
+        v, r, low = _cg(lambda p: product(p)[0] + tau * p, b, iters)
+        return value, tau * v, r.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny), low
+
+    values, h, residual, curvature = vmap(one)(theta.detach(), support, query)
+    if bad := int((curvature <= 0).sum()):
+        warnings.warn(
+            f"CG stopped on {bad} of {tasks} tasks: the curvature along its direction is "
+            f"{float(curvature.min()):.3g}, so H + tau I is not positive definite there and theta "
+            f"is no minimum; raise tau ({tau}), or solve the inner problems further",
+            NegativeCurvatureWarning,
+            stacklevel=2,
+        )
+    return values.mean(), h.mean(0), ImplicitInfo(residual, curvature)
+
+
+def _cg(matvec, b, iters):
+    """``iters`` steps of CG from zero: v, the residual, the smallest curvature met."""
+    v, r, p, rr = torch.zeros_like(b), b, b, b @ b
+    low = torch.full_like(rr, math.inf)
+    for _ in range(iters):
+        hp = matvec(p)
+        php = p @ hp
+        low = torch.minimum(low, torch.where(rr > 0, php / (p @ p), low))
+        step = torch.where((low > 0) & (rr > 0), rr / php, 0.0)  # 0: this task stays as it is
+        v, r, old = v + step * p, r - step * hp, rr
+        rr = r @ r
+        p = r + torch.where(old > 0, rr / old, 0.0) * p
+    return v, r, low
+
+
+def sinusoids(
+    generator: torch.Generator,
+    tasks: int,
+    shots: int,
+    query: int = 10,
+    device: torch.device | str = "cpu",
+) -> tuple[Batch, Batch]:
+    """Regression tasks y = a sin(x - s): a uniform in [0.1, 5], s in [0, pi], x in [-5, 5].
+
+    Args:
+        generator: On the CPU.
+        tasks: How many curves.
+        shots: Points of each support set.
+        query: Points of each query set.
+        device: Where the result goes.
+
+    Returns:
+        (support, query), each a pair (x, y) of shape (tasks, points, 1).
+
+    Raises:
+        ValueError: if a number is below 1.
+
+    Source: Finn et al. (2017), section 5.1.
+
+    Example:
+        >>> from bilevel_lite import meta
+        >>> support, query = meta.sinusoids(torch.Generator().manual_seed(0), tasks=4, shots=10)
+        >>> support[0].shape
+        torch.Size([4, 10, 1])
+    """
+    for name, value in (("tasks", tasks), ("shots", shots), ("query", query)):
+        at_least(name, value, 1)
+    draw = torch.rand(tasks, 2 + shots + query, generator=generator, dtype=torch.float64)
+    a, s, x = 0.1 + 4.9 * draw[:, :1], math.pi * draw[:, 1:2], 10 * draw[:, 2:] - 5
+    y = a * torch.sin(x - s)
+    x, y = (part[..., None].to(device, torch.get_default_dtype()) for part in (x, y))
+    return (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:])
+
+
+def few_shot(
+    data: Batch,
+    classes: Sequence[int],
+    generator: torch.Generator,
+    tasks: int,
+    ways: int,
+    shots: int,
+    query: int = 10,
+) -> tuple[Batch, Batch]:
+    """Episodes: a few classes in a random order, a few examples of each, their labels 0, 1, ...
+
+    Args:
+        data: (x, y), examples along the first dimension, y integers.
+        classes: Those that may be drawn.
+        generator: On the CPU.
+        tasks: How many episodes.
+        ways: Classes of an episode.
+        shots: Support examples of a class.
+        query: Query examples of a class; never one of its support.
+
+    Returns:
+        (support, query): x of shape (tasks, ways * points, ...), y of (tasks, ways * points).
+
+    Raises:
+        ValueError: if a number is below 1, there are fewer than ``ways`` classes, or a class has
+            fewer than ``shots + query`` examples.
+
+    Source: Vinyals et al. (2016), section 4.1; Ravi and Larochelle (2017).
+
+    Example:
+        >>> from bilevel_lite import meta
+        >>> data, draws = (torch.arange(12.0), torch.arange(12) % 3), torch.Generator()
+        >>> support, query = meta.few_shot(data, [0, 1, 2], draws, 5, ways=2, shots=1, query=3)
+        >>> support[0].shape, query[1][0]
+        (torch.Size([5, 2]), tensor([0, 0, 0, 1, 1, 1]))
+    """
+    for name, value in (("tasks", tasks), ("ways", ways), ("shots", shots), ("query", query)):
+        at_least(name, value, 1)
+    (x, y), each = data, shots + query
+    members = {int(c): (y.cpu() == c).nonzero().flatten() for c in classes}
+    if len(members) < ways:
+        raise ValueError(f"ways: got {ways}, but there are {len(members)} classes to draw from")
+    for c, found in members.items():
+        if len(found) < each:
+            raise ValueError(
+                f"query: shots + query is {each}, but class {c} has {len(found)} examples"
+            )
+
+    def some(among, count):
+        return among[torch.randperm(len(among), generator=generator)[:count]]
+
+    known = torch.tensor(list(members))
+    rows = torch.stack(
+        [some(members[c], each) for _ in range(tasks) for c in some(known, ways).tolist()]
+    ).view(tasks, ways, each)
+    labels = torch.arange(ways)[:, None].expand(tasks, ways, each)
+    sets = []
+    for part in (slice(0, shots), slice(shots, each)):
+        at = rows[..., part].flatten(1).to(x.device)
+        sets.append((x[at], labels[..., part].flatten(1).to(x.device)))
+    return sets[0], sets[1]
+
+
+def _require(lam: Tensor, *sets: Batch) -> int:
+    """Refuse what is no start, and sets of unequally many tasks; return their number."""
+    require_variable("lam", lam)
+    if lam.dim() != 1:
+        raise ValueError(f"lam: got shape {tuple(lam.shape)}, expected a flat vector (d,)")
+    counts = [len(part) for batch in sets for part in batch]
+    if len(set(counts)) != 1:
+        name = "support" if len(sets) == 1 else "support and query"
+        raise ValueError(f"{name}: x and y hold {counts} tasks, expected equally many in each")
+    return counts[0]
+
+
+def _require_theta(theta: Tensor, tasks: int, lam: Tensor) -> None:
+    if theta.shape != (tasks, lam.numel()):
+        wanted = f"({tasks}, {lam.numel()}), a row for each task"
+        raise ValueError(f"theta: got shape {tuple(theta.shape)}, expected {wanted}")

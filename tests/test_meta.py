@@ -1,0 +1,256 @@
+"""Meta-learning: hypergradients against finite differences, loops and closed forms; the draws."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch.func import vmap
+
+import bilevel_lite as bl
+from bilevel_lite import meta
+
+D = 12
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def model(theta, x):
+    return torch.tanh(x * theta[:4] + theta[4:8]) @ theta[8:]
+
+
+def loss(theta, batch):
+    return (model(theta, batch[0]) - batch[1][:, 0]).square().mean()
+
+
+@pytest.fixture
+def tasks():
+    lam = torch.randn(D, generator=gen(1), dtype=torch.float64)
+    support, query = meta.sinusoids(gen(2), tasks=5, shots=6, query=7)
+    assert support[0].dtype == torch.float64
+    return lam, support, query
+
+
+def differences(phi, lam, eps=1e-5):
+    rows = torch.eye(len(lam), dtype=lam.dtype) * eps
+    return torch.stack([(phi(lam + e) - phi(lam - e)) / (2 * eps) for e in rows])
+
+
+@pytest.mark.parametrize(("steps", "tau"), [(1, 0.0), (4, 0.0), (3, 0.7)])
+def test_maml_is_the_derivative_of_what_it_evaluates(tasks, steps, tau):
+    lam, support, query = tasks
+
+    def phi(lam):
+        total = 0.0
+        for i in range(5):  # one task after the other, by autograd alone
+            batch, theta = (support[0][i], support[1][i]), lam
+            for _ in range(steps):
+                leaf = theta.detach().requires_grad_()
+                slope = torch.autograd.grad(loss(leaf, batch), leaf)[0]
+                theta = theta - 0.05 * (slope + tau * (theta - lam))
+            total += loss(theta, (query[0][i], query[1][i])) / 5
+        return total
+
+    value, h = meta.maml(loss, lam, support, query, steps, 0.05, tau=tau)
+    assert torch.allclose(value, phi(lam), rtol=1e-12)
+    assert (h - differences(phi, lam)).norm() < 1e-7 * h.norm()
+    _, b = meta.maml(loss, lam, support, query, steps, 0.05, first_order=True, tau=tau)
+    assert (h - b).norm() > 0.05 * h.norm()
+
+
+def test_first_order_is_the_gradient_at_the_last_iterate(tasks):
+    lam, support, query = tasks
+    value, h = meta.maml(loss, lam, support, query, 3, 0.05, first_order=True)
+    theta = meta.adapt(loss, lam, support, 3, 0.05).requires_grad_()
+    phi = vmap(loss)(theta, query).mean()
+    assert torch.allclose(value, phi.detach(), rtol=1e-12)
+    assert torch.allclose(h, torch.autograd.grad(phi, theta)[0].sum(0), rtol=1e-10)
+
+
+def test_maml_is_unrolling_in_the_displacement(tasks):
+    """theta = lam + delta, delta from 0: the package's unrolling has its start fixed."""
+    lam, support, query = tasks
+    total = torch.zeros(D, dtype=torch.float64)
+    for i in range(5):
+        batch, judge = ((part[0][i], part[1][i]) for part in (support, query))
+        problem = bl.BilevelProblem(
+            lambda lam, delta, batch: loss(lam + delta, batch),
+            lambda lam, delta, batch: loss(lam + delta, batch),
+        )
+        total += bl.unrolled_hypergradient(
+            problem, lam, torch.zeros_like(lam), 4, 0.05, inner_batch=batch, outer_batch=judge
+        )
+    assert torch.allclose(meta.maml(loss, lam, support, query, 4, 0.05)[1], total / 5, rtol=1e-9)
+
+
+def test_imaml_is_the_derivative_of_the_solved_problem(tasks):
+    lam, support, query = tasks
+
+    def solved(lam):
+        return meta.adapt(loss, lam, support, 1500, 0.03, tau=4.0)
+
+    theta = solved(lam)
+    value, h, info = meta.imaml(loss, lam, theta, support, query, tau=4.0, iters=D)
+    truth = differences(lambda lam: vmap(loss)(solved(lam), query).mean(), lam)
+    assert (h - truth).norm() < 1e-6 * truth.norm()
+    assert torch.allclose(value, vmap(loss)(theta, query).mean(), rtol=1e-12)
+    assert float(info.residual.max()) < 1e-8
+    unrolled = meta.maml(loss, lam, support, query, 1500, 0.03, tau=4.0)[1]
+    assert (h - unrolled).norm() < 1e-6 * h.norm()
+
+
+def anchored(tau):
+    return bl.BilevelProblem(
+        lambda lam, theta, batch: loss(theta, batch) + tau / 2 * (theta - lam).square().sum(),
+        lambda lam, theta, batch: loss(theta, batch),
+    )
+
+
+@pytest.mark.parametrize("iters", [1, 3, 40])  # 40: long after every system is solved
+def test_imaml_is_the_loop_over_tasks_with_the_packages_cg(tasks, iters):
+    lam, support, query = tasks
+    theta = meta.adapt(loss, lam, support, 300, 0.03, tau=4.0)
+    _, h, info = meta.imaml(loss, lam, theta, support, query, 4.0, iters)
+    each, residuals = [], []
+    for i in range(5):
+        batch, judge = ((part[0][i], part[1][i]) for part in (support, query))
+        one, diagnosis = bl.hypergradient(
+            anchored(4.0), lam, theta[i], batch, judge, bl.CG(iters), return_info=True
+        )
+        each.append(one)
+        residuals.append(diagnosis.solve.relative_residual)
+    assert torch.allclose(h, torch.stack(each).mean(0), rtol=1e-8, atol=1e-11)
+    assert torch.allclose(info.residual, torch.tensor(residuals).double(), rtol=1e-5, atol=1e-9)
+    assert torch.isfinite(h).all() and float(info.curvature.min()) > 0
+
+
+def test_imaml_stops_where_the_curvature_is_negative_and_says_so(tasks):
+    lam, support, query = tasks
+    curve = -torch.tensor([3.0, 0.5, 1.0]).double()[:, None].expand(3, D) + torch.arange(D) / 4
+
+    def quadratic(theta, batch):  # H = diag(batch)
+        return (batch[0] * theta.square()).sum() / 2 + batch[1].sum() * theta.sum()
+
+    tilt = torch.randn(3, D, generator=gen(5), dtype=torch.float64)
+    theta = torch.zeros(3, D, dtype=torch.float64)
+    batch, judge = (curve, tilt), (curve.abs(), tilt)
+    with pytest.warns(bl.NegativeCurvatureWarning, match="CG stopped on 2 of 3 tasks.*raise tau"):
+        _, h, info = meta.imaml(quadratic, lam, theta, batch, judge, tau=0.75, iters=D)
+    assert (info.curvature > 0).tolist() == [False, True, False]
+    each = []
+    for i in range(3):
+        v, b = torch.zeros(D).double(), torch.full((D,), float(tilt[i].sum())).double()
+        if i == 1:
+            v = b / (curve[1] + 0.75)
+        else:
+            with pytest.warns(bl.NegativeCurvatureWarning):
+                v = bl.linsolve.cg(lambda v: (curve[i] + 0.75) * v, b, D).solution  # noqa: B023
+        each.append(0.75 * v)
+    assert torch.allclose(h, torch.stack(each).mean(0), rtol=1e-7)
+
+
+def test_the_limits_of_the_anchor(tasks):
+    """A strong anchor leaves b at lam; a weak one on a convex task forgets lam."""
+    lam, support, query = tasks
+
+    def convex(theta, batch):
+        return (theta - batch[1][:, 0].sum()).square().sum() / 2
+
+    for tau, factor in ((1e6, 1.0), (1.0, 0.5), (1e-6, 0.0)):
+        y = support[1].sum((1, 2))[:, None]
+        theta = (y + tau * lam) / (1 + tau)
+        _, h, _ = meta.imaml(convex, lam, theta, support, query, tau, iters=2)
+        b = (theta - query[1].sum((1, 2))[:, None]).mean(0)
+        assert torch.allclose(h, factor * b, rtol=1e-5, atol=1e-5)
+
+
+def test_sinusoids_are_sinusoids_in_their_ranges():
+    support, query = meta.sinusoids(gen(3), tasks=400, shots=10, query=5)
+    x, y = torch.cat([support[0], query[0]], 1)[..., 0], torch.cat([support[1], query[1]], 1)
+    assert support[1].shape == (400, 10, 1) and query[0].shape == (400, 5, 1)
+    assert -5 <= x.min() < -4.9 and 4.9 < x.max() <= 5
+    basis = torch.stack([x.sin(), x.cos()], -1)  # a sin(x - s) = a cos s sin x - a sin s cos x
+    fit = torch.linalg.lstsq(basis, y).solution[..., 0]
+    assert torch.allclose(basis @ fit[..., None], y, atol=1e-9)
+    a, s = fit.norm(dim=1), torch.atan2(-fit[:, 1], fit[:, 0])
+    assert 0.1 <= a.min() < 0.3 and 4.8 < a.max() <= 5
+    assert 0 <= s.min() < 0.1 and math.pi - 0.1 < s.max() <= math.pi
+    again = meta.sinusoids(gen(3), tasks=400, shots=10, query=5)
+    assert torch.equal(again[0][1], support[1])
+
+
+def test_episodes_are_of_their_classes_and_share_no_example():
+    y = torch.arange(200) % 10
+    x = torch.arange(200.0)
+    support, query = meta.few_shot((x, y), [6, 7, 8, 9], gen(4), 50, ways=3, shots=2, query=5)
+    assert support[0].shape == (50, 6) and query[0].shape == (50, 15)
+    orders = set()
+    for i in range(50):
+        rows = torch.cat([support[0][i], query[0][i]])
+        assert len(set(rows.tolist())) == 21
+        names = {}
+        for rows_i, labels in ((support[0][i], support[1][i]), (query[0][i], query[1][i])):
+            for row, label in zip(rows_i.long().tolist(), labels.tolist(), strict=True):
+                assert names.setdefault(label, row % 10) == row % 10
+        assert sorted(names) == [0, 1, 2] and len(set(names.values())) == 3
+        assert set(names.values()) <= {6, 7, 8, 9}
+        orders.add(tuple(names[k] for k in range(3)))
+    assert len(orders) > 15  # of 24: a class has no label of its own
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lam, s, q: meta.maml(loss, lam, s, q, 0, 0.1), "steps: got 0"),
+        (lambda lam, s, q: meta.adapt(loss, lam, s, 1, -0.1), "lr: got -0.1, expected a positive"),
+        (lambda lam, s, q: meta.adapt(loss, lam, s, 1, 0.1, tau=-1.0), "tau: got -1.0"),
+        (
+            lambda lam, s, q: meta.adapt(loss, lam, s, 1, 0.1, theta=lam),
+            r"theta: got shape \(12,\), expected \(5, 12\), a row for each task",
+        ),
+        (
+            lambda lam, s, q: meta.imaml(loss, lam, lam, s, q, 1.0, 3),
+            r"theta: got shape \(12,\), expected \(5, 12\)",
+        ),
+        (
+            lambda lam, s, q: meta.imaml(loss, lam, lam.expand(5, -1), s, q, 0.0, 3),
+            "tau: got 0.0, expected a positive number; without an anchor use maml",
+        ),
+        (
+            lambda lam, s, q: meta.imaml(loss, lam, lam.expand(5, -1), s, q, 1.0, 0),
+            "iters: got 0",
+        ),
+        (
+            lambda lam, s, q: meta.maml(loss, lam, s, (q[0][:3], q[1][:3]), 1, 0.1),
+            r"support and query: x and y hold \[5, 5, 3, 3\] tasks",
+        ),
+        (
+            lambda lam, s, q: meta.adapt(loss, lam, (s[0], s[1][:2]), 1, 0.1),
+            r"support: x and y hold \[5, 2\] tasks",
+        ),
+        (
+            lambda lam, s, q: meta.maml(loss, lam[None], s, q, 1, 0.1),
+            r"lam: got shape \(1, 12\), expected a flat vector",
+        ),
+        (lambda lam, s, q: meta.sinusoids(gen(), 0, 3), "tasks: got 0"),
+        (
+            lambda lam, s, q: meta.few_shot((s[0], torch.arange(5)), [1, 2], gen(), 1, 3, 1),
+            "ways: got 3, but there are 2 classes",
+        ),
+        (
+            lambda lam, s, q: meta.few_shot((s[0], torch.ones(5)), [1], gen(), 1, 1, 1, query=5),
+            r"query: shots \+ query is 6, but class 1 has 5 examples",
+        ),
+    ],
+)
+def test_what_is_refused(tasks, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*tasks)
+
+
+def test_a_start_of_whole_numbers_is_refused(tasks):
+    _, support, query = tasks
+    with pytest.raises(TypeError, match=re.escape("lam: got torch.int64")):
+        meta.maml(loss, torch.ones(D, dtype=torch.int64), support, query, 1, 0.1)
