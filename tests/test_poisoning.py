@@ -324,8 +324,8 @@ def test_the_study_covers_the_table(tmp_path, capsys):
     found = {v.name: v for v in cleaning_studies.variants("poisoning", "mnist", "linear")}
     assert set(found) == {*poisoning_study.PLAIN, *poisoning_study.SOLVERS}
     for name, v in found.items():
-        low, high = v.space.get("outer_lr", (1.0, 100.0))
-        assert math.isclose(high / low, 100) and bool(v.space) == (name in poisoning_study.SOLVERS)
+        low, high = v.space.get("outer_lr", (1.0, 25.0))
+        assert math.isclose(high / low, 25) and bool(v.space) == (name in poisoning_study.SOLVERS)
     words = ["study", "poisoning", "--dataset", "digits", "--device", "cpu", "--seeds", "1"]
     words += ["--trials", "1", "--search-steps", "2", "--outer-steps", "2", "--looks", "1"]
     words += ["--only", "clean", "flip", "cg-3", "--out", str(tmp_path / "out")]
