@@ -1,7 +1,8 @@
 """The study of poisoning: the solvers of the main paper's Table 5, and what they are held against.
 
 Every attack has the same inner steps and the same trials, and searches one number, the step on the
-generator; a box of a factor of five each way around `MIDDLE`, by first trials on 5,000 rows of MNIST (seed 0).
+generator, in a box of a factor of five each way around `MIDDLE` (by first trials on 5,000 rows of
+MNIST, seed 0, tuning accuracy).
 What searches for nothing are the fresh defenders alone: on clean rows, with flipped labels, with
 noise. A run of theirs steps on the smallest batches, and its generator goes unused.
 """
