@@ -7,8 +7,8 @@
 
 lam are the weights of a generator G, which turns m = share * n training rows z_j into poison and
 leaves their labels. It is Lu et al. (2022, arXiv 2204.09092) as in the main paper's Table 5, with
-three things mended that the public code has otherwise: validation rows are not among the training
-rows (``leak=1`` puts them there), poison is generated once, and the flipped label is C - 1 - y.
+three things mended that the public code has otherwise: f's rows are not among the training rows
+(``leak=1`` takes them from there), poison is generated once, and the flipped label is C - 1 - y.
 
 A run ends where a defender begins: new parameters, trained from scratch on clean rows and the
 exported poison, with nothing clean to look at, and judged once on the test set; without a defence,
@@ -73,7 +73,7 @@ class PoisoningSettings(Settings):
         known=ATTACKS,
     )  # fmt: skip
     objective: str = setting("bounded", "f, see the task's file", known=OBJECTIVES)
-    leak: int = option("0 or 1", lambda v: v in (0, 1), 0, help="1: f's rows are training rows too")
+    leak: int = option("0 or 1", lambda v: v in (0, 1), 0, help="1: f is judged on training rows")
     examples: int = setting(0, "clean training rows; 0 is all", least=0)
     hidden: int = setting(128, "width of the generator", least=1)
     l2: float = setting(1e-4, "coefficient of ||theta||^2 in the inner loss")
@@ -215,7 +215,8 @@ class Poisoning(Supervised, name="poisoning"):
         train, validation, _ = SIZES[s.dataset]
         if s.examples > train:
             raise ValueError(f"examples: got {s.examples}, expected 1 to {train}, or 0 for all")
-        most = (s.examples or train) + s.leak * validation
+        most = s.examples or train
+        validation = min(validation, most) if s.leak else validation
         for name, value in vars(s).items():
             if not name.endswith("batch_size"):
                 continue
@@ -243,7 +244,7 @@ class Poisoning(Supervised, name="poisoning"):
         parts = list(data.split(len(dataset.y), SIZES[s.dataset], draws))
         parts[0] = parts[0][: s.examples or None]
         if s.leak:
-            parts[0] = torch.cat(parts[:2])
+            parts[1] = parts[0][: len(parts[1])]
         train, validation, tuning = (
             (dataset.x[index].to(device), dataset.y[index].to(device)) for index in parts
         )
@@ -388,11 +389,11 @@ class Poisoning(Supervised, name="poisoning"):
     def baselines(self, s: PoisoningSettings) -> dict[str, Callable[[], dict]]:
         """A fresh defender on clean rows, with flipped labels, with noise; each defence of each."""
         return {
-            name: partial(self._all, self.lam0, attack)
+            name: partial(self.outcomes, self.lam0, attack)
             for name, attack in (("clean", "none"), ("flip", "flip"), ("noise", "noise"))
         }
 
-    def _all(self, lam: Tensor, attack: str) -> dict[str, float]:
+    def outcomes(self, lam: Tensor, attack: str) -> dict[str, float]:
         """`defended` by every defence, in one row."""
         poison = self.poison(lam, attack)
         rows = {name: self.defended(poison, name) for name in DEFENCES}
@@ -407,7 +408,7 @@ class Poisoning(Supervised, name="poisoning"):
         """Fresh defenders on the exported poison, and what it looks like."""
         x, y = self.poison(lam, s.attack)
         return {
-            "defender": self._all(lam, s.attack),
+            "defender": self.outcomes(lam, s.attack),
             "sizes": {"train": len(self.train[1]), "poison": len(y), "test": len(self.test[1])},
         }
 
