@@ -18,6 +18,7 @@ from bilevel_lite.tasks import cleaning_studies, poisoning, poisoning_study
 from bilevel_lite.tasks.poisoning import Poisoning
 
 CPU = torch.device("cpu")
+SIZES = ("batch_size", "curvature_batch_size", "cross_batch_size")
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def test_an_attack_lowers_what_it_is_to_lower(method, float32):
         ({"batch_size": 1001}, "batch_size: got 1001, expected 1 to 1000, or 0 for all"),
         ({"outer_batch_size": 201}, "outer_batch_size: got 201, expected 1 to 200"),
         (
-            {"leak": 1, "examples": 150, "batch_size": 50, "outer_batch_size": 160},
+            {**dict.fromkeys(SIZES, 100), "leak": 1, "examples": 150, "outer_batch_size": 160},
             "outer_batch_size: got 160, expected 1 to 150",
         ),
     ],
@@ -295,7 +296,7 @@ def test_other_models_and_coloured_images(model, float32, monkeypatch):
     tiny = data.Dataset("cifar10", x, y, x[:20], y[:20], 10, (3, 32, 32))
     monkeypatch.setattr(poisoning.data, "load", lambda name: tiny)
     monkeypatch.setattr(poisoning, "SIZES", {"cifar10": (60, 20, 10)})
-    size = dict.fromkeys(("batch_size", "curvature_batch_size", "cross_batch_size"), 30)
+    size = dict.fromkeys(SIZES, 30)
     more = {"outer_batch_size": 20, "inner_steps": 2, "epochs": 1, "share": 0.1}
     s = Poisoning.settings(dataset="cifar10", model=model, method="aid-kfac", **size, **more)
     task = Poisoning.make(s, CPU)
