@@ -437,3 +437,12 @@ class Poisoning(Supervised, name="poisoning"):
             f"{sizes['poison']} poisoned rows, {sizes['test']} test rows"
         )
         return "\n".join([*lines, *([f"data: {result['source']}"] if result["source"] else [])])
+
+    @classmethod
+    def draw(cls, stored: dict) -> dict[str, Any]:
+        """The figure of runs, or of the study: points lost, by attack and defence."""
+        if stored["kind"] != "poisoning_study":
+            return super().draw(stored)
+        from bilevel_lite.tasks.poisoning_figures import draw_study
+
+        return {"": draw_study(stored)}
