@@ -14,7 +14,7 @@ from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import predict
-from bilevel_lite.tasks import cleaning_studies, poisoning, poisoning_study
+from bilevel_lite.tasks import cleaning_studies, poisoning, poisoning_figures, poisoning_study
 from bilevel_lite.tasks.poisoning import Poisoning
 
 CPU = torch.device("cpu")
@@ -343,3 +343,34 @@ def test_the_study_covers_the_table(tmp_path, capsys):
     }  # fmt: skip
     assert main(["study", "poisoning", "--dataset", "trec", "--out", str(tmp_path / "no")]) == 1
     assert "--dataset: got 'trec'" in capsys.readouterr().err
+
+
+def stored_row(method, accuracies, looks):
+    """A study's row with two seeds: accuracies by defence, tuning accuracies of the looks."""
+    keys = ("test_accuracy", "distance_test_accuracy", "trimmed_test_accuracy")
+    runs = [
+        {
+            "seed": seed,
+            "defender": dict(zip(keys, (a - 0.01 * seed for a in accuracies), strict=True)),
+            "history": [{"iteration": 10 * k, "tuning_accuracy": v} for k, v in enumerate(looks)],
+            "last": {"tuning_accuracy": looks[-1]},
+        }
+        for seed in (1, 2)
+    ]
+    return {"method": method, "chosen": {}, "settings": {}, "runs": runs}
+
+
+def test_points_lost_are_paired_by_seed_and_less_the_undefended_clean_one():
+    clean = stored_row("clean", (0.93, 0.92, 0.91), (0.9, 0.9))
+    attack = stored_row("kfac", (0.90, 0.91, 0.89), (0.88, 0.85))
+    none, distance, trimmed = poisoning_figures.lost(attack, clean)
+    assert none == pytest.approx([3, 3]) and distance == pytest.approx([2, 2])
+    assert trimmed == pytest.approx([4, 4])
+    assert poisoning_figures.lost(clean, clean)[1] == pytest.approx([1, 1])  # the price
+    attack["runs"].pop(0)
+    assert len(poisoning_figures.lost(attack, clean)[0]) == 1
+    steps, points = poisoning_figures.curves(attack, clean)
+    assert steps == [0, 10] and points == pytest.approx([2, 5])
+    results = [{"kind": "poisoning_study", "results": [clean, attack]}]
+    figures = Poisoning.draw({"kind": "poisoning_study", "runs": results})
+    assert set(figures) == {""} and len(figures[""].axes) == 2
