@@ -338,6 +338,7 @@ def test_the_study_covers_the_table(tmp_path, capsys):
             ["results"]}  # fmt: skip
     (run,) = rows["cg-3"]["runs"]
     assert run["seed"] == 1 and run["sizes"]["poison"] == 30
+    assert {"iteration", "tuning_accuracy", "as_trained"} <= set(run["history"][0])
     assert set(rows["clean"]["runs"][0]["defender"]) == {
         "test_accuracy", "distance_test_accuracy", "trimmed_test_accuracy",
     }  # fmt: skip

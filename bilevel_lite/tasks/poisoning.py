@@ -199,6 +199,7 @@ class Poisoning(Supervised, name="poisoning"):
         "inner_steps": 10, "outer_lr": 10.0, "damping": 0.01, "evaluate_every": 20,
     }  # fmt: skip
     criterion: ClassVar[str] = "tuning_accuracy"  # the lower the better, for an attack
+    dropped: ClassVar[tuple[str, ...]] = ("tuning_loss", "validation_loss")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("tuning_accuracy", "tuning acc.", ".2f", 22, 100, spread=True),
     )
