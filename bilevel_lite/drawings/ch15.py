@@ -10,7 +10,8 @@ BACK = PALETTE[1]  # what goes backwards, as in chapter 2
 POISON = COLORS["corrupted"]
 ATTACKS = {
     "identity": (COLORS["identity"], "o"), "cg-3": (COLORS["cg"], "s"),
-    "cg-normal-3": (COLORS["cg"], "D"), "kfac": (COLORS["kfac"], "^"), "bome": (PALETTE[3], "v"),
+    "cg-3-ggn": (COLORS["cg"], "p"), "cg-normal-3": (COLORS["cg"], "D"),
+    "kfac": (COLORS["kfac"], "^"), "bome": (PALETTE[3], "v"),
     "flip": ("0.4", "P"), "noise": ("0.6", "X"),
 }  # fmt: skip
 

@@ -21,17 +21,27 @@ IDLE = {
 SOLVERS: dict[str, dict] = {
     "identity": {"method": "aid-identity", "step": 0.1},
     "cg-3": {"method": "aid-cg", "iters": 3},
+    "cg-3-ggn": {"method": "aid-cg", "iters": 3, "curvature": "ggn"},
     "cg-normal-3": {"method": "aid-cg-normal", "iters": 3},
     "kfac": {"method": "aid-kfac"},
     "bome": {"method": "bome", "step": 0.1},
 }
-MIDDLE = {"identity": 200.0, "cg-3": 10.0, "cg-normal-3": 50.0, "kfac": 50.0, "bome": 5000.0}
+MIDDLE = {
+    "identity": 200.0,
+    "cg-3": 10.0,
+    "cg-3-ggn": 10.0,
+    "cg-normal-3": 50.0,
+    "kfac": 50.0,
+    "bome": 5000.0,
+}
 
 
 def variants(dataset: str, model: str) -> list[Variant]:
     """What has nothing to search, then the attacks."""
     plain = [Variant(name, {**IDLE, "attack": attack}) for name, attack in PLAIN.items()]
+    # with a linear model GGN and Hessian are the same matrix; of networks H is not positive
     return plain + [
         Variant(name, settings, {"outer_lr": (MIDDLE[name] / 5, MIDDLE[name] * 5)})
         for name, settings in SOLVERS.items()
+        if model != "linear" or not name.endswith("-ggn")
     ]
