@@ -86,7 +86,7 @@ PARTS = {
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2935),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 2300),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 2860),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}

@@ -65,6 +65,7 @@ def run_job(
     folder: RunFolder,
     task: Task,
     stop: Callable[[], str] = lambda: "",
+    trial: bool = False,
 ) -> dict:
     """Run or resume the job in its folder, and put the result together.
 
@@ -74,6 +75,7 @@ def run_job(
         folder: Its output folder.
         task: The task of these settings.
         stop: Asked after every iteration (`bilevel_lite.experiment.stopping.stoppable`).
+        trial: Only the log is wanted: leave out what the task's result takes beyond it.
 
     Raises:
         Stopped: if ``stop`` says so, once a checkpoint is written.
@@ -152,7 +154,7 @@ def run_job(
         "source": task.source,
         "baselines": state["baselines"],
         "best": best["row"],
-        **task.result(s, lam, theta),
+        **({} if trial else task.result(s, lam, theta)),
         "history": folder.rows(),
         "provenance": provenance(device, s.seed, clock.seconds),
     }

@@ -329,7 +329,7 @@ class _Study:
             try:
                 s = _of_length(self.kind, s, self.search, TRIAL_LOOKS, self.device)
                 made = _made(self.kind, s, self.device)
-                job.run_job(s, self.device, folder, made, self.stop)
+                job.run_job(s, self.device, folder, made, self.stop, trial=True)
             except NotFinite:
                 rows = folder.rows()
                 unit = "iteration" if "outer_steps" in self.search else "gradients"

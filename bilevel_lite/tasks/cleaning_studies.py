@@ -16,7 +16,7 @@ from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import text_study
+from bilevel_lite.tasks import poisoning_study, text_study
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
@@ -194,6 +194,12 @@ STUDIES = {
         on_gpu={"batch": 128, "search_steps": 200, "outer_steps": 1000, "looks": 50},
         kind=text_study.TextCleaning,
         datasets=tuple(text_study.SIZES),
+    ),
+    "poisoning": Study(
+        "what an attack by poisoned rows costs a fresh defender, by solver",
+        poisoning_study.variants,
+        {"first_seed": 1, "seeds": 5, "trials": 6, "search_steps": 200, "looks": 20},
+        kind=poisoning_study.Poisoning,
     ),
 }  # fmt: skip
 
