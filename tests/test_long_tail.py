@@ -1,6 +1,5 @@
 """Long-tailed classes: the split, the weights, their inner problem, the study."""
 
-import copy
 import io
 import json
 import math
@@ -90,7 +89,7 @@ def by_hand(task, kind, lam, losses, y):
     n = task.counts.double()
     if kind == "balanced":
         rare = (1 - 0.9999) / (1 - 0.9999**n)
-        return (rare / ((rare * n).sum() / n.sum())).to(losses)[y]
+        return (10 * rare / rare.sum()).to(losses)[y]
     return (lam if kind == "class" else torch.ones(10))[y]
 
 
@@ -131,7 +130,7 @@ def test_the_focal_loss_is_the_potential_of_its_weights():
 def test_class_balanced_weights_have_mean_one_and_go_as_the_inverse_where_classes_are_small():
     counts = torch.tensor([4990, 499, 50])
     weights = long_tail.class_balanced(counts)
-    assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-5)
+    assert float(weights.mean()) == pytest.approx(1, rel=1e-5)
     effective = [(1 - 0.9999**n) / (1 - 0.9999) for n in (4990, 499, 50)]
     assert float(weights[2] / weights[0]) == pytest.approx(effective[0] / effective[2], rel=1e-3)
     small = long_tail.class_balanced(torch.tensor([40, 4]))
@@ -206,13 +205,13 @@ def test_the_hypergradient_is_that_of_the_field(float32, monkeypatch):
     for _ in range(300):
         theta = theta - 0.5 * field(lam, theta)
     theta = solved(lam, theta)
-    h, _ = bl.hypergradient(task.problem, lam, theta, batch, outer, bl.Direct())
+    h = bl.hypergradient(task.problem, lam, theta, batch, outer, bl.Direct())
     u = torch.randn(lam.shape, generator=generator, dtype=torch.float64)
     up, down = (float(f(lam, solved(lam + e * u, theta), outer)) for e in (1e-5, -1e-5))
     truth = (up - down) / 2e-5
     assert float(h @ u) == pytest.approx(truth, rel=1e-6)
     still = bl.BilevelProblem(bl.WeightedRisk(task.model, weight=g.weight, l2=0.02), f)
-    without, _ = bl.hypergradient(still, lam, theta, batch, outer, bl.Direct())
+    without = bl.hypergradient(still, lam, theta, batch, outer, bl.Direct())
     assert abs(float(without @ u) - truth) > 1e-3 * abs(truth)  # V' is not nothing
 
 

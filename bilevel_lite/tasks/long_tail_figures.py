@@ -44,7 +44,8 @@ def draw_classes(ax, counts: list[int], rows: dict[str, list[float]]) -> None:
                 label=name)  # fmt: skip
     ax.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy, %")
     ax.invert_xaxis()
-    ax.legend()
+    if any(rows):
+        ax.legend()
 
 
 def draw_runs(stored: dict):
@@ -65,7 +66,6 @@ def draw_runs(stored: dict):
         if first["curve"]:
             draw_curve(axes[1], {"learned": first["curve"]})
         draw_classes(axes[2], first["counts"], {"": first["class_accuracy"]})
-        axes[2].get_legend().remove()
         s = first["settings"]
         fig.suptitle(
             f"{s['dataset']}, {s['model']}, imbalance {s['imbalance']:g}, {s['method']}"
