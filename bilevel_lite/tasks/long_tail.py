@@ -44,7 +44,7 @@ from bilevel_lite.risk import WeightedRisk
 __all__ = ["SIZES", "LongTail", "LongTailSettings", "class_balanced", "focal", "network", "sizes"]
 
 # training images of the first class; of each class in meta and tuning split
-SIZES = {"digits": (80, 20, 10), "cifar10": (4990, 10, 200), "cifar100": (490, 10, 20)}
+SIZES = {"digits": (80, 10, 10), "cifar10": (4990, 10, 200), "cifar100": (490, 10, 20)}
 BETA, GAMMA = 0.9999, 1.0  # of class-balanced weights and of the focal loss
 # what weighs an example: V, learned or as it was drawn; a number for each class, learned or
 # class-balanced; the focal loss; nothing

@@ -4,8 +4,10 @@ The rivals have nothing to search: they share the inner steps, step size and sch
 learned weights every solver moves lam by Adam and searches its step in one box for all, which Adam
 makes fair: it moves each of lam's numbers by about its step, however long the hypergradient is.
 
-The paper's step is 1e-5 (Meta-Weight-Net's own is 1e-5 too, by SGD); `Variant` ``kfac-1e-5`` runs
-there, without a search. J and H are taken on `BATCH` images, as the inner steps are.
+The paper's step is 1e-5 (Meta-Weight-Net's own is 1e-5 too, by SGD); ``kfac-1e-5`` runs there,
+without a search. ``kfac-normalised`` divides the weights by their mean in the batch, as
+Meta-Weight-Net's code does; ``class`` learns a number for each class, which reads no loss. H and J
+are taken on batches of 100, as the inner steps are.
 
 The iterate and the steps are chosen by the accuracy on images of their own, cut from the test
 images; beside the chosen look stands the last. Meta-Weight-Net's code takes the best look on the
@@ -16,7 +18,7 @@ from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.tasks.long_tail import RIVALS, LongTail
 
-__all__ = ["SOLVERS", "TABLE_3", "LongTail", "selection", "variants"]
+__all__ = ["OTHERS", "SOLVERS", "TABLE_3", "LongTail", "selection", "variants"]
 
 DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}  # the identity's step only scales what Adam scales
 SOLVERS: dict[str, dict] = {
@@ -25,6 +27,11 @@ SOLVERS: dict[str, dict] = {
     "kfac-empirical": {"method": "aid-kfac", "fisher": "empirical", **DELTA},
     "kfac-mc": {"method": "aid-kfac", "fisher": "mc", **DELTA},
 }
+KFAC = SOLVERS["kfac-empirical"]
+# controls with the same box: what normalising, and what reading losses, is worth
+OTHERS: dict[str, dict] = {
+    "kfac-normalised": {**KFAC, "reading": "normalised"}, "class": {**KFAC, "weights": "class"},
+}  # fmt: skip
 BOX = {"outer_lr": (1e-3, 1e-1)}
 # the main paper's Table 3, CIFAR-10: test accuracy in % by imbalance
 IMBALANCES = (200, 100, 50, 20, 10)
@@ -38,10 +45,10 @@ TABLE_3 = {
 
 
 def variants(dataset: str, model: str) -> list[Variant]:
-    """The rivals, the solvers, and KFAC at the paper's step."""
+    """The rivals, the solvers, the controls, and KFAC at the paper's step."""
     found = [Variant(kind, {**PLAIN, "weights": kind}) for kind in RIVALS]
-    found += [Variant(name, settings, BOX) for name, settings in SOLVERS.items()]
-    return [*found, Variant("kfac-1e-5", {**SOLVERS["kfac-empirical"], "outer_lr": 1e-5})]
+    found += [Variant(name, settings, BOX) for name, settings in {**SOLVERS, **OTHERS}.items()]
+    return [*found, Variant("kfac-1e-5", {**KFAC, "outer_lr": 1e-5})]
 
 
 def selection(history: list[dict]) -> dict[str, float]:
