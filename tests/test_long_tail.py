@@ -396,10 +396,10 @@ def test_a_run_shows_its_rivals_and_draws(tmp_path, capsys):
     words = ["run", "long_tail", "--device", "cpu", "--outer-steps", "4", "--inner-steps", "3"]
     assert main([*words, "--evaluate-every", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for words in (*long_tail.RIVALS.values(), "network, aid-kfac", "imbalance 20", "V(0.1)"):
+    for words in (*long_tail_study.RIVALS.values(), "network, aid-kfac", "imbalance 20", "V(0.1)"):
         assert words in out
     result = json.loads((tmp_path / "result.json").read_text())
-    assert list(result["baselines"]) == list(long_tail.RIVALS)
+    assert list(result["baselines"]) == list(long_tail_study.RIVALS)
     # a rival is a run of its own name: same seed, same inner steps
     with job.float32():
         s, task = made(outer_steps=4, inner_steps=3, weights="balanced", **PLAIN)

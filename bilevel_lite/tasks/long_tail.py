@@ -40,6 +40,7 @@ from bilevel_lite.experiment.task import Column
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
+from bilevel_lite.tasks.long_tail_study import RIVALS
 
 __all__ = ["SIZES", "LongTail", "LongTailSettings", "class_balanced", "focal", "network", "sizes"]
 
@@ -50,10 +51,6 @@ BETA, GAMMA = 0.9999, 1.0  # of class-balanced weights and of the focal loss
 # class-balanced; the focal loss; nothing
 WEIGHTS = ("network", "frozen", "class", "balanced", "focal", "equal")
 LEARNED, READ = ("network", "class"), ("network", "frozen", "focal")  # READ: the losses
-RIVALS = {
-    "equal": "plain training", "focal": "focal loss", "balanced": "class-balanced weights",
-    "frozen": "V as it was drawn",
-}  # fmt: skip
 READINGS = ("full", "no_slope", "normalised")
 
 

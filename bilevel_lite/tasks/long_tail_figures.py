@@ -6,15 +6,15 @@ import matplotlib as mpl
 
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
-from bilevel_lite.tasks.long_tail import RIVALS
-from bilevel_lite.tasks.long_tail_study import selection
+from bilevel_lite.tasks.long_tail_study import RIVALS, selection
 
 __all__ = ["draw_classes", "draw_curve", "draw_runs", "draw_study"]
 
 SHADES = {
     "equal": PALETTE[7], "focal": PALETTE[3], "balanced": PALETTE[4], "frozen": PALETTE[6],
     "identity": PALETTE[5], "sama": PALETTE[1], "kfac-empirical": PALETTE[2],
-    "kfac-mc": PALETTE[0], "kfac-1e-5": PALETTE[7], "kfac-normalised": PALETTE[3], "class": PALETTE[1],
+    "kfac-mc": PALETTE[0], "kfac-1e-5": PALETTE[7], "kfac-normalised": PALETTE[3],
+    "class": PALETTE[1],
 }  # fmt: skip
 SHOWN = ("equal", "balanced", "class", "kfac-empirical")  # by class: more are a tangle
 RULES = {"held out": "o", "last": "_", "on test": "^"}

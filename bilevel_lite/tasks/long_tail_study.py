@@ -16,10 +16,14 @@ test set: `selection` says what that alone is worth.
 
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.supervised import PLAIN
-from bilevel_lite.tasks.long_tail import RIVALS, LongTail
 
-__all__ = ["OTHERS", "SOLVERS", "TABLE_3", "LongTail", "selection", "variants"]
+__all__ = ["OTHERS", "RIVALS", "SOLVERS", "TABLE_3", "selection", "variants"]
 
+# weights that nothing is learned for
+RIVALS = {
+    "equal": "plain training", "focal": "focal loss", "balanced": "class-balanced weights",
+    "frozen": "V as it was drawn",
+}  # fmt: skip
 DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}  # the identity's step only scales what Adam scales
 SOLVERS: dict[str, dict] = {
     "identity": {"method": "aid-identity", **STEP},

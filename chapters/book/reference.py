@@ -34,9 +34,9 @@ GROUPS = {
         "ekfac.ekfac_operator", "kronecker.heuristic_damping", "kronecker.kronecker_inverse",
     ],
     "Data and models": [
-        "data.load", "data.available", "data.split", "data.corrupt_labels", "data.pair_flips", "data.crop_and_flip",
-        "data.majority", "data.standardise", "data.Batches", "models.build", "models.linear",
-        "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
+        "data.load", "data.available", "data.split", "data.corrupt_labels", "data.pair_flips",
+        "data.crop_and_flip", "data.majority", "data.standardise", "data.Batches", "models.build",
+        "models.linear", "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
     ],
     "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
     "Notebooks": [
