@@ -15,7 +15,7 @@ SHADES = {
 
 def loop():
     """Loss, weight, step, verdict on the meta images, and the hypergradient on its way back."""
-    figure, ax = canvas(9.0, 2.9)
+    figure, ax = canvas(9.0, 3.0)
     box(ax, 0.85, 2.1, "training\nbatch", width=1.1, height=0.75, color=7)
     box(ax, 2.65, 2.1, "losses $\\ell_i$", width=1.2, height=0.75)
     box(ax, 4.5, 2.1, "$V_\\lambda(\\ell_i)$\none weight each", width=1.5, height=0.75, color=2)
@@ -24,7 +24,7 @@ def loop():
     for start, end in ((1.4, 2.05), (3.25, 3.75), (5.25, 5.88), (7.22, 7.68)):
         arrow(ax, (start, 2.1), (end, 2.1))
     arrow(ax, (6.2, 2.48), (2.75, 2.48), bend=0.22)
-    text(ax, 4.5, 2.8, "new $\\theta$, new losses: ten times", color="0.35")
+    text(ax, 4.5, 2.64, "new $\\theta$, new losses: ten times", color="0.35")
     arrow(ax, (8.25, 1.7), (4.6, 1.7), color=BACK, bend=-0.3)
     text(ax, 6.6, 0.78, "$-J\\,v,\\;\\;Hv=\\nabla_\\theta f$: moves $\\lambda$, once", color=BACK)
     arrow(ax, (2.95, 1.7), (3.8, 1.7), color="0.6", bend=0.5)
@@ -57,6 +57,8 @@ def live(curves, losses, counts, accuracy):
     for name, each in accuracy.items():
         right.plot(counts, [100 * a for a in each], "o-", ms=3, color=SHADES[name], label=name)
     right.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy, %")
+    right.set_xticks(counts[::3], counts[::3])
+    right.minorticks_off()
     right.invert_xaxis()
     right.legend(fontsize=7)
     return figure

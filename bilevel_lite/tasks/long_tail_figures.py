@@ -43,6 +43,8 @@ def draw_classes(ax, counts: list[int], rows: dict[str, list[float]]) -> None:
         ax.plot(counts, [100 * a for a in accuracy], "o-", ms=3, color=SHADES.get(name),
                 label=name)  # fmt: skip
     ax.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy, %")
+    ax.set_xticks(counts[::3], counts[::3])
+    ax.minorticks_off()
     ax.invert_xaxis()
     if any(rows):
         ax.legend()

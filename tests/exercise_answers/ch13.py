@@ -42,7 +42,7 @@ def focal_weight(p, gamma, variant=""):
 
 
 def one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, sign=1):
-    (x, y), (u, z), n = train, meta, len(train[1])
+    (x, y), (u, z) = train, meta
     lam = lam.clone().requires_grad_()
     theta = theta.clone().requires_grad_()
     losses = 0.5 * (x @ theta - y) ** 2
