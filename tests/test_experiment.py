@@ -434,6 +434,7 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             "bench": bench.draw_bench,
             "text_cleaning": lambda result: TextCleaning.draw(result)[""],
             "text_cleaning_study": lambda result: TextCleaning.draw(result)[""],
+            "long_tail": lambda result: LongTail.draw(result)[""],
             "long_tail_study": lambda result: LongTail.draw(result)[""],
         }
         plotting.plt.close(draw[result["kind"]](result))
