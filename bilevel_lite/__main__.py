@@ -28,7 +28,8 @@ OPTIONS = {
 SETTINGS = {
     "lengths and steps": (
         "outer_steps", "inner_steps", "inner_lr", "inner_momentum", "inner_optimizer",
-        "inner_schedule", "outer_lr", "outer_momentum", "evaluate_every", "budget",
+        "inner_schedule", "outer_lr", "outer_momentum", "outer_optimizer",
+        "evaluate_every", "budget",
     ),
     "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
     "the linear system": ("iters", "damping", "step", "curvature", "fisher", "ema", "every"),
@@ -123,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="one study of hypercleaning: a search for each variant, then some seeds",
+        help="one study: a search for each variant, then some seeds",
         description="Stop it at any moment (Ctrl-C, SIGTERM, --minutes): it says what is left, and "
         "the same command resumes it.",
         formatter_class=Help,
@@ -192,6 +193,14 @@ def parser() -> argparse.ArgumentParser:
     same.add_argument(
         "--texts", type=int, metavar="N", help="of text: training texts, drawn (default: all)"
     )
+    same.add_argument(
+        "--imbalance", type=float, metavar="X", help="of long_tail: size of the first class over "
+        "that of the last (default: 100)",
+    )  # fmt: skip
+    same.add_argument(
+        "--most", type=int, metavar="N", help="of long_tail: training images of the first class "
+        "(default: all)",
+    )  # fmt: skip
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):

@@ -68,17 +68,36 @@ def lenet(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 @rowwise
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with BatchNorm and a shortcut, projected where the shape changes."""
+class Padded(nn.Module):
+    """A shortcut without parameters: every other pixel, and channels of zeros on either side."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, (n, C, H, W), as (n, C + 2 channels, H / stride, W / stride)."""
+        pad = (0, 0, 0, 0, self.channels, self.channels)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], pad)
+
+
+@rowwise
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with BatchNorm and a shortcut.
+
+    Where the shape changes the shortcut is projected, or, with ``padded``, is `Padded`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, padded: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
+        if padded and (stride != 1 or inputs != outputs):
+            self.shortcut = Padded((outputs - inputs) // 2, stride)
+        elif stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
@@ -123,7 +142,35 @@ def resnet18(shape: tuple[int, int, int], classes: int, stem: str = "cifar") -> 
     return nn.Sequential(*first, *blocks, *head)
 
 
-MODELS = {"linear": linear, "mlp": mlp, "lenet": lenet, "resnet18": resnet18}
+def resnet32(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """ResNet-32 for 32 x 32 images: a stem, three stages of five `BasicBlock`, mean, linear.
+
+    The stages have 16, 32 and 64 channels; shortcuts have no parameters (option A: every other
+    pixel, padded with channels of zeros).
+
+    Args:
+        shape: (channels, height, width) of an image; only the channels matter.
+        classes: Number of outputs.
+
+    Source: He et al. (2016), arXiv 1512.03385, Section 4.2 with n = 5.
+
+    Example:
+        >>> bl.flatten(bl.models.resnet32((3, 32, 32), 10)).numel()
+        464154
+    """
+    blocks, inputs = [], 16
+    for outputs, stride in ((16, 1), (32, 2), (64, 2)):
+        for k in range(5):
+            blocks.append(BasicBlock(inputs, outputs, stride if k == 0 else 1, padded=True))
+            inputs = outputs
+    first = [nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    return nn.Sequential(*first, *blocks, *head)
+
+
+MODELS = {
+    "linear": linear, "mlp": mlp, "lenet": lenet, "resnet18": resnet18, "resnet32": resnet32,
+}  # fmt: skip
 FLAT = ("linear", "mlp")  # take vectors; the others take images
 
 

@@ -133,10 +133,10 @@ def test_the_other_commands_write_into_their_folder_only(site, tmp_path):
         site,
         tmp_path,
         ["tasks"],
-        ["run", "longtail", "--method", "aid-cg", "--set", "outer_steps=2", "--out", "r2"],
+        ["run", "long_tail", "--method", "aid-cg", "--set", "outer_steps=2", "--out", "r2"],
         ["study", "solvers", "--dataset", "digits", "--only", "identity", *short, "--at",
          "inner_lr=0.1", "outer_lr=10", "--out", "r3"],
-        ["search", "longtail", *over, *short, "--trials", "1", "--search-steps", "2",
+        ["search", "long_tail", *over, *short, "--trials", "1", "--search-steps", "2",
          "--out", "r4"],
     )  # fmt: skip
     assert [code for code, _, _ in done] == [0] * 4, done

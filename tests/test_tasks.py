@@ -13,7 +13,6 @@ from bilevel_lite import plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import RunFolder, job, methods, search
 from bilevel_lite.experiment.task import TASKS, find, owner
-from bilevel_lite.tasks import long_tail
 
 CPU = torch.device("cpu")
 
@@ -65,7 +64,7 @@ def test_every_task_keeps_the_protocol(name, float32):
     assert owner(name) is owner(f"{name}_search") is kind
 
 
-@pytest.mark.parametrize("name", ["longtail", "stranger:ridge"])
+@pytest.mark.parametrize("name", ["long_tail", "stranger:ridge"])
 def test_stopped_and_resumed_it_gives_the_same_numbers(name, tmp_path, monkeypatch, capsys):
     words = ["run", name, "--method", "soba", "--device", "cpu", "--seed", "1"]
     words += ["--set", "outer_steps=9", "evaluate_every=2", "--set", "batch_size=25"]
@@ -168,7 +167,7 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
             "fisher: got 'all', expected 'empirical', 'exact' or 'mc'",
         ),
         (["run", "ridge", "--set", "method=sgd"], "method: got 'sgd', expected one of"),
-        (["run", "longtail", "--set", "ratio=0"], "ratio: got 0.0, expected above 0.006"),
+        (["run", "long_tail", "--set", "imbalance=0"], "imbalance: got 0.0, expected at least 1"),
         (["search", "ridge", "--method", "soba", "--over", "inner_lr=1"], "over: got 'inner_lr=1'"),
         (["search", "ridge", "--method", "soba", "--over", "rows=1:9"], "expected a real setting"),
     ],
@@ -182,21 +181,5 @@ def test_bad_input(tmp_path, words, message, capsys):
 def test_another_tasks_folder_is_refused(tmp_path, capsys):
     stranger_config = stranger.Ridge.config(stranger.Ridge.settings())
     RunFolder(tmp_path, stranger_config).close()
-    assert main(["run", "longtail", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert main(["run", "long_tail", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "was made with other settings" in capsys.readouterr().err
-
-
-def test_long_tailed_classes_have_the_sizes_of_the_rule(float32):
-    task = long_tail.LongTail.make(long_tail.LongTail.settings(ratio=0.1, l2=1e-4, seed=3), CPU)
-    counts = [round(80 * 0.1 ** (c / 9)) for c in range(10)]
-    assert task.counts.tolist() == counts and (counts[0], counts[9]) == (80, 8)
-    for _, y in (task.validation, task.tuning):
-        assert torch.bincount(y).tolist() == [20] * 10
-    rows = torch.cat([split[0] for split in (task.train, task.validation, task.tuning)])
-    assert len(torch.unique(rows, dim=0)) == len(rows)  # no image twice
-    lam = torch.arange(10.0).requires_grad_()
-    x, y = task.train
-    loss = task.problem.inner_loss(lam, task.theta0, (x, y, torch.arange(len(y))))
-    each = torch.nn.functional.cross_entropy(task.model(x), y, reduction="none")
-    l2 = 1e-4 * task.theta0.square().sum()
-    torch.testing.assert_close(loss, (lam[y] * each).mean() + l2)

@@ -189,8 +189,8 @@ class Method(Resumable):
     step_sizes = ()  # further step sizes, which a message about divergence names
     plain_inner = False  # True where theta moves by plain gradient descent only
     solver = None
-    # Around the inner steps of AID, AmIGO, StocBiO and BSG1: a place for what shall hold there
-    # only, such as BatchNorm in training mode.
+    # Around the inner steps of AID, AmIGO, StocBiO, BSG1 and SAMA: a place for what shall hold
+    # there only, such as BatchNorm in training mode.
     descending = staticmethod(nullcontext)
 
     iteration, gradients, last_loss = 0, 0.0, None

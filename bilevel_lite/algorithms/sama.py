@@ -49,11 +49,12 @@ class SAMA(Method):
         require_known(self.inner_optimizer)
 
     def _direction(self):
-        for _ in range(self.inner_steps):
-            batch = self._draw("inner")
-            inner_loss, grad = self._g_theta(batch)
-            d = adaptation(self.inner_optimizer, self.theta, grad)
-            self._move_theta(grad)
+        with self.descending():
+            for _ in range(self.inner_steps):
+                batch = self._draw("inner")
+                inner_loss, grad = self._g_theta(batch)
+                d = adaptation(self.inner_optimizer, self.theta, grad)
+                self._move_theta(grad)
         f = self._f(self._draw("outer"))
         v = d * f.theta
         size = float(v.norm())

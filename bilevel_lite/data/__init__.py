@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 
 from bilevel_lite.data import cifar10, mnist, wrench
+from bilevel_lite.data.augment import crop_and_flip
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.files import DataError, Dataset
 from bilevel_lite.data.mnist import read_idx
@@ -26,6 +27,7 @@ __all__ = [
     "WeakTexts",
     "available",
     "corrupt_labels",
+    "crop_and_flip",
     "load",
     "majority",
     "pair_flips",
@@ -47,9 +49,10 @@ def load(name, dtype=None, download=True):
 
     Args:
         name: ``"mnist"`` (60,000 + 10,000 images of 28 x 28), ``"cifar10"`` (50,000 + 10,000
-            coloured images of 32 x 32) or ``"digits"`` (1,437 + 360 images of 8 x 8 that ship with
-            scikit-learn; no download); or texts with weak labels (`bilevel_lite.data.wrench`):
-            ``"trec"``, ``"semeval"``, ``"youtube"``.
+            coloured images of 32 x 32), ``"cifar100"`` (the same number, 100 classes) or
+            ``"digits"`` (1,437 + 360 images of 8 x 8 that ship with scikit-learn; no download); or
+            texts with weak labels (`bilevel_lite.data.wrench`): ``"trec"``, ``"semeval"``,
+            ``"youtube"``.
         dtype: Of the inputs; torch's default dtype if None.
         download: Whether the network may be used when no local copy is found.
 
@@ -65,7 +68,10 @@ def load(name, dtype=None, download=True):
         >>> digits.x.shape, digits.y.shape, digits.num_classes
         (torch.Size([1437, 64]), torch.Size([1437]), 10)
     """
-    loaders = {"mnist": mnist.load, "cifar10": cifar10.load, "digits": _load_digits}
+    loaders = {
+        "mnist": mnist.load, "cifar10": cifar10.load, "cifar100": cifar10.load_100,
+        "digits": _load_digits,
+    }  # fmt: skip
     if name in wrench.NAMES:
         return wrench.load(name, download)
     if name not in loaders:

@@ -1,5 +1,7 @@
 """Batches from tensors that stay on one device."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class Batches:
         batch_size: Examples per batch, from 1 to n.
         generator: CPU generator, so that every device sees the same batches.
         num_classes: If given, labels are checked to be 0 .. num_classes-1 once, here.
+        transform: ``transform(x, generator)`` -> x, of each batch that is drawn (not of `all`), say
+            `bilevel_lite.data.crop_and_flip`; it draws from the same generator.
 
     Raises:
         ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
@@ -41,6 +45,7 @@ class Batches:
         batch_size: int,
         generator: torch.Generator,
         num_classes: int | None = None,
+        transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ):
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} rows and y has {len(y)}; expected the same number")
@@ -51,6 +56,7 @@ class Batches:
         if num_classes is not None:
             check_labels(y, num_classes)
         self.x, self.y, self.batch_size, self.generator = x, y, batch_size, generator
+        self.transform = transform
         self._start_pass()
 
     def _start_pass(self):
@@ -59,15 +65,16 @@ class Batches:
         self._position = 0
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the next batch: x[index], y[index], index."""
-        if self.batch_size == len(self.x):
+        """Return the next batch: x[index], transformed where that is asked for, y[index], index."""
+        if self.batch_size == len(self.x) and self.transform is None:
             return self.all()
         if self._position + self.batch_size > len(self.x):
             self._start_pass()
         index = self._order[self._position : self._position + self.batch_size]
         self._position += self.batch_size
         # the same rows as x[index], several times sooner on a CPU
-        return self.x.index_select(0, index), self.y.index_select(0, index), index
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        return x if self.transform is None else self.transform(x, self.generator), y, index
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the whole set as one batch, in order."""

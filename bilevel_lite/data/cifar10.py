@@ -1,7 +1,8 @@
 """CIFAR-10 as files: the original binary archive, or a copy whose images were stored as JPEG.
 
 A record of the original is one label byte and 3,072 pixel bytes, channels x rows x columns
-(Krizhevsky, Learning multiple layers of features from tiny images, 2009).
+(Krizhevsky, Learning multiple layers of features from tiny images, 2009). One of CIFAR-100, of
+which there is the original archive alone, has another label byte in front, that of its superclass.
 """
 
 import hashlib
@@ -15,7 +16,10 @@ import torch
 
 from bilevel_lite.data.files import DataError, Dataset, find
 
-__all__ = ["ARCHIVE", "PACK_SOURCE", "is_pack", "load", "read_archive", "read_pack", "read_records"]
+__all__ = [
+    "ARCHIVE", "PACK_SOURCE", "is_pack", "load", "load_100", "read_archive", "read_pack",
+    "read_records",
+]  # fmt: skip
 
 # file name, sha256, hosts
 ARCHIVE = (
@@ -24,6 +28,11 @@ ARCHIVE = (
     ("https://www.cs.toronto.edu/~kriz/",),
 )
 TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
+ARCHIVE_100 = (
+    "cifar-100-binary.tar.gz",
+    "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    ARCHIVE[2],
+)
 PIXELS = 3 * 32 * 32
 
 # The copy: train.jpegs and test.jpegs hold JPEG files end to end, *_index.npz lengths and labels.
@@ -46,37 +55,56 @@ def load(dtype: torch.dtype, download: bool) -> Dataset:
         name, sha256, hosts = ARCHIVE
         path = find("cifar10", name, sha256, hosts, download)
         arrays, source = read_archive(path), ""
+    return _dataset(10, arrays, dtype, source)
+
+
+def load_100(dtype: torch.dtype, download: bool) -> Dataset:
+    """Load CIFAR-100, see `bilevel_lite.data.load`."""
+    name, sha256, hosts = ARCHIVE_100
+    path = find("cifar100", name, sha256, hosts, download)
+    return _dataset(100, read_archive(path, 100), dtype)
+
+
+def _dataset(classes: int, arrays: dict[str, np.ndarray], dtype, source: str = "") -> Dataset:
     return Dataset(
-        "cifar10",
+        f"cifar{classes}",
         **{key: torch.from_numpy(arrays[key]).to(dtype).div_(255) for key in ("x", "x_test")},
         **{key: torch.from_numpy(arrays[key]).long() for key in ("y", "y_test")},
-        num_classes=10,
+        num_classes=classes,
         image_shape=(3, 32, 32),
         source=source,
     )
 
 
-def read_records(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+def read_records(content: bytes, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Read records of the binary version.
+
+    Args:
+        content: Of a file.
+        classes: 10; or 100, whose records have their superclass in front of the label.
 
     Returns:
         Pixels, shape (n, 3072), and labels, shape (n,), both uint8; writable copies.
 
     Raises:
-        DataError: if the length is not a multiple of a record's, or a label is above 9.
+        DataError: if the length is not a multiple of a record's, or a label is out of range.
     """
-    if not content or len(content) % (1 + PIXELS):
+    own = (1 if classes == 10 else 2) + PIXELS
+    if not content or len(content) % own:
         raise DataError(
-            f"CIFAR-10 file of {len(content)} bytes: expected a multiple of {1 + PIXELS}; is it "
+            f"CIFAR-{classes} file of {len(content)} bytes: expected a multiple of {own}; is it "
             "truncated?"
         )
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + PIXELS)
-    if records[:, 0].max() > 9:
-        raise DataError(f"CIFAR-10 file has a label {records[:, 0].max()}, expected 0 to 9")
-    return records[:, 1:].copy(), records[:, 0].copy()
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, own)
+    labels = records[:, -PIXELS - 1]
+    if labels.max() >= classes:
+        raise DataError(
+            f"CIFAR-{classes} file has a label {labels.max()}, expected 0 to {classes - 1}"
+        )
+    return records[:, -PIXELS:].copy(), labels.copy()
 
 
-def read_archive(path: Path) -> dict[str, np.ndarray]:
+def read_archive(path: Path, classes: int = 10) -> dict[str, np.ndarray]:
     """Read the original archive, without unpacking it to disk.
 
     Returns:
@@ -85,14 +113,16 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
     Raises:
         DataError: if the file is not the original.
     """
-    _check(path, ARCHIVE[1])
+    _check(path, (ARCHIVE if classes == 10 else ARCHIVE_100)[1])
+    folder = "cifar-10-batches-bin" if classes == 10 else "cifar-100-binary"
+    train, test = (TRAIN, "test_batch.bin") if classes == 10 else (["train.bin"], "test.bin")
     with tarfile.open(path, "r:gz") as archive:
 
         def member(name: str) -> bytes:
-            return archive.extractfile(f"cifar-10-batches-bin/{name}").read()
+            return archive.extractfile(f"{folder}/{name}").read()
 
-        x, y = read_records(b"".join(member(name) for name in TRAIN))
-        x_test, y_test = read_records(member("test_batch.bin"))
+        x, y = read_records(b"".join(map(member, train)), classes)
+        x_test, y_test = read_records(member(test), classes)
     return {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
 
 

@@ -153,7 +153,10 @@ def build(s: Any, task: Any) -> Method:
         _require_plain(recipe, s)
         if recipe.inner == "plain":
             options["inner_lr"] = s.inner_lr
-    if s.outer_momentum:
+    if s.outer_optimizer == "adam":
+        betas = (s.outer_momentum or 0.9, 0.999)
+        options["outer_optimizer"] = lambda p: torch.optim.Adam(p, s.outer_lr, betas)
+    elif s.outer_momentum:
         options["outer_optimizer"] = lambda p: torch.optim.SGD(p, s.outer_lr, s.outer_momentum)
     if recipe.more is None:
         options |= {name: roles[name] for name in (f"{role}_batch" for role in recipe.cls.roles)}
@@ -177,21 +180,26 @@ def inner_optimizer(s: Any) -> Callable[[list[torch.Tensor]], torch.optim.Optimi
 
 
 def inner_scheduler(s: Any) -> Callable[[torch.optim.Optimizer], Any] | None:
-    """The inner step size over a run: None where it is constant, else half a cosine down to 0.
+    """The inner step size over a run: None where it is constant, half a cosine down to 0, or steps.
 
-    At outer iteration k = 0, 1, ... of K it is inner_lr (1 + cos(pi k / K)) / 2.
+    At outer iteration k = 0, 1, ... of K the cosine's is inner_lr (1 + cos(pi k / K)) / 2; that of
+    the steps is a tenth of inner_lr from k = 0.8 K on, a hundredth from 0.9 K on.
 
     Raises:
-        ValueError: for a cosine in a run that a budget ends, of which K is not known.
+        ValueError: for a schedule in a run that a budget ends, of which K is not known.
     """
     if s.inner_schedule == "constant":
         return None
     if s.budget:
         raise ValueError(
-            f"inner_schedule: got 'cosine' with budget={s.budget:g}, so that the number of outer "
-            "iterations is not known; give outer_steps and no budget, or 'constant'"
+            f"inner_schedule: got {s.inner_schedule!r} with budget={s.budget:g}, so that the "
+            "number of outer iterations is not known; give outer_steps and no budget, or 'constant'"
         )
-    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, s.outer_steps)
+    rules = torch.optim.lr_scheduler
+    if s.inner_schedule == "steps":
+        at = [round(share * s.outer_steps) for share in (0.8, 0.9)]
+        return lambda optimizer: rules.MultiStepLR(optimizer, at, gamma=0.1)
+    return lambda optimizer: rules.CosineAnnealingLR(optimizer, s.outer_steps)
 
 
 def _require_plain(recipe: Recipe, s: Any) -> None:

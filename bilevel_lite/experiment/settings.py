@@ -10,7 +10,7 @@ __all__ = ["Settings", "of", "read", "setting", "written"]
 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
-LATER = ("inner_optimizer", "inner_schedule", "outer_momentum")
+LATER = ("inner_optimizer", "inner_schedule", "outer_momentum", "outer_optimizer")
 
 
 def setting(default: Any, meaning: str, least: float | None = None, known: tuple = ()) -> Any:
@@ -41,10 +41,11 @@ class Common:
     inner_momentum: float = setting(0.9, "inner momentum; AdamW's beta1")
     inner_optimizer: str = setting("sgd", "how theta moves", known=("adamw", "sgd"))
     inner_schedule: str = setting(
-        "constant", "inner step size over the run", known=("constant", "cosine")
+        "constant", "inner step size over the run", known=("constant", "cosine", "steps")
     )
     outer_lr: float = setting(1.0, "outer step size")
-    outer_momentum: float = setting(0.0, "outer momentum")
+    outer_momentum: float = setting(0.0, "outer momentum; Adam's beta1, 0.9 if it is 0")
+    outer_optimizer: str = setting("sgd", "how lam moves", known=("adam", "sgd"))
     batch_size: int = setting(0, "inner batch; 0 is the whole training set")
     curvature_batch_size: int = setting(0, "batch of the Hessian; 0 is the whole training set")
     outer_batch_size: int = setting(0, "batch of f; 0 is the whole validation set")

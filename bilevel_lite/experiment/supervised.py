@@ -1,7 +1,7 @@
 """Supervised models: train with fixed weights, evaluate, keep BatchNorm's statistics at theta."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from bilevel_lite import algorithms as alg
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
+from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.task import Column, Task
 from bilevel_lite.params import predict
 from bilevel_lite.risk import WeightedRisk
 
 __all__ = [
-    "BATCHNORM", "Supervised", "batchnorms", "best_fit", "evaluate", "refresh_batchnorm", "train",
-    "train_minibatch",
+    "BATCHNORM", "PLAIN", "Supervised", "batchnorms", "best_fit", "evaluate", "plain",
+    "refresh_batchnorm", "train", "train_minibatch",
 ]  # fmt: skip
 
 BATCHNORM = ("batch", "refresh", "frozen")
+# plain training is a run whose lam does not move: no more is spent on it than must be
+PLAIN = {
+    "method": "aid-identity", "outer_batch_size": 1, "curvature_batch_size": 1,
+    "cross_batch_size": 1,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -79,7 +85,7 @@ class Supervised(Task):
         """
         if not self.uses_batches:
             return
-        if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1):
+        if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1 | alg.SAMA):
             raise ValueError(
                 f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "
                 "expected 'refresh' or 'frozen'"
@@ -100,6 +106,32 @@ class Supervised(Task):
     def judge(self, lam: Tensor, theta: Tensor) -> float:
         """The loss on the tuning split."""
         return evaluate(self.model, theta, self.tuning)["loss"]
+
+
+def plain(task: Supervised, s: Any) -> dict:
+    """Run a task whose lam does not move by the settings' inner steps, for comparison.
+
+    Args:
+        task: Its ``project`` keeps lam where it is.
+        s: Settings of a run; its method and the batches of f, H and J do not matter.
+
+    Returns:
+        The chosen look's iteration, criterion, test loss and accuracy, and the last look's.
+
+    Cost: inner_steps + about 0.1 gradients an outer iteration.
+    """
+    method = methods.build(replace(s, **{**dict.fromkeys(methods.OWN), **PLAIN}), task)
+    rows = []
+    for step in range(1, s.outer_steps + 1):
+        task.refresh(method.theta)
+        method.step()
+        if step % s.evaluate_every == 0 or step == s.outer_steps:
+            task.refresh(method.theta)
+            rows.append({"iteration": step, **task.measure(method.lam, method.theta)})
+    best = min(rows, key=lambda row: row[task.criterion])
+    names = ("test_loss", "test_accuracy")
+    last = {f"last_{name}": rows[-1][name] for name in names}
+    return {**{key: best[key] for key in ("iteration", task.criterion, *names)}, **last}
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:

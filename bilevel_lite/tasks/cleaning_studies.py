@@ -1,11 +1,12 @@
-"""The studies of hypercleaning, of images and texts, each a list of variants under one search.
+"""The studies of the book's tasks, each a list of variants under one search.
 
 After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figure 1), the batch size
 (Figures 3 and 7), factors kept for several iterations (Table 2), the moving average of the factors
 (Figure 6); and one of ours, the rate and kind of the noise. Its Figures 2 and 5, all methods, are
 `cleaning_comparison`. Every variant runs for the same number of outer iterations. The study
 ``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
-GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks.
+GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks, ``long_tail`` on
+long-tailed classes what its Table 3 does.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import poisoning_study, text_study
+from bilevel_lite.tasks import long_tail, long_tail_study, poisoning_study, text_study
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
@@ -134,11 +135,11 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 # what a study is run with where nothing else is said
 USUAL: dict = {
     "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
-    "encoder": "", "texts": 0, "seeds": 3, "first_seed": 0, "trials": 16, "widen": 0,
-    "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
+    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0, "seeds": 3, "first_seed": 0,
+    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
 }  # fmt: skip
 # of these the settings that are the same for all variants, where the task has them
-SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts")
+SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most")
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,19 @@ STUDIES = {
         poisoning_study.variants,
         {"first_seed": 1, "seeds": 5, "trials": 6, "search_steps": 200, "looks": 20},
         kind=poisoning_study.Poisoning,
+    ),
+    "long_tail": Study(
+        "how to weigh the examples of long-tailed classes: plain training, focal loss, "
+        "class-balanced weights, a network of the losses by solver",
+        long_tail_study.variants,
+        {
+            "dataset": "cifar10", "model": "lenet", "first_seed": 1, "trials": 4,
+            "search_steps": 75, "outer_steps": 150, "looks": 15,
+        },
+        # 100 epochs of 123 batches, as the paper has them
+        on_gpu={"model": "resnet32", "search_steps": 600, "outer_steps": 1230, "looks": 50},
+        kind=long_tail.LongTail,
+        datasets=tuple(long_tail.SIZES),
     ),
 }  # fmt: skip
 
@@ -276,6 +290,7 @@ def run(
             - stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
             - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
+            - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
@@ -327,7 +342,8 @@ def run(
     if one.cross:
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
-    base = {**MINIBATCHES.get(dataset, {}), **batches, **sizes}
+    usual = {} if one.kind is long_tail.LongTail else MINIBATCHES.get(dataset, {})
+    base = {**usual, **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}

@@ -32,16 +32,15 @@ from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
-from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.folder import RunError
 from bilevel_lite.experiment.settings import Settings, setting
-from bilevel_lite.experiment.supervised import Supervised, evaluate
+from bilevel_lite.experiment.supervised import Supervised, evaluate, plain
 from bilevel_lite.experiment.task import Column
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
-from bilevel_lite.tasks.text_variants import BASELINES, INNER_LR, OUTER_LR, PLAIN, TOY
+from bilevel_lite.tasks.text_variants import BASELINES, INNER_LR, OUTER_LR, TOY
 from bilevel_lite.tasks.wrong_labels import auc, precision, surest
 
 __all__ = ["SIZES", "TextCleaning", "TextCleaningSettings"]
@@ -295,22 +294,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
         """
         if s.labels != "weak":
             return {}
-        return {name: partial(self._plain, s, *kind[:2]) for name, kind in BASELINES.items()}
-
-    def _plain(self, s: TextCleaningSettings, labels: str, weights: str) -> dict:
-        task = self.on(labels, weights)
-        own = {**dict.fromkeys(methods.OWN), **PLAIN}
-        method = methods.build(replace(s, **own), task)
-        rows = []
-        for step in range(1, s.outer_steps + 1):
-            method.step()
-            if step % s.evaluate_every == 0 or step == s.outer_steps:
-                rows.append({"iteration": step, **task.measure(method.lam, method.theta)})
-        best = min(rows, key=lambda row: row[self.criterion])
-        keys = ("iteration", self.criterion, "test_loss", "test_accuracy")
-        last = {"last_test_loss": rows[-1]["test_loss"]}
-        last["last_test_accuracy"] = rows[-1]["test_accuracy"]
-        return {**{key: best[key] for key in keys}, **last}
+        return {name: partial(plain, self.on(*kind[:2]), s) for name, kind in BASELINES.items()}
 
     def result(self, s: TextCleaningSettings, lam: Tensor, theta: Tensor) -> dict:
         """Sizes and what one text is worth, the weights, the peak of the memory, 12 texts."""

@@ -19,9 +19,10 @@ Hessian, as the authors' code and the paper have them.
 """
 
 from bilevel_lite.experiment.search import Variant
+from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.tasks.text_cleaning import SIZES as SETS
 from bilevel_lite.tasks.text_cleaning import TextCleaning
-from bilevel_lite.tasks.text_variants import BASELINES, OUTER_LR, PLAIN, SOLVERS
+from bilevel_lite.tasks.text_variants import BASELINES, OUTER_LR, SOLVERS
 
 __all__ = ["CROSS", "SIZES", "SOLVERS", "TextCleaning", "variants"]
 

@@ -4,7 +4,7 @@ from bilevel_lite import data, text
 from bilevel_lite.data import DataError
 from bilevel_lite.text.encoders import local
 
-__all__ = ["BASELINES", "INNER_LR", "OUTER_LR", "PLAIN", "SOLVERS", "TOY", "at_hand"]
+__all__ = ["BASELINES", "INNER_LR", "OUTER_LR", "SOLVERS", "TOY", "at_hand"]
 
 TOY = "toy"
 # a pretrained encoder of which a CPU trains a layer in a minute; 22.7 M parameters
@@ -16,11 +16,6 @@ BASELINES = {
     "validation": ("validation", "one", "validation texts only"),
     "clean": ("true", "one", "true training labels"),
 }
-# plain training is a run whose weights stay at 1: no more is spent on them than must be
-PLAIN = {
-    "method": "aid-identity", "weights": "one", "outer_batch_size": 1, "curvature_batch_size": 1,
-    "cross_batch_size": 1,
-}  # fmt: skip
 # step sizes of AdamW: one layer as in the first trials, the others by hand; never searched
 INNER_LR = {"1": 3e-4, "half": 1e-4, "all": 5e-5}
 # steps on the weights: one that moves a weight by about 0.3 at its first visit, from the median

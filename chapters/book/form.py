@@ -46,8 +46,8 @@ EXERCISE = re.compile(r"Exercise (\d+[a-z]?\.\d+) \(difficulty [1-5]/5, about \d
 # Chapters that have been rewritten to the newer anatomy ("06"): `converted_problems`, and
 # chapters/NOTATION.md in tests/test_notation.py, hold for these.
 CONVERTED = (
-    "00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "09b", "10", "11", "12", "13b",
-    "15", "17",
+    "00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "09b", "10", "11", "12", "13",
+    "13b", "15", "17",
 )  # fmt: skip
 DEEPER = "### Going deeper: "
 MINUTES = re.compile(

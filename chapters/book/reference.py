@@ -35,8 +35,8 @@ GROUPS = {
     ],
     "Data and models": [
         "data.load", "data.available", "data.split", "data.corrupt_labels", "data.pair_flips",
-        "data.majority", "data.standardise", "data.Batches", "models.build", "models.linear",
-        "models.mlp", "models.lenet", "models.resnet18",
+        "data.crop_and_flip", "data.majority", "data.standardise", "data.Batches", "models.build",
+        "models.linear", "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
     ],
     "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
     "Meta-learning": [

@@ -1,0 +1,60 @@
+"""Random crops and flips of batches that live on a device, drawn from a CPU generator."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["crop_and_flip"]
+
+
+def crop_and_flip(
+    x: Tensor, generator: torch.Generator, padding: int = 4, flip: float = 0.5
+) -> Tensor:
+    """Shift each image by up to ``padding`` pixels, reflected at its borders, and mirror some.
+
+    The same as a crop of the original size from an image padded by reflection, then a horizontal
+    flip. The pixels are gathered where they are; only 3 n numbers are drawn, on the CPU, so that
+    every device sees the same images.
+
+    Args:
+        x: Images, shape (n, C, H, W).
+        generator: CPU generator.
+        padding: p; each shift is one of -p .. p, up or down and sideways. 0: no shift.
+        flip: Probability of mirroring an image. 0 and ``padding=0``: the images as they are.
+
+    Returns:
+        Images like ``x``.
+
+    Raises:
+        ValueError: if ``x`` are no images, ``padding`` is not from 0 to H - 1 and W - 1 or ``flip``
+            not from 0 to 1.
+
+    Source: the usual augmentation of CIFAR (He et al., 2016, Section 4.2), which pads by zeros;
+    Meta-Weight-Net's code (Shu et al., 2019) pads by reflection.
+
+    Example:
+        >>> x = torch.arange(4.0).view(1, 1, 1, 4)
+        >>> bl.data.crop_and_flip(x, torch.Generator().manual_seed(0), padding=0, flip=1.0)
+        tensor([[[[3., 2., 1., 0.]]]])
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected images, (n, C, H, W)")
+    n, _, height, width = x.shape
+    if not (isinstance(padding, int) and 0 <= padding < min(height, width)):
+        raise ValueError(
+            f"padding: got {padding!r}, expected a whole number from 0 to {min(height, width) - 1} "
+            f"for images of {height} x {width}"
+        )
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip: got {flip}, expected a probability, 0 to 1")
+    shifts = torch.randint(-padding, padding + 1, (2, n), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < flip
+
+    def reflected(size: int, shift: Tensor) -> Tensor:
+        at = (torch.arange(size) + shift[:, None]).abs()  # (n, size)
+        return size - 1 - (size - 1 - at).abs()
+
+    rows, columns = reflected(height, shifts[0]), reflected(width, shifts[1])
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    # one index into each image's pixels, the same for all its colours
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1).to(x.device)
+    return x.flatten(2).gather(2, pixels[:, None].expand(-1, x.shape[1], -1)).view_as(x)
