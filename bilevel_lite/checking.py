@@ -1,4 +1,4 @@
-"""Finite differences, and a judge of hypergradients that takes no way the judged number has taken.
+"""Finite differences, and a judge of hypergradients by other ways than a solver took.
 
 exact         H formed and solved; J v by another route than the method's
 differences   of Phi, with the inner problem solved anew
@@ -39,8 +39,7 @@ class CheckReport:
         relative_error_differences: The same against finite differences.
         cosine_differences: The same.
         rtol: The relative error that was asked for.
-        passed: True if all relative errors are at most ``rtol``, the exact solution solves its
-            system by differences too, and the inner loss gives the same value twice.
+        passed: True if all relative errors are at most ``rtol`` and ``faults`` is empty.
         info: The method's own `HypergradientInfo`; None for a given hypergradient.
         relative_error_cross: Of the method's J v against the other route with the method's v.
         residual: ||b - H v|| / ||b|| of the method's v, with H v by differences and without
@@ -50,8 +49,8 @@ class CheckReport:
         length: ||h|| / ||exact||.
         shares: What h is made of: the numbers a and c for which a grad_lam f - c J v is nearest to
             it, under "direct" and "implicit", and under "rest" what is left, relative to ||exact||.
-            1, 1 and 0 for the exact one. A part that is zero has no share; empty where the two
-            parts are parallel, as they are for a lam of one entry.
+            1, 1 and 0 for the exact one. A part that is zero, or only rounding beside the whole,
+            has no share; empty where the two parts are parallel, as for a lam of one entry.
     """
 
     relative_error_exact: float | None
@@ -82,7 +81,7 @@ class CheckReport:
             by = f"{solve.solver}, {solve.products} products, relative residual {self.residual:.1e}"
         else:
             by = "a given hypergradient"
-            if self.length is not None:
+            if self.length is not None and not math.isnan(self.length):
                 lines.append(f"{'length':<18} {self.length:>14.3g}")
             if self.shares:
                 *parts, (_, rest) = self.shares.items()
@@ -136,7 +135,8 @@ def check(
         verbose: Print the report.
         hypergradient: A number to judge in place of a solver's: a tensor like lam, or a function
             (lam, theta) -> such a tensor, which is called twice, on copies; two values at one
-            point are a fault, and so is writing into lam or theta.
+            point that differ by more than ``rtol`` are a fault, and so is writing into lam or theta
+            (what the function keeps elsewhere, a model say, is not looked at).
 
     Returns:
         `CheckReport`.
@@ -190,7 +190,7 @@ def check(
     else:
         h, faults = _given(hypergradient, lam, theta, rtol)
         _, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-        by_other_route = cross_differences  # the way that nobody's code takes
+        by_other_route = cross_differences  # few codes do; Phi's differences judge one that does
         faults = _same_value_twice(*at) + faults
     if h.shape != lam.shape or h.dtype != lam.dtype or h.device != lam.device:
         faults.append(f"h: is {h.dtype} of shape {tuple(h.shape)}, expected a tensor like lam")
@@ -267,7 +267,7 @@ def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
         values.append(value.detach().clone())
         wrote |= not (torch.equal(at[0], lam) and torch.equal(at[1], theta))
     faults = ["hypergradient: writes into lam or theta"] if wrote else []
-    first, second = (value.nan_to_num() for value in values)
+    first, second = (value.to(lam).nan_to_num() for value in values)
     if first.shape != second.shape or _compare(first, second)[0] > rtol:
         faults.append(
             "hypergradient: gives two values at one point (does it draw random numbers, or add to "
@@ -279,9 +279,10 @@ def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
 def _made_of(h: Tensor, direct: Tensor, implicit: Tensor) -> tuple[float, dict[str, float]]:
     """||h|| / ||exact||, and h as a combination of its two parts, by least squares."""
     size = float((direct + implicit).norm())
-    length = float(h.norm()) / size if size else math.inf
+    length = float(h.norm()) / size if size else (math.inf if h.norm() else math.nan)
+    least = torch.finfo(h.dtype).eps ** 0.5 * size  # below, a part is rounding beside the whole
     named = {"direct": direct, "implicit": implicit}
-    parts = {name: part.flatten() for name, part in named.items() if part.norm() > 0}
+    parts = {name: part.flatten() for name, part in named.items() if part.norm() > least}
     if not parts or not (size and torch.isfinite(h).all()):
         return length, {}
     columns = torch.stack([part / part.norm() for part in parts.values()], 1)

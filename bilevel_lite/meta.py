@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vjp, vmap
 
 from bilevel_lite.linsolve import NegativeCurvatureWarning
-from bilevel_lite.refuse import at_least, require_variable
+from bilevel_lite.refuse import at_least, require_finite, require_variable
 
 __all__ = ["ImplicitInfo", "adapt", "few_shot", "imaml", "maml", "sinusoids"]
 
@@ -65,8 +65,8 @@ def adapt(
 
     Raises:
         TypeError: if ``lam`` is not a floating-point tensor.
-        ValueError: if ``steps`` is below 1, ``lr`` not positive, ``tau`` negative, or x and y are
-            not of equally many tasks.
+        ValueError: if ``lam`` is not flat, ``steps`` below 1, ``lr`` not positive, ``tau``
+            negative, ``theta`` of another shape, or x and y not of equally many tasks.
 
     Cost: T gradients.
 
@@ -104,12 +104,13 @@ def maml(
     first_order: bool = False,
     tau: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""The exact derivative of Phi_T: through T steps of descent that starts at lam.
+    r"""Phi_T and its derivative, through T steps of descent that starts at lam.
 
         h = mean_i (I - lr H_i(theta_0)) ... (I - lr H_i(theta_{T-1})) b_i,   b_i at theta_T
 
     With ``first_order`` the product is left out, h = mean_i b_i (FOMAML), which is no derivative
-    of anything in general. With ``tau`` the steps feel the anchor as well, as in `adapt`.
+    of anything in general. With ``tau`` the steps feel the anchor as well, as in `adapt`:
+    then h = mean_i D_T^T b_i with D_0 = I and D_{t+1} = (I - lr (H_i + tau I)) D_t + lr tau I.
 
     Args:
         loss: A function (theta, batch) -> scalar of one task.
@@ -127,6 +128,7 @@ def maml(
     Raises:
         TypeError: as `adapt`.
         ValueError: as `adapt`; or if support and query are not of equally many tasks.
+        NotFinite: if Phi or h is NaN or infinite.
 
     Cost, a task: T + 1 gradients, and 2 T more for the way back; the graph of T steps is
     kept. First-order: T + 1. Source: Finn, Abbeel and Levine (2017), equation 1.
@@ -148,6 +150,7 @@ def maml(
         return vmap(loss)(theta, query).mean()
 
     h, value = grad_and_value(phi)(lam.detach())
+    require_finite({"Phi": value, "h": h}, lambda: f"; lower lr ({lr}) or steps ({steps})")
     return value, h
 
 
@@ -157,7 +160,8 @@ class ImplicitInfo:
 
     Attributes:
         residual: ||b_i - (H_i + tau I) v_i|| / ||b_i|| of each task, as CG's own recurrence has it.
-        curvature: The smallest p^T (H_i + tau I) p / p^T p along CG's directions, for each task.
+        curvature: The smallest p^T (H_i + tau I) p / p^T p along CG's directions, for each task;
+            infinite where b_i = 0. Below zero only its sign means something.
     """
 
     residual: Tensor
@@ -194,8 +198,9 @@ def imaml(
 
     Raises:
         TypeError: as `adapt`.
-        ValueError: if ``tau`` is not positive, ``iters`` below 1, ``theta`` of another shape, or
-            support and query not of equally many tasks.
+        ValueError: if ``lam`` is not flat, ``tau`` not positive, ``iters`` below 1, ``theta`` of
+            another shape, or support and query not of equally many tasks.
+        NotFinite: if Phi, h or a residual is NaN or infinite.
 
     Warns:
         NegativeCurvatureWarning: if some H_i + tau I is seen not to be positive definite.
@@ -225,11 +230,12 @@ def imaml(
         return value, tau * v, r.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny), low
 
     values, h, residual, curvature = vmap(one)(theta.detach(), support, query)
+    require_finite({"Phi": values, "h": h, "residual": residual})
     if bad := int((curvature <= 0).sum()):
         warnings.warn(
-            f"CG stopped on {bad} of {tasks} tasks: the curvature along its direction is "
+            f"CG stopped on {bad} of {tasks} tasks: the curvature along a direction is as low as "
             f"{float(curvature.min()):.3g}, so H + tau I is not positive definite there and theta "
-            f"is no minimum; raise tau ({tau}), or solve the inner problems further",
+            f"no strict minimum; raise tau ({tau}), or solve the inner problems further",
             NegativeCurvatureWarning,
             stacklevel=2,
         )
@@ -240,11 +246,13 @@ def _cg(matvec, b, iters):
     """``iters`` steps of CG from zero: v, the residual, the smallest curvature met."""
     v, r, p, rr = torch.zeros_like(b), b, b, b @ b
     low = torch.full_like(rr, math.inf)
+    floor = torch.finfo(b.dtype).eps ** 2 * rr  # solved, as far as this precision goes
     for _ in range(iters):
         hp = matvec(p)
         php = p @ hp
-        low = torch.minimum(low, torch.where(rr > 0, php / (p @ p), low))
-        step = torch.where((low > 0) & (rr > 0), rr / php, 0.0)  # 0: this task stays as it is
+        live = rr > floor
+        low = torch.minimum(low, torch.where(live, php / (p @ p), low))
+        step = torch.where((low > 0) & live, rr / php, 0.0)  # 0: this task stays as it is
         v, r, old = v + step * p, r - step * hp, rr
         rr = r @ r
         p = r + torch.where(old > 0, rr / old, 0.0) * p
@@ -366,6 +374,7 @@ def _require(lam: Tensor, *sets: Batch) -> int:
 
 
 def _require_theta(theta: Tensor, tasks: int, lam: Tensor) -> None:
+    require_variable("theta", theta)
     if theta.shape != (tasks, lam.numel()):
         wanted = f"({tasks}, {lam.numel()}), a row for each task"
         raise ValueError(f"theta: got shape {tuple(theta.shape)}, expected {wanted}")

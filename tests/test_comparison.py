@@ -299,10 +299,10 @@ def test_a_study_keeps_how_often_cg_met_negative_curvature(tmp_path):
 def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkeypatch, capsys):
     run_job = job.run_job
 
-    def diverges(s, *arguments):
+    def diverges(s, *arguments, **options):
         if s.seed == 1:
             raise search.NotFinite("AID, step 3: theta is not finite")
-        return run_job(s, *arguments)
+        return run_job(s, *arguments, **options)
 
     monkeypatch.setattr(job, "run_job", diverges)
     words = ["study", "solvers", *SHORT, "--only", "identity", "--out", str(tmp_path / "run")]

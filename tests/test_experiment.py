@@ -19,9 +19,8 @@ from bilevel_lite import experiment, plotting
 from bilevel_lite.__main__ import OPTIONS, main
 from bilevel_lite.experiment import RunError, RunFolder, bench, supervised
 from bilevel_lite.experiment.methods import METHODS, OWN
+from bilevel_lite.experiment.task import owner
 from bilevel_lite.tasks import cleaning_figures, hypercleaning
-from bilevel_lite.tasks.long_tail import LongTail
-from bilevel_lite.tasks.text_cleaning import TextCleaning
 
 REAL = os.environ.get("BILEVEL_LITE_DATA")
 needs_mnist = pytest.mark.skipif(
@@ -432,12 +431,9 @@ def test_stored_results_have_provenance_and_are_drawn(tmp_path):
             "hyperclean_methods": cleaning_figures.draw_hyperclean_methods,
             "hyperclean_study": cleaning_figures.draw_study,
             "bench": bench.draw_bench,
-            "text_cleaning": lambda result: TextCleaning.draw(result)[""],
-            "text_cleaning_study": lambda result: TextCleaning.draw(result)[""],
-            "long_tail": lambda result: LongTail.draw(result)[""],
-            "long_tail_study": lambda result: LongTail.draw(result)[""],
         }
-        plotting.plt.close(draw[result["kind"]](result))
+        kind = result["kind"]
+        plotting.plt.close(draw[kind](result) if kind in draw else owner(kind).draw(result)[""])
         assert (folder.parent / f"{path.stem}.svg").exists(), "make figures"
     with pytest.raises(ValueError, match="there is no stored result 'nothing'"):
         experiment.stored("nothing")

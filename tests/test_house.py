@@ -82,7 +82,7 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10955),
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1012),
-    "meta-learning": ([PACKAGE / "meta.py"], 325),
+    "meta-learning": ([PACKAGE / "meta.py"], 335),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2980),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -149,6 +150,32 @@ def test_imaml_stops_where_the_curvature_is_negative_and_says_so(tasks):
                 v = bl.linsolve.cg(lambda v: (curve[i] + 0.75) * v, b, D).solution  # noqa: B023
         each.append(0.75 * v)
     assert torch.allclose(h, torch.stack(each).mean(0), rtol=1e-7)
+
+
+def test_a_solved_task_in_float32_is_not_accused_of_negative_curvature():
+    """CG on what rounding left would meet a curvature of zero."""
+    curve = torch.tensor([[0.5, 1.0, 2.0, 3.0, 4.0], [5.0, 4.0, 0.1, 0.2, 0.3]])
+    batch = judge = curve, torch.ones(2, 5)
+
+    def convex(theta, batch):
+        return (batch[0] * (theta - batch[1]).square()).sum() / 2
+
+    theta = (curve * 1.0 + 1e-3 * 0.0) / (curve + 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, h, info = meta.imaml(convex, torch.zeros(5), theta, batch, judge, tau=1e-3, iters=60)
+    truth = 1e-3 / (curve + 1e-3) * curve * (theta - 1)
+    assert torch.allclose(h, truth.mean(0), rtol=1e-4, atol=0) and (info.curvature > 0).all()
+
+
+def test_what_is_not_finite_is_refused(tasks):
+    lam, support, query = tasks
+    with pytest.raises(bl.refuse.NotFinite, match="lower lr"):
+        meta.maml(loss, lam, support, (query[0], query[1] * float("inf")), steps=2, lr=0.1)
+    bad = support[0], support[1] * float("nan")
+    theta = lam.expand(len(support[0]), -1)
+    with pytest.raises(bl.refuse.NotFinite):
+        meta.imaml(loss, lam, theta, bad, query, tau=1.0, iters=1)
 
 
 def test_the_limits_of_the_anchor(tasks):

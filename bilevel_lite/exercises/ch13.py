@@ -142,7 +142,8 @@ def check_focal(focal_weight):
         )  # fmt: skip
 
 
-def _one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, sign=1.0):
+def _one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, sign=1.0,
+              stop_b=True):  # fmt: skip
     """The hypergradient by the formula, with its mistakes."""
     (x, y), (u, z), lam = train, meta, lam.clone().requires_grad_()
     residual = x @ theta - y
@@ -151,8 +152,8 @@ def _one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, 
     if not detach:
         slope = slope + slope * (1 - slope) * lam[1] * losses  # V + V' l
     new = theta - sign * lr * (slope * residual) @ x / (len(y) if mean else 1)
-    b = (u.T @ (u @ (new if at_new else theta) - z) / len(z)).detach()
-    return torch.autograd.grad(new @ b, lam)[0]
+    b = u.T @ (u @ (new if at_new else theta) - z) / len(z)
+    return torch.autograd.grad(new @ (b.detach() if stop_b else b), lam)[0]
 
 
 @exercise("13.4")
@@ -177,7 +178,9 @@ def check_one_step(repaired):
              ("Two of the bugs are still there: the mean and where the meta images judge.",
               hypergradient(mean=False, at_new=False)),
              ("All three bugs are still there.", hypergradient(False, False, False)),
-             ("The sign: theta goes down.", hypergradient(sign=-1.0))],
+             ("The sign: theta goes down.", hypergradient(sign=-1.0)),
+             ("b is a constant of the last line: detach it, or differentiate the meta loss itself.",
+              hypergradient(stop_b=False))],
             "The hypergradient",
         )  # fmt: skip
 

@@ -134,6 +134,12 @@ def check_anchored(anchored):
                 raise Wrong(
                     f"{len(calls)} products for {iters} iterations: one an iteration is enough."
                 )
+    roots, b = draw(generator, 3, 4, 4), draw(generator, 3, 4)
+    try:
+        torch.func.vmap(lambda R, b: anchored(lambda v: R @ (R.mT @ v), b, 1.0, 2))(roots, b)
+    except RuntimeError as error:
+        if "vmap" in str(error):  # else NumPy, say, which knows no vmap
+            raise Wrong("It does not run under vmap: some line looks at a number.") from error
 
 
 def _ends(A, c, lr, steps):

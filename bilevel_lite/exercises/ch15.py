@@ -114,7 +114,7 @@ def check_pull(input_pull):
 def check_keep(keep_near):
     """By a loop over the rows."""
     generator = torch.Generator().manual_seed(153)
-    for n, C, removed in ((40, 2, 0.1), (60, 3, 0.1)):
+    for n, C, removed in ((38, 2, 0.1), (60, 3, 0.1)):
         # class 1 is wide, class 0 far from the origin, a few of class 1 are called 0: so that each
         # mistake leaves out other rows
         y, count = torch.arange(n) % C, round(removed * n)
@@ -151,6 +151,11 @@ def check_keep(keep_near):
              ("The distance to the origin is not the distance to a mean.", but(x.norm(dim=1)))],
             f"With {n} rows the mask", 1e-9,
         )  # fmt: skip
+    x = torch.tensor([[5.0, 0], [-5, 0], [3, 3], [-3, -3]]).double()
+    got = torch.as_tensor(keep_near(x, torch.zeros(4, dtype=torch.int64), 0.5)).double()
+    truth = torch.tensor([0.0, 0, 1, 1]).double()
+    wrong = [("Take the Euclidean distance, not the sum of absolute values.", 1 - truth)]
+    compare(got, truth, wrong, "With four rows the mask", 1e-9)
 
 
 @exercise("15.4")
@@ -208,7 +213,7 @@ def check_evaluation(poisoned_set):
 def check_shift(shift):
     """By the means of rows that are there."""
     generator = torch.Generator().manual_seed(155)
-    for n, m, r, R in ((20, 2, 3.0, 1.5), (50, 5, 4.0, 2.0)):
+    for n, m, r, R in ((20, 2, 3.0, 1.5), (50, 5, 4.0, 2.0), (30, 3, 1.0, 2.5)):
         clean = draw(generator, n, 3)
         clean = clean - clean.mean(0)
         spot = torch.tensor([r, 0, 0], dtype=torch.float64)
@@ -231,6 +236,7 @@ def check_shift(shift):
             got[2], m * R / n, "The largest shift that survives",
             [(m * R / (n + m), "the defender measures from the poisoned mean, so r may be larger "
                                "than R."),
-             (R, "that is the distance that is allowed.")],
+             (R, "that is the distance that is allowed."),
+             (m * min(R, n * r / (n + m)) / n, "over all r, not at the r that was given.")],
             "Solve n r / (n + m) = R for r, then shift.", 1e-5,
         )  # fmt: skip

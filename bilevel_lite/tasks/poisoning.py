@@ -150,7 +150,7 @@ def not_the_label(logits: Tensor, y: Tensor) -> Tensor:
 
     It is bounded below where minus the cross-entropy is not: that one can fall for ever by being
     ever surer of wrong answers on rows that are lost already. Its slope in the label's logit is
-    p_y (of a lost row 0, of a sure one 1), the other's is p_y - 1, the other way round.
+    p_y (of a lost row 0, of a sure one 1), the other's is 1 - p_y, the other way round.
     """
     others = logits.scatter(1, y[:, None], -torch.inf)
     return (logits.logsumexp(1) - others.logsumexp(1)).mean()

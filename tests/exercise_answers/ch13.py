@@ -41,7 +41,7 @@ def focal_weight(p, gamma, variant=""):
     }.get(variant, q**gamma + second)
 
 
-def one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, sign=1):
+def one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, sign=1, stop_b=True):
     (x, y), (u, z) = train, meta
     lam = lam.clone().requires_grad_()
     theta = theta.clone().requires_grad_()
@@ -52,7 +52,8 @@ def one_step(lam, theta, train, meta, lr, detach=True, at_new=True, mean=True, s
     (step,) = torch.autograd.grad(g, theta, create_graph=True)
     new = theta - sign * lr * step
     at = new if at_new else theta
-    b = (u.T @ (u @ at - z) / len(z)).detach()
+    b = u.T @ (u @ at - z) / len(z)
+    b = b.detach() if stop_b else b
     return torch.autograd.grad(new @ b, lam)[0]
 
 
@@ -106,7 +107,7 @@ WRONG = {
     "13.4": [
         lambda *a, how=how: one_step(*a, **how)
         for how in (
-            {"detach": False}, {"at_new": False}, {"mean": False}, {"sign": -1},
+            {"detach": False}, {"at_new": False}, {"mean": False}, {"sign": -1}, {"stop_b": False},
             {"detach": False, "at_new": False}, {"detach": False, "mean": False},
             {"at_new": False, "mean": False}, {"detach": False, "at_new": False, "mean": False},
         )

@@ -51,6 +51,8 @@ def keep_near(x, y, removed, variant=""):
         far = torch.cdist(x, means).min(1).values
     if variant == "origin":
         far = x.norm(dim=1)
+    if variant == "L1":
+        far = (x - means[y]).abs().sum(1)
     if variant == "nearest":
         far = -far
     keep = torch.ones(len(y), dtype=torch.bool)
@@ -86,7 +88,7 @@ def shift(n, m, r, R, variant=""):
     other = {
         "n": (0, m * r / n), "distance": (0, r), "swapped": (0, n * r / rows),
         "clean mean": (1, r), "shift": (1, m * r / rows), "inside": (2, m * R / rows),
-        "allowed": (2, R),
+        "allowed": (2, R), "this r": (2, m * min(R, n * r / rows) / n),
     }  # fmt: skip
     if variant in other:
         place, value = other[variant]
@@ -121,7 +123,7 @@ WRONG = {
     ),
     "15.2": variants(input_pull, "first", "second", "sign", "diagonal", "mean", "swapped"),
     "15.3": variants(
-        keep_near, "one mean", "nearest mean", "origin", "nearest", "each class", "other way",
+        keep_near, "L1", "one mean", "nearest mean", "origin", "nearest", "each class", "other way",
         "indices",
     ),
     "15.4": variants(
@@ -129,6 +131,7 @@ WRONG = {
         "alone",
     ),
     "15.5": variants(
-        shift, "n", "distance", "swapped", "clean mean", "shift", "inside", "allowed", "two"
+        shift, "n", "distance", "swapped", "clean mean", "shift", "inside", "allowed", "this r",
+        "two",
     ),
 }  # fmt: skip
