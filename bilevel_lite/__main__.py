@@ -13,7 +13,7 @@ from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import cleaning_comparison, cleaning_studies, hypercleaning
+from bilevel_lite.tasks import cleaning_comparison, hypercleaning, studies
 
 DEVICE = "cpu, cuda, ... (default: CUDA if there)"
 STORAGE = "Optuna's database (default: SQLite in the output folder)"
@@ -61,8 +61,8 @@ def _defaults(name: str) -> str:
 
 def _usually(name: str) -> str:
     """What the studies take where it is not given, in words."""
-    studies, words = cleaning_studies.STUDIES, f"{cleaning_studies.USUAL[name]}"
-    own = [f"{key} {one.usual[name]}" for key, one in studies.items() if name in one.usual]
+    words, known = f"{studies.USUAL[name]}", studies.STUDIES
+    own = [f"{key} {one.usual[name]}" for key, one in known.items() if name in one.usual]
     return f" (default: {', '.join([words, *own])})"
 
 
@@ -129,10 +129,10 @@ def parser() -> argparse.ArgumentParser:
         "the same command resumes it.",
         formatter_class=Help,
     )
-    asks = "; ".join(f"{name}: {one.asks}" for name, one in cleaning_studies.STUDIES.items())
-    study.add_argument("study", choices=sorted(cleaning_studies.STUDIES), help=asks)
+    asks = "; ".join(f"{name}: {one.asks}" for name, one in studies.STUDIES.items())
+    study.add_argument("study", choices=sorted(studies.STUDIES), help=asks)
     job = study.add_argument_group("the study")
-    datasets = dict.fromkeys(d for one in cleaning_studies.STUDIES.values() for d in one.datasets)
+    datasets = dict.fromkeys(d for one in studies.STUDIES.values() for d in one.datasets)
     job.add_argument(
         "--dataset", choices=sorted(datasets), help="what to clean" + _usually("dataset")
     )
@@ -490,7 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "study":
             for name in ("at", "sizes"):
                 options[name] = _settings(name, options[name])
-            cleaning_studies.run(**options)
+            studies.run(**options)
         elif command == "run":
             _run(**options)
         elif command == "search":

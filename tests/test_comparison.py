@@ -12,7 +12,7 @@ from bilevel_lite import plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job, methods, search
 from bilevel_lite.tasks import cleaning_comparison as comparison
-from bilevel_lite.tasks import cleaning_figures, cleaning_studies
+from bilevel_lite.tasks import cleaning_figures, studies
 from bilevel_lite.tasks import hypercleaning as hc
 
 optuna = pytest.importorskip("optuna")
@@ -136,31 +136,30 @@ ONLY = {
 
 
 def test_every_study_covers_what_it_says():
-    counts = {name: len(cleaning_studies.variants(name, "mnist", "mlp")) for name in ONLY}
+    counts = {name: len(studies.variants(name, "mnist", "mlp")) for name in ONLY}
     assert counts == {"solvers": 18, "batch": 30, "refresh": 8, "ema": 80, "noise": 27}
     for study in ONLY:
-        for variant in cleaning_studies.variants(study, "mnist", "linear"):
+        for variant in studies.variants(study, "mnist", "linear"):
             assert set(variant.space) & set(variant.settings) == set(), variant
             # no two variants of a study are the same run
         runs = [
-            (str(v.settings), v.space, v.follows)
-            for v in cleaning_studies.variants(study, "mnist", "mlp")
+            (str(v.settings), v.space, v.follows) for v in studies.variants(study, "mnist", "mlp")
         ]
         assert all(runs.count(run) == 1 for run in runs)
-    names = [v.name for v in cleaning_studies.variants("solvers", "mnist", "linear")]
+    names = [v.name for v in studies.variants("solvers", "mnist", "linear")]
     assert "cg-3" in names and not any(name.endswith("-ggn") for name in names)
-    steep = {v.name: v.space for v in cleaning_studies.variants("solvers", "cifar10", "lenet")}
+    steep = {v.name: v.space for v in studies.variants("solvers", "cifar10", "lenet")}
     assert steep["neumann-3"] == {
         "inner_lr": (0.003, 0.3), "outer_lr": (10.0, 1e5), "step": (0.002, 0.3),
     }  # fmt: skip
-    sizes = {v.name: v.settings for v in cleaning_studies.variants("batch", "mnist", "linear")}
+    sizes = {v.name: v.settings for v in studies.variants("batch", "mnist", "linear")}
     full = [sizes["kfac-b50000"][role] for role in ("batch_size", "outer_batch_size")]
     assert full == [50_000, 5000]  # the whole training set, the whole validation set
 
 
 def test_a_memory_is_compared_at_one_point_both_ways():
     for dataset, size in (("mnist", 1000), ("digits", 64)):
-        found = {v.name: v for v in cleaning_studies.variants("ema", dataset, "linear")}
+        found = {v.name: v for v in studies.variants("ema", dataset, "linear")}
         with_ = found[f"ema0.9-damping0.001-b{size}-at0"]
         without = found[f"ema0-damping0.001-b{size}-at0.9"]
         assert (with_.follows, with_.settings["ema"]) == (f"ema0-damping0.001-b{size}", 0.9)
@@ -215,7 +214,7 @@ def test_a_study_runs_is_resumed_and_drawn(study, tmp_path, capsys):
     assert main(words) == 0
     first = numbers(tmp_path / "run")
     assert [row["method"] for row in first["results"]] == ONLY[study]
-    by_name = {v.name: v for v in cleaning_studies.variants(study, "digits", "linear")}
+    by_name = {v.name: v for v in studies.variants(study, "digits", "linear")}
     for row in first["results"]:
         assert row["settings"] == by_name[row["method"]].settings
         assert row["runs"][0]["history"][-1]["iteration"] == 8
@@ -335,7 +334,7 @@ def test_bad_input_of_a_study(tmp_path, words, message, capsys):
     assert main(command) == 1
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="study: got 'speed', expected one of"):
-        cleaning_studies.variants("speed", "digits", "linear")
+        studies.variants("speed", "digits", "linear")
 
 
 def test_out_of_memory_names_the_batch_to_lower(tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from bilevel_lite.experiment import job, methods
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.params import predict
 from bilevel_lite.products import hvp
-from bilevel_lite.tasks import cleaning_studies, long_tail, long_tail_study
+from bilevel_lite.tasks import long_tail, long_tail_study, studies
 from bilevel_lite.tasks.long_tail import LongTail
 
 CPU = torch.device("cpu")
@@ -413,7 +413,7 @@ def test_a_run_shows_its_rivals_and_draws(tmp_path, capsys):
 
 def test_the_study_has_the_papers_rows_and_is_drawn(tmp_path, capsys):
     pytest.importorskip("optuna")
-    found = cleaning_studies.variants("long_tail", "cifar10", "lenet")
+    found = studies.variants("long_tail", "cifar10", "lenet")
     names = [v.name for v in found]
     assert names == [
         "equal", "focal", "balanced", "frozen", "identity", "sama", "kfac-empirical", "kfac-mc",
@@ -423,7 +423,7 @@ def test_the_study_has_the_papers_rows_and_is_drawn(tmp_path, capsys):
         *long_tail_study.SOLVERS, *long_tail_study.OTHERS,
     }  # fmt: skip
     assert len({json.dumps(v.space) for v in found if v.space}) == 1
-    study = cleaning_studies.STUDIES["long_tail"]
+    study = studies.STUDIES["long_tail"]
     assert study.usual["first_seed"] == 1  # the search's seed is not among them
     words = ["study", "long_tail", "--dataset", "digits", "--model", "linear", "--imbalance", "10"]
     words += ["--most", "40", "--device", "cpu", "--only", "equal", "kfac-mc", "--seeds", "1"]

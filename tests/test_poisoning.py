@@ -14,7 +14,7 @@ from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import predict
-from bilevel_lite.tasks import cleaning_studies, poisoning, poisoning_figures, poisoning_study
+from bilevel_lite.tasks import poisoning, poisoning_figures, poisoning_study, studies
 from bilevel_lite.tasks.poisoning import Poisoning
 
 CPU = torch.device("cpu")
@@ -292,7 +292,7 @@ def test_a_run_is_resumed_and_shown(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("model", ["mlp", "lenet", "resnet18"])
 def test_other_models_and_coloured_images(model, float32, monkeypatch):
     draws = torch.Generator().manual_seed(0)
-    x, y = torch.rand(90, 3, 32, 32, generator=draws), torch.arange(90) % 10
+    x, y = torch.rand(90, 3072, generator=draws), torch.arange(90) % 10
     tiny = data.Dataset("cifar10", x, y, x[:20], y[:20], 10, (3, 32, 32))
     monkeypatch.setattr(poisoning.data, "load", lambda name: tiny)
     monkeypatch.setattr(poisoning, "SIZES", {"cifar10": (60, 20, 10)})
@@ -325,9 +325,9 @@ def test_a_generated_row_of_a_convolution_is_in_its_curvature(float32):
 
 
 def test_the_study_covers_the_table(tmp_path, monkeypatch, capsys):
-    found = {v.name: v for v in cleaning_studies.variants("poisoning", "mnist", "linear")}
+    found = {v.name: v for v in studies.variants("poisoning", "mnist", "linear")}
     assert set(found) == {*poisoning_study.PLAIN, *poisoning_study.SOLVERS} - {"cg-3-ggn"}
-    network = cleaning_studies.variants("poisoning", "mnist", "mlp")
+    network = studies.variants("poisoning", "mnist", "mlp")
     assert {v.name for v in network} == {*poisoning_study.PLAIN, *poisoning_study.SOLVERS}
     for name, v in found.items():
         low, high = v.space.get("outer_lr", (1.0, 25.0))

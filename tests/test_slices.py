@@ -13,7 +13,7 @@ from scipy import stats
 from bilevel_lite import plotting
 from bilevel_lite.__main__ import draw_stored, main
 from bilevel_lite.experiment import collect, comparing, methods, search, stopping
-from bilevel_lite.tasks import cleaning_figures, cleaning_studies
+from bilevel_lite.tasks import cleaning_figures, studies
 
 pytest.importorskip("optuna")
 
@@ -66,7 +66,7 @@ def test_all_variants_have_the_same_trials_in_turns(whole):
 
 def test_a_winner_on_the_edge_widens_the_box_of_all_and_runs_again(whole):
     rows = {row["method"]: row for row in numbers(whole)["results"]}
-    start = {v.name: v.space for v in cleaning_studies.variants("resnet18", "digits", "linear")}
+    start = {v.name: v.space for v in studies.variants("resnet18", "digits", "linear")}
     sides = set()
     for name in ONLY[:3]:  # who was on the edge after the first two trials, told anew
         best = min(rows[name]["trials"][:2], key=lambda trial: trial["tuning_loss"])
@@ -218,7 +218,7 @@ def test_what_is_left_is_told_from_what_was_measured(tmp_path, monkeypatch, caps
 
 
 def test_the_full_study_is_what_it_says():
-    full = cleaning_studies.variants("resnet18", "cifar10", "resnet18")
+    full = studies.variants("resnet18", "cifar10", "resnet18")
     searched = [v.name for v in full if not v.follows]
     assert searched == ["identity", "cg-3", "cg-normal-3", "neumann-10", "kfac", "kfac-empirical",
                         "ekfac-every10"]  # fmt: skip
@@ -232,10 +232,10 @@ def test_the_full_study_is_what_it_says():
         ("kfac-every5", 5, None), ("kfac-every10", 10, None), ("kfac-every50", 50, None),
         ("kfac-cifar-stem", None, "cifar"),
     ]  # fmt: skip
-    usual = {**cleaning_studies.USUAL, **cleaning_studies.STUDIES["resnet18"].usual}
+    usual = {**studies.USUAL, **studies.STUDIES["resnet18"].usual}
     assert usual["search_steps"] == usual["outer_steps"] == 1000
     assert usual["first_seed"] == 1 and usual["stem"] == "imagenet"
-    assert cleaning_studies.runs("resnet18") == 7 * 8 + 3 + 11 * 3
+    assert studies.runs("resnet18") == 7 * 8 + 3 + 11 * 3
 
 
 def test_it_is_collected_and_drawn_with_the_pairs(whole, tmp_path):

@@ -17,7 +17,7 @@ from bilevel_lite.data import DataError, WeakTexts, majority, wrench
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.params import predict
 from bilevel_lite.tasks import (
-    cleaning_studies,
+    studies,
     text_cleaning,
     text_figures,
     text_study,
@@ -439,7 +439,7 @@ SHORT = [
 
 
 def test_the_study_covers_what_it_says():
-    found = {v.name: v for v in cleaning_studies.variants("text", "trec", "linear")}
+    found = {v.name: v for v in studies.variants("text", "trec", "linear")}
     assert list(found) == [
         "noisy", "balanced", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10",
         "cg-3-ggn", "cg-normal-3", "kfac-mc", "kfac-empirical",
@@ -453,9 +453,9 @@ def test_the_study_covers_what_it_says():
     for v in found.values():
         TextCleaning.settings(dataset="trec", **v.settings)
     # 6 trials of each of the 8, then 3 seeds of all 12
-    assert cleaning_studies.runs("text") == 8 * 6 + 12 * 3
+    assert studies.runs("text") == 8 * 6 + 12 * 3
     with pytest.raises(ValueError, match="dataset: got 'mnist', expected one of .*trec"):
-        cleaning_studies.variants("text", "mnist", "linear")
+        studies.variants("text", "mnist", "linear")
 
 
 def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
@@ -557,7 +557,7 @@ def test_what_chooses_is_the_share_of_the_tuning_texts_that_is_misclassified(flo
 
 
 def test_the_studys_boxes_hold_the_points_that_won():
-    found = {v.name: v.space for v in cleaning_studies.variants("text", "trec", "linear")}
+    found = {v.name: v.space for v in studies.variants("text", "trec", "linear")}
     runs = bl.experiment.stored("text_cleaning_trec")["runs"]
     chosen = {row["method"]: row["chosen"] for run in runs for row in run["results"]}
     won = {name: point["outer_lr"] for name, point in chosen.items() if point}

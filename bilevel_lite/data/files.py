@@ -39,6 +39,11 @@ class Dataset(NamedTuple):
     image_shape: tuple[int, ...]
     source: str = ""
 
+    def as_images(self) -> "Dataset":
+        """The same with inputs of shape (n, channels, height, width), for models of images."""
+        shape = (*(1,) * (3 - len(self.image_shape)), *self.image_shape)
+        return self._replace(x=self.x.view(-1, *shape), x_test=self.x_test.view(-1, *shape))
+
 
 class File(NamedTuple):
     """A zipped file and its two hashes."""

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 from bilevel_lite.experiment.methods import OWN
 from bilevel_lite.options import one_of, option
 
-__all__ = ["Settings", "of", "read", "setting", "written"]
+__all__ = ["Settings", "of", "read", "require_batches", "setting", "written"]
 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
@@ -76,6 +76,23 @@ def _own(name: str) -> tuple[str, Any, Any]:
 
 class Settings(make_dataclass("Own", map(_own, sorted(OWN)), bases=(Common,), kw_only=True)):
     """Every number that a run's result depends on; a task adds its own in a subclass."""
+
+
+def require_batches(s: Any, train: int, validation: int) -> None:
+    """Refuse batches that are larger than the set that they are drawn from; 0 is all of it.
+
+    Args:
+        s: Settings of a run.
+        train: Examples of the training set.
+        validation: Examples of f's.
+
+    Raises:
+        ValueError: naming the first batch size that does not fit.
+    """
+    for name, value in vars(s).items():
+        most = validation if name == "outer_batch_size" else train
+        if name.endswith("batch_size") and not 0 <= value <= most:
+            raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
 
 
 def written(s: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bilevel_lite import data, models
 from bilevel_lite.experiment import job, search
 from bilevel_lite.experiment.methods import METHODS
-from bilevel_lite.experiment.settings import Settings, setting, written
+from bilevel_lite.experiment.settings import Settings, require_batches, setting, written
 from bilevel_lite.experiment.supervised import (
     BATCHNORM,
     Supervised,
@@ -145,11 +145,7 @@ class Hypercleaning(Supervised, name="hyperclean"):
         """
         own = DEFAULTS.get(given.get("dataset", "digits"), {})
         s = super().settings(**{**own, **given})
-        train, validation, _ = SIZES[s.dataset]
-        for name, value in vars(s).items():
-            most = validation if name == "outer_batch_size" else train
-            if name.endswith("batch_size") and not 0 <= value <= most:
-                raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
+        require_batches(s, *SIZES[s.dataset][:2])
         return s
 
     @classmethod
@@ -162,10 +158,7 @@ class Hypercleaning(Supervised, name="hyperclean"):
         with torch.random.fork_rng(devices=[]):  # layers draw from torch's global generator
             torch.manual_seed(s.seed)
             if s.model not in models.FLAT:
-                shape = (*(1,) * (3 - len(dataset.image_shape)), *dataset.image_shape)
-                dataset = dataset._replace(
-                    x=dataset.x.view(-1, *shape), x_test=dataset.x_test.view(-1, *shape)
-                )
+                dataset = dataset.as_images()
             model = models.build(
                 s.model, tuple(dataset.x.shape[1:]), dataset.num_classes, **options
             )

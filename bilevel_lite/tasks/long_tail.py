@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bilevel_lite import data, models
 from bilevel_lite.data.batches import Batches
-from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import (
     BATCHNORM,
     Supervised,
@@ -177,11 +177,7 @@ class LongTail(Supervised, name="long_tail"):
                 f"augment: got 1, but {s.model} takes vectors, which cannot be shifted; expected "
                 "0, or a model of images"
             )
-        here = {"outer_batch_size": SIZES[s.dataset][1] * classes}
-        there = sum(sizes(first, s.imbalance, classes))
-        for name in ("batch_size", "curvature_batch_size", "cross_batch_size", *here):
-            if not 0 <= (value := getattr(s, name)) <= (size := here.get(name, there)):
-                raise ValueError(f"{name}: got {value}, expected 1 to {size}, or 0 for all {size}")
+        require_batches(s, sum(sizes(first, s.imbalance, classes)), SIZES[s.dataset][1] * classes)
         return s
 
     @classmethod
@@ -196,8 +192,7 @@ class LongTail(Supervised, name="long_tail"):
         if len(found.image_shape) == 3:
             found = data.standardise(found)
         if s.model not in models.FLAT:
-            shape = (*(1,) * (3 - len(found.image_shape)), *found.image_shape)
-            found = found._replace(x=found.x.view(-1, *shape), x_test=found.x_test.view(-1, *shape))
+            found = found.as_images()
         most, meta, tuned = SIZES[s.dataset]
         counts = sizes(s.most or most, s.imbalance, found.num_classes)
         validation, train = _cut(found.y, [(meta, n) for n in counts], generator)

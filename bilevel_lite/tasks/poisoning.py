@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bilevel_lite import data, models
 from bilevel_lite.data.batches import Batches
-from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, evaluate
 from bilevel_lite.experiment.task import Column
 from bilevel_lite.options import option
@@ -218,13 +218,10 @@ class Poisoning(Supervised, name="poisoning"):
             raise ValueError(f"examples: got {s.examples}, expected 1 to {train}, or 0 for all")
         most = s.examples or train
         validation = min(validation, most) if s.leak else validation
-        for name, value in vars(s).items():
-            if not name.endswith("batch_size"):
-                continue
-            limit = validation if name == "outer_batch_size" else most
-            if not 0 <= value <= limit:
-                raise ValueError(f"{name}: got {value}, expected 1 to {limit}, or 0 for all")
-            if name != "outer_batch_size" and not round(s.share * (value or most)):
+        require_batches(s, most, validation)
+        for name in ("batch_size", "curvature_batch_size", "cross_batch_size"):
+            value = getattr(s, name)
+            if not round(s.share * (value or most)):
                 raise ValueError(
                     f"{name}: got {value} with share={s.share:g}, so that no row of a batch is "
                     f"poisoned; expected at least {int(0.5 / s.share) + 1}"
@@ -236,11 +233,7 @@ class Poisoning(Supervised, name="poisoning"):
         """Split the data, draw the sources of poison, build model and generator."""
         dataset = data.load(s.dataset)
         if s.model not in models.FLAT:
-            shape = (*(1,) * (3 - len(dataset.image_shape)), *dataset.image_shape)
-            x, x_test = (part.view(-1, *shape) for part in (dataset.x, dataset.x_test))
-            dataset = dataset._replace(x=x, x_test=x_test)
-        else:
-            dataset = dataset._replace(x=dataset.x.flatten(1), x_test=dataset.x_test.flatten(1))
+            dataset = dataset.as_images()
         draws = torch.Generator().manual_seed(s.seed)
         parts = list(data.split(len(dataset.y), SIZES[s.dataset], draws))
         parts[0] = parts[0][: s.examples or None]

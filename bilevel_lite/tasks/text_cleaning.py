@@ -33,7 +33,7 @@ from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment.folder import RunError
-from bilevel_lite.experiment.settings import Settings, setting
+from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, evaluate, plain
 from bilevel_lite.experiment.task import Column
 from bilevel_lite.options import option
@@ -152,10 +152,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
         if s.texts and s.texts > train:
             raise ValueError(f"texts: got {s.texts}, expected 1 to {train}, or 0 for all")
         kept = validation - round(s.tuning_share * validation)
-        most = dict.fromkeys(("batch_size", "curvature_batch_size", "cross_batch_size"), s.texts)
-        for name, size in {**most, "outer_batch_size": kept}.items():
-            if not 0 <= (value := getattr(s, name)) <= (size := size or train):
-                raise ValueError(f"{name}: got {value}, expected 1 to {size}, or 0 for all {size}")
+        require_batches(s, s.texts or train, kept)
         return s
 
     @classmethod
