@@ -195,6 +195,8 @@ def check(
     if h.shape != lam.shape or h.dtype != lam.dtype or h.device != lam.device:
         faults.append(f"h: is {h.dtype} of shape {tuple(h.shape)}, expected a tensor like lam")
         h = h.to(lam) if h.shape == lam.shape else torch.full_like(lam, math.nan)
+    elif not torch.isfinite(h).all():
+        faults.append("h: has entries that are NaN or infinite")
     cross = residual = exact = differences = length = None
     shares: dict[str, float] = {}
     if info is not None:

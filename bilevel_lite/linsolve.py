@@ -162,7 +162,7 @@ def cg(
         matvec: v -> H v.
         b: Right-hand side, any shape; a scalar works.
         iters: Steps at most; exact arithmetic needs as many as H has distinct eigenvalues.
-        tol: Stop when ||r|| <= tol ||b||.
+        tol: Stop when ||r|| <= tol ||b||; eps^2 at least, eps that of b's dtype.
         damping: Added to H's diagonal, once.
         x0: Start (warm start); zero by default, which saves one product.
         precondition: r -> M r, with M an approximate inverse of H, symmetric positive definite.
@@ -185,6 +185,7 @@ def cg(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
+    tol = max(tol, torch.finfo(b.dtype).eps ** 2)  # below it the recurrence turns over rounding
     apply = _Watched(matvec, damping)
     precondition = precondition or (lambda r: r)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
@@ -241,7 +242,7 @@ def cg_normal(
         matvec: v -> H v, H symmetric, not necessarily definite.
         b: Right-hand side.
         iters: Steps at most.
-        tol: Stop when ||H r|| <= tol ||H b||.
+        tol: Stop when ||H r|| <= tol ||H b||; eps^2 at least, as in `cg`.
         damping: Added to H's diagonal, once.
         x0: Start; zero by default, which saves two products: H x0, and H b for the tolerance.
 
@@ -262,6 +263,7 @@ def cg_normal(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
+    tol = max(tol, torch.finfo(b.dtype).eps ** 2)  # below it the recurrence turns over rounding
     apply = _Watched(matvec, damping)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b

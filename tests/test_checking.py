@@ -436,7 +436,8 @@ def test_writing_into_what_was_given_is_a_fault_and_reaches_nobody(which):
 def test_a_given_one_that_is_not_finite_or_of_another_shape_does_not_agree():
     c, theta, h = theirs(lambda h: h * float("nan"))
     report = judged_given(h, c, theta)
-    assert not report.passed and report.faults == () and report.shares == {}
+    assert not report.passed and report.shares == {}
+    assert report.faults == ("h: has entries that are NaN or infinite",)
     c, theta, h = theirs(lambda h: h[:2])
     blamed(judged_given(h, c, theta), "h: is torch.float64 of shape (2,)")
 

@@ -226,6 +226,9 @@ def test_a_batch_as_large_as_the_set_is_the_set_and_no_copy():
     for _ in range(2):
         x, y, index = b.draw()
         assert x is b.x and y is b.y and torch.equal(index, torch.arange(10))
+    b.transform = lambda x, generator: x + 1  # what is transformed is drawn anew
+    x, y, index = b.draw()
+    assert torch.equal(x[:, 0], index.double() + 1)
 
 
 @pytest.mark.parametrize("drawn", [0, 2, 3, 7])

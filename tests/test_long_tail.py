@@ -15,6 +15,7 @@ from bilevel_lite import models, plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.data import DataError, cifar10
 from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment.comparing import fresh
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.params import predict
 from bilevel_lite.products import hvp
@@ -449,3 +450,23 @@ def test_what_the_selection_is_worth():
         {"tuning_error": 0.6, "test_accuracy": 0.5},
     ]
     assert long_tail_study.selection(history) == {"last": 0.5, "held out": 0.6, "on test": 0.7}
+
+
+def test_what_chapter_13_says_of_the_stored_study():
+    rows = fresh("long_tail_cifar10")
+
+    def ratios(name):
+        return [run["class_weights"][-1] / run["class_weights"][0] for run in rows[name]["runs"]]
+
+    assert sorted(map(round, ratios("kfac-empirical"))) == [4, 10, 17]
+    assert all(1.8 < ratio < 2.5 for ratio in ratios("class"))
+    assert ratios("balanced") == pytest.approx([95, 95, 95], abs=0.5)
+    for name in ("kfac-empirical", "class"):
+        assert max(max(run["class_accuracy"][-2:]) for run in rows[name]["runs"]) < 0.0145
+    curves = [run["curve"] for run in rows["kfac-1e-5"]["runs"]]
+    for curve in curves:
+        pairs = zip(curve["learned"], curve["start"], strict=True)
+        assert 0.03 < max(abs(a - b) for a, b in pairs) < 0.045
+    assert all(1.8 < run["last"]["inner_loss"] < 2.2 for run in rows["kfac-normalised"]["runs"])
+    losses = {name: [run["best"]["test_loss"] for run in row["runs"]] for name, row in rows.items()}
+    assert all(a < b for a, b in zip(losses["balanced"], losses["kfac-empirical"], strict=True))

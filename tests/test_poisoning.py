@@ -12,6 +12,7 @@ from bilevel_lite import data
 from bilevel_lite.__main__ import main
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import predict
 from bilevel_lite.tasks import poisoning, poisoning_figures, poisoning_study, studies
@@ -380,3 +381,20 @@ def test_points_lost_are_paired_by_seed_and_less_the_undefended_clean_one():
     results = [{"kind": "poisoning_study", "results": [clean, attack]}]
     figures = Poisoning.draw({"kind": "poisoning_study", "runs": results})
     assert set(figures) == {""} and len(figures[""].axes) == 2
+
+
+def test_what_chapter_15_says_of_the_stored_study():
+    rows = joined(bl.experiment.stored("poisoning_mnist_linear")["runs"])
+    caught = {
+        name: [run["defender"]["distance_caught"] for run in rows[name]["runs"]]
+        for name in ("kfac", "bome")
+    }
+    assert min(caught["bome"]) > 0.98 and sum(caught["kfac"]) / 5 == pytest.approx(0.65, abs=0.01)
+    assert (min(caught["kfac"]), max(caught["kfac"])) == pytest.approx((0.24, 0.89), abs=0.006)
+    left = poisoning_figures.lost(rows["kfac"], rows["clean"])[1]
+    assert max(left) == pytest.approx(0.89, abs=0.01)
+    assert left.index(max(left)) == caught["kfac"].index(min(caught["kfac"]))
+    one, other = (trial["tuning_accuracy"] for trial in rows["kfac"]["trials"])
+    assert 100 * abs(one - other) == pytest.approx(0.76, abs=0.01)
+    least = [run["defender"]["test_accuracy"] for run in rows["clean"]["runs"]]
+    assert 100 * sum(least) / 5 == pytest.approx(92.27, abs=0.01)

@@ -279,6 +279,21 @@ def test_cg_on_a_scalar_unknown(shape):
     assert torch.equal(linsolve.cg(lambda v: 4 * v, b, iters=5).solution, b / 4)  # exact
 
 
+@pytest.mark.parametrize("solve", [linsolve.cg, linsolve.cg_normal])
+def test_cg_in_float32_long_after_it_is_done_accuses_nobody(solve):
+    """Without a tolerance the recurrence would go on until p^T H p underflows to zero."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        mu, b = (
+            torch.rand(3 + seed % 6, generator=generator) + 0.5,
+            torch.randn(3 + seed % 6, generator=generator),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            info = solve(lambda v, mu=mu: mu * v, b, 200, tol=0.0)
+        assert torch.allclose(info.solution, b / mu, rtol=1e-5) and info.converged
+
+
 def test_cg_on_a_zero_right_hand_side_is_zero():
     b = torch.zeros(4)
     for solve in (linsolve.cg, linsolve.cg_normal):
