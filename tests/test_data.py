@@ -49,7 +49,7 @@ def test_cifar10_from_its_jpeg_copy_says_so():
 def fake_archive(path, records=2):
     """An archive of the right layout: image k of file i is filled with 10 i + k."""
     with tarfile.open(path, "w:gz") as archive:
-        for i, name in enumerate([*cifar10.TRAIN, "test_batch.bin"]):
+        for i, name in enumerate([*cifar10.ARCHIVES[10].train, "test_batch.bin"]):
             content = b"".join(
                 bytes([k]) + bytes([10 * i + k]) * 1024 + bytes([1]) * 1024 + bytes([2]) * 1024
                 for k in range(records)
@@ -66,8 +66,8 @@ def test_cifar10_from_the_archive(tmp_path, monkeypatch):
     fake_archive(path)
     with pytest.raises(data.DataError, match="damaged or not the known file: it has sha256"):
         data.load("cifar10", download=False)  # its hash is not the original's
-    hashes = (path.name, hashlib.sha256(path.read_bytes()).hexdigest(), ())
-    monkeypatch.setattr(cifar10, "ARCHIVE", hashes)
+    own = cifar10.ARCHIVES[10]._replace(sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(cifar10.ARCHIVES, 10, own)
     d = data.load("cifar10", download=False)
     assert d.source == "" and d.x.shape == (10, 3072) and d.y.tolist() == [0, 1] * 5
     grey = d.x_test.view(2, 3, 32, 32) * 255  # channels x rows x columns

@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,23 +18,43 @@ import torch
 from bilevel_lite.data.files import DataError, Dataset, find
 
 __all__ = [
-    "ARCHIVE", "PACK_SOURCE", "is_pack", "load", "load_100", "read_archive", "read_pack",
+    "ARCHIVES", "PACK_SOURCE", "is_pack", "load", "load_100", "read_archive", "read_pack",
     "read_records",
 ]  # fmt: skip
 
-# file name, sha256, hosts
-ARCHIVE = (
-    "cifar-10-binary.tar.gz",
-    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    ("https://www.cs.toronto.edu/~kriz/",),
-)
-TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
-ARCHIVE_100 = (
-    "cifar-100-binary.tar.gz",
-    "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    ARCHIVE[2],
-)
+HOSTS = ("https://www.cs.toronto.edu/~kriz/",)
 PIXELS = 3 * 32 * 32
+
+
+class Archive(NamedTuple):
+    """An original archive: its name and hash, its files, the bytes of labels before the pixels."""
+
+    name: str
+    sha256: str
+    folder: str
+    train: tuple[str, ...]
+    test: str
+    labels: int
+
+
+ARCHIVES = {  # by the number of classes
+    10: Archive(
+        "cifar-10-binary.tar.gz",
+        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        "cifar-10-batches-bin",
+        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "test_batch.bin",
+        1,
+    ),
+    100: Archive(
+        "cifar-100-binary.tar.gz",
+        "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        "cifar-100-binary",
+        ("train.bin",),
+        "test.bin",
+        2,
+    ),
+}
 
 # The copy: train.jpegs and test.jpegs hold JPEG files end to end, *_index.npz lengths and labels.
 PACK_SOURCE = "JPEG-recompressed CIFAR-10"
@@ -50,19 +71,19 @@ def load(dtype: torch.dtype, download: bool) -> Dataset:
     local = os.environ.get("BILEVEL_LITE_DATA")
     pack = Path(local) / "cifar10" if local else None
     if pack and is_pack(pack):
-        arrays, source = read_pack(pack), PACK_SOURCE
-    else:
-        name, sha256, hosts = ARCHIVE
-        path = find("cifar10", name, sha256, hosts, download)
-        arrays, source = read_archive(path), ""
-    return _dataset(10, arrays, dtype, source)
+        return _dataset(10, read_pack(pack), dtype, PACK_SOURCE)
+    return _original(10, dtype, download)
 
 
 def load_100(dtype: torch.dtype, download: bool) -> Dataset:
     """Load CIFAR-100, see `bilevel_lite.data.load`."""
-    name, sha256, hosts = ARCHIVE_100
-    path = find("cifar100", name, sha256, hosts, download)
-    return _dataset(100, read_archive(path, 100), dtype)
+    return _original(100, dtype, download)
+
+
+def _original(classes: int, dtype: torch.dtype, download: bool) -> Dataset:
+    one = ARCHIVES[classes]
+    path = find(f"cifar{classes}", one.name, one.sha256, HOSTS, download)
+    return _dataset(classes, read_archive(path, classes), dtype)
 
 
 def _dataset(classes: int, arrays: dict[str, np.ndarray], dtype, source: str = "") -> Dataset:
@@ -89,7 +110,7 @@ def read_records(content: bytes, classes: int = 10) -> tuple[np.ndarray, np.ndar
     Raises:
         DataError: if the length is not a multiple of a record's, or a label is out of range.
     """
-    own = (1 if classes == 10 else 2) + PIXELS
+    own = ARCHIVES[classes].labels + PIXELS
     if not content or len(content) % own:
         raise DataError(
             f"CIFAR-{classes} file of {len(content)} bytes: expected a multiple of {own}; is it "
@@ -113,16 +134,15 @@ def read_archive(path: Path, classes: int = 10) -> dict[str, np.ndarray]:
     Raises:
         DataError: if the file is not the original.
     """
-    _check(path, (ARCHIVE if classes == 10 else ARCHIVE_100)[1])
-    folder = "cifar-10-batches-bin" if classes == 10 else "cifar-100-binary"
-    train, test = (TRAIN, "test_batch.bin") if classes == 10 else (["train.bin"], "test.bin")
+    one = ARCHIVES[classes]
+    _check(path, one.sha256)
     with tarfile.open(path, "r:gz") as archive:
 
         def member(name: str) -> bytes:
-            return archive.extractfile(f"{folder}/{name}").read()
+            return archive.extractfile(f"{one.folder}/{name}").read()
 
-        x, y = read_records(b"".join(map(member, train)), classes)
-        x_test, y_test = read_records(member(test), classes)
+        x, y = read_records(b"".join(map(member, one.train)), classes)
+        x_test, y_test = read_records(member(one.test), classes)
     return {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
 
 
