@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 import bilevel_lite as bl
 from bilevel_lite import data
@@ -398,3 +399,11 @@ def test_what_chapter_15_says_of_the_stored_study():
     assert 100 * abs(one - other) == pytest.approx(0.76, abs=0.01)
     least = [run["defender"]["test_accuracy"] for run in rows["clean"]["runs"]]
     assert 100 * sum(least) / 5 == pytest.approx(92.27, abs=0.01)
+    kfac = torch.tensor(poisoning_figures.lost(rows["kfac"], rows["clean"])[0])
+    half = stats.t.ppf(0.975, 4) / 5**0.5
+    for name, middle, spread in (
+        ("cg-normal-3", 1.27, 0.41), ("cg-3", 0.74, 0.48), ("flip", 0.56, 0.44), ("bome", 0.28, 0.44)
+    ):  # fmt: skip
+        less = kfac - torch.tensor(poisoning_figures.lost(rows[name], rows["clean"])[0])
+        assert float(less.mean()) == pytest.approx(middle, abs=0.006)
+        assert float(less.std()) * half == pytest.approx(spread, abs=0.006)
