@@ -402,7 +402,8 @@ def test_what_chapter_15_says_of_the_stored_study():
     kfac = torch.tensor(poisoning_figures.lost(rows["kfac"], rows["clean"])[0])
     half = stats.t.ppf(0.975, 4) / 5**0.5
     for name, middle, spread in (
-        ("cg-normal-3", 1.27, 0.41), ("cg-3", 0.74, 0.48), ("flip", 0.56, 0.44), ("bome", 0.28, 0.44)
+        ("cg-normal-3", 1.27, 0.41), ("cg-3", 0.74, 0.48), ("flip", 0.56, 0.44),
+        ("bome", 0.28, 0.44),
     ):  # fmt: skip
         less = kfac - torch.tensor(poisoning_figures.lost(rows[name], rows["clean"])[0])
         assert float(less.mean()) == pytest.approx(middle, abs=0.006)
