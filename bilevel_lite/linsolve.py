@@ -143,6 +143,12 @@ def _require_finite(what: str, *values: float) -> None:
         raise NotFinite(f"{what} is not finite, or too large for its norm")
 
 
+def _vanishes(pp: float, like: Tensor) -> bool:
+    """Whether ||p||^2 is so near underflow that p^T H p = 0 says nothing of H."""
+    precision = torch.finfo(like.dtype)
+    return pp <= precision.tiny / precision.eps**2
+
+
 def cg(
     matvec: Operator,
     b: Tensor,
@@ -162,7 +168,7 @@ def cg(
         matvec: v -> H v.
         b: Right-hand side, any shape; a scalar works.
         iters: Steps at most; exact arithmetic needs as many as H has distinct eigenvalues.
-        tol: Stop when ||r|| <= tol ||b||; eps^2 at least, eps that of b's dtype.
+        tol: Stop when ||r|| <= tol ||b||.
         damping: Added to H's diagonal, once.
         x0: Start (warm start); zero by default, which saves one product.
         precondition: r -> M r, with M an approximate inverse of H, symmetric positive definite.
@@ -185,7 +191,6 @@ def cg(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
-    tol = max(tol, torch.finfo(b.dtype).eps ** 2)  # below it the recurrence turns over rounding
     apply = _Watched(matvec, damping)
     precondition = precondition or (lambda r: r)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
@@ -203,6 +208,8 @@ def cg(
         (php,) = _read(dot(p, hp))
         if not math.isfinite(php):
             raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
+        if php <= 0 and _vanishes(pp, b):
+            break
         quotient = apply.along(php, pp)
         if quotient <= 0:
             warnings.warn(
@@ -242,7 +249,7 @@ def cg_normal(
         matvec: v -> H v, H symmetric, not necessarily definite.
         b: Right-hand side.
         iters: Steps at most.
-        tol: Stop when ||H r|| <= tol ||H b||; eps^2 at least, as in `cg`.
+        tol: Stop when ||H r|| <= tol ||H b||.
         damping: Added to H's diagonal, once.
         x0: Start; zero by default, which saves two products: H x0, and H b for the tolerance.
 
@@ -263,7 +270,6 @@ def cg_normal(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
-    tol = max(tol, torch.finfo(b.dtype).eps ** 2)  # below it the recurrence turns over rounding
     apply = _Watched(matvec, damping)
     v = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
@@ -279,6 +285,8 @@ def cg_normal(
         hphp, pp = _read(dot(hp, hp), dot(p, p))
         _require_finite(f"matvec: ||H p||^2 at step {steps + 1}", hphp, pp)
         if pp == 0:  # the direction underflowed: nothing is left to solve
+            break
+        if hphp == 0 and _vanishes(pp, b):
             break
         if hphp == 0:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
