@@ -285,13 +285,13 @@ def test_cg_in_float32_long_after_it_is_done_accuses_nobody(solve):
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         mu, b = (
-            torch.rand(3 + seed % 6, generator=generator) + 0.5,
+            5 * torch.rand(3 + seed % 6, generator=generator) + 0.05,
             torch.randn(3 + seed % 6, generator=generator),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            info = solve(lambda v, mu=mu: mu * v, b, 200, tol=0.0)
-        assert torch.allclose(info.solution, b / mu, rtol=1e-5) and not info.negative_curvature
+            info = solve(lambda v, mu=mu: mu * v, b, 300, tol=0.0)
+        assert torch.allclose(info.solution, b / mu, rtol=1e-3) and not info.negative_curvature
 
 
 def test_cg_on_a_zero_right_hand_side_is_zero():
