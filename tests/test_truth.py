@@ -284,10 +284,9 @@ def test_cg_in_float32_long_after_it_is_done_accuses_nobody(solve):
     """Without a tolerance the recurrence would go on until p^T H p underflows to zero."""
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        mu, b = (
-            5 * torch.rand(3 + seed % 6, generator=generator) + 0.05,
-            torch.randn(3 + seed % 6, generator=generator),
-        )
+        n = 3 + seed % 6
+        mu = 5 * torch.rand(n, generator=generator, dtype=torch.float32) + 0.05
+        b = torch.randn(n, generator=generator, dtype=torch.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             info = solve(lambda v, mu=mu: mu * v, b, 300, tol=0.0)
