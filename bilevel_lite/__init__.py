@@ -10,6 +10,7 @@ One module for each choice made in that line; see the table in the README.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from bilevel_lite import updates
 from bilevel_lite.algorithms import (
     AID,
     BOME,
@@ -111,6 +112,7 @@ __all__ = [
     "text",
     "unflatten",
     "unrolled_hypergradient",
+    "updates",
 ]
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "hvp",
     "hvp_operator",
     "theta_gradient",
+    "update_graph",
     "update_jvp",
     "update_operator",
     "update_vjp",
@@ -499,6 +500,44 @@ def first_and_second(
     )
 
 
+@differentiating
+def update_graph(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, need_lam: bool = True
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """What a reverse step of unrolling needs: q = grad_theta g, and the function p -> (J p, H p).
+
+    The function reads the graph of q, which is kept until it has been called, once.
+
+    Args:
+        loss: ``loss(lam, theta, batch)`` -> scalar.
+        lam: Outer variable.
+        theta: Inner variable, shape (d,).
+        batch: Passed on to ``loss``.
+        need_lam: Refuse a loss that does not depend on ``lam``.
+
+    Raises:
+        ValueError: as `first_and_second`.
+
+    Cost: 1 gradient; the function, counted as 2, both products from one double backward pass.
+    """
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
+    with second_order(), way_out():
+        value = _value(loss, lam, theta, batch)
+        grad_lam, q = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+    _require_dependence(lam=grad_lam is not None or not need_lam, theta=q is not None)
+
+    @differentiating
+    def back(p: Tensor) -> tuple[Tensor, Tensor]:
+        jp = hp = None
+        if q.requires_grad:
+            with way_out():
+                jp, hp = torch.autograd.grad(q, (lam, theta), ordinary(p), allow_unused=True)
+        zeros = torch.zeros_like
+        return zeros(lam) if jp is None else jp, zeros(theta) if hp is None else hp
+
+    return q.detach(), back
+
+
 def update_vjp(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any, p: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -512,13 +551,13 @@ def update_vjp(
 
     Cost: counted as 2 gradients together.
     """
-    return first_and_second(loss, lam, theta, batch, p)[2:]
+    return update_graph(loss, lam, theta, batch)[1](p)
 
 
 @differentiating
 @way_out()
 def update_operator(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, need_lam: bool = True
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
     r"""What a forward step of unrolling needs: grad_theta g, and the function (e, z) -> its slope.
 
@@ -530,7 +569,8 @@ def update_operator(
 
     Returns:
         q = grad_theta g, detached, and a function from e, like ``lam``, and z, like ``theta``, to
-        H z + J^T e, like ``theta``, detached; it keeps the graph.
+        H z + J^T e, like ``theta``, detached; it keeps the graph. Instead of a z of zeros, None
+        saves its part; a loss without lam, which ``need_lam=False`` allows, has J = 0.
 
     Raises:
         ValueError: if the loss is not one finite number, does not depend on ``lam`` or on
@@ -542,18 +582,23 @@ def update_operator(
     with second_order():
         value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
         grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
-    _require_dependence(lam=grads[0] is not None, theta=grads[1] is not None)
+    _require_dependence(lam=grads[0] is not None or not need_lam, theta=grads[1] is not None)
 
     @differentiating
     @way_out()
-    def along(e: Tensor, z: Tensor) -> Tensor:
-        pairs = [(g, ordinary(v)) for g, v in zip(grads, (e, z), strict=True) if g.requires_grad]
+    def along(e: Tensor, z: Tensor | None) -> Tensor:
+        pairs = [
+            (g, ordinary(v))
+            for g, v in zip(grads, (e, z), strict=True)
+            if g is not None and v is not None and g.requires_grad
+        ]
         if not pairs:
             return torch.zeros_like(theta)
         seen, directions = zip(*pairs, strict=True)
         (out,) = torch.autograd.grad(seen, theta, directions, retain_graph=True, allow_unused=True)
         return torch.zeros_like(theta) if out is None else out
 
+    along.reads_lam = grads[0] is not None
     return grads[1].detach(), along
 
 

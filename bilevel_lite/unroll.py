@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_operator, update_vjp
+from bilevel_lite.products import (
+    COST,
+    dot,
+    gradient,
+    theta_gradient,
+    update_graph,
+    update_operator,
+)
 from bilevel_lite.refuse import (
     at_least,
+    looked_at,
     require_as_drawn,
     require_batch,
     require_finite,
@@ -21,6 +29,7 @@ from bilevel_lite.refuse import (
 )
 from bilevel_lite.same_function import SameDraws
 from bilevel_lite.surroundings import differentiating, ordinary
+from bilevel_lite.updates import SGD, Update
 
 __all__ = ["UnrollInfo", "unrolled_hypergradient"]
 
@@ -45,21 +54,24 @@ class UnrollInfo:
 
 @overload
 def unrolled_hypergradient(
-    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
-    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
-    outer_batch: Any = None, return_info: Literal[False] = False,
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int,
+    lr: float | None = None, mode: str = "reverse", truncate: int | None = None,
+    inner_batch: Any = None, outer_batch: Any = None, update: Update | None = None,
+    keep_graphs: bool = False, return_info: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def unrolled_hypergradient(
-    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
-    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
-    outer_batch: Any = None, *, return_info: Literal[True],
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int,
+    lr: float | None = None, mode: str = "reverse", truncate: int | None = None,
+    inner_batch: Any = None, outer_batch: Any = None, update: Update | None = None,
+    keep_graphs: bool = False, *, return_info: Literal[True],
 ) -> tuple[Tensor, UnrollInfo]: ...  # fmt: skip
 @overload
 def unrolled_hypergradient(
-    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int, lr: float,
-    mode: str = "reverse", truncate: int | None = None, inner_batch: Any = None,
-    outer_batch: Any = None, return_info: bool = False,
+    problem: BilevelProblem, lam: Tensor, theta0: Tensor, steps: int,
+    lr: float | None = None, mode: str = "reverse", truncate: int | None = None,
+    inner_batch: Any = None, outer_batch: Any = None, update: Update | None = None,
+    keep_graphs: bool = False, return_info: bool = False,
 ) -> Tensor | tuple[Tensor, UnrollInfo]: ...  # fmt: skip
 @differentiating
 def unrolled_hypergradient(
@@ -67,14 +79,18 @@ def unrolled_hypergradient(
     lam: Tensor,
     theta0: Tensor,
     steps: int,
-    lr: float,
+    lr: float | None = None,
     mode: str = "reverse",
     truncate: int | None = None,
     inner_batch: Any = None,
     outer_batch: Any = None,
+    update: Update | None = None,
+    keep_graphs: bool = False,
     return_info: bool = False,
 ) -> Tensor | tuple[Tensor, UnrollInfo]:
     r"""The derivative of f(lam, theta_T(lam)) through T steps theta <- theta - lr grad_theta g.
+
+    Or through T steps of momentum, Adam or any other ``update``, of which plain descent is one.
 
         reverse:  w = grad_theta f(theta_T);  for t = T-1, ..., T-K:
                       h <- h - lr J_t w,   w <- w - lr H_t w
@@ -82,7 +98,10 @@ def unrolled_hypergradient(
                       h = grad_lam f + D_T^T grad_theta f
 
     Reverse mode stores the iterates (K of them) and recomputes everything else, so it holds one
-    graph at a time. Forward mode stores one column of D per entry of lam, whatever T is.
+    graph at a time; ``keep_graphs`` saves the second evaluation, for K graphs kept. Forward mode
+    stores one column of D per entry of lam, whatever T is. With a state u, both take (theta, u) for
+    theta, and lam may also be in the step itself, a learning rate say. A column of D that is still
+    zero costs no product.
 
     What is differentiated is the descent that was done: each step's batch is drawn once, in order,
     and kept for the way back; and where g drew random numbers from torch's generators (dropout in
@@ -94,12 +113,14 @@ def unrolled_hypergradient(
         lam: Outer variable, any shape.
         theta0: Start of the inner descent, shape (d,); taken not to depend on lam.
         steps: T, at least 1.
-        lr: Inner step size.
+        lr: Inner step size of plain descent; or else ``update``.
         mode: ``"reverse"`` or ``"forward"``.
         truncate: K: differentiate the last K steps only (reverse mode); None means all.
         inner_batch: Batch of g; or a function t -> batch, or a sampler with ``draw()``, for a
             different one at each step, called once a step.
         outer_batch: Batch of f.
+        update: The step, from `bilevel_lite.updates` or of one's own, instead of ``lr``.
+        keep_graphs: Reverse mode: keep the graphs of the differentiated steps from the way there.
         return_info: Also return an `UnrollInfo`.
 
     Returns:
@@ -107,9 +128,11 @@ def unrolled_hypergradient(
 
     Raises:
         TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor, or a batch is none.
-        ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive, ``mode`` is
-            unknown, ``truncate`` is used in forward mode, a batch was changed in place before the
-            way back, or the descent or its derivative grows beyond the largest number.
+        ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive or comes with
+            ``update``, ``mode`` is unknown, ``truncate`` or ``keep_graphs`` comes in forward mode,
+            a batch was changed in place before the way back, a step writes into its arguments or is
+            another one when it is done again, or the descent or its derivative grows beyond
+            the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
     lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
@@ -130,20 +153,33 @@ def unrolled_hypergradient(
     at_least("steps", steps, 1)
     if truncate is not None:
         at_least("truncate", truncate, 1)
-    if not lr > 0:
-        raise ValueError(f"lr: got {lr}, expected a positive number")
+    if (lr is None) == (update is None):
+        raise ValueError(f"lr: got {lr!r} and update={update!r}, expected one of the two")
+    if update is None:
+        update = SGD(lr)
+    elif not isinstance(update, Update):
+        raise TypeError(
+            f"update: got {type(update).__name__}, expected one of bilevel_lite.updates, such as "
+            "SGD(lr=0.1, momentum=0.9), or a subclass of its Update"
+        )
     if mode not in ("reverse", "forward"):
         raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
     if mode == "forward" and truncate is not None:
         raise ValueError(f"truncate: got {truncate} with mode='forward'; only reverse truncates")
+    if mode == "forward" and keep_graphs:
+        raise ValueError("keep_graphs: got True with mode='forward', which holds one graph anyway")
     require_batch("outer_batch", outer_batch, problem.outer_loss)
     lam, theta0, outer_batch = map(ordinary, (lam.detach(), theta0.detach(), outer_batch))
     batch_at = _batch_at(inner_batch, problem)
-    unroll = _unroll_reverse if mode == "reverse" else _unroll_forward
-    h, info = unroll(problem, lam, theta0, steps, lr, truncate, batch_at, outer_batch)
+    start = problem, lam, theta0, update, steps
+    if mode == "reverse":
+        h, info = _unroll_reverse(*start, truncate, keep_graphs, batch_at, outer_batch)
+    else:
+        h, info = _unroll_forward(*start, batch_at, outer_batch)
+    size = f"size {lr}" if lr is not None else repr(update)
     require_finite(
         {"hypergradient": h},
-        lambda: f" (after {steps} steps of size {lr}; is lr above 2 / curvature?)",
+        lambda: f" (after {steps} steps of {size}; is lr above 2 / curvature?)",
     )
     return (h, info) if return_info else h
 
@@ -163,32 +199,135 @@ def _batch_at(inner_batch: Any, problem: BilevelProblem) -> Callable[[int], Any]
     return batch_at
 
 
-def _unroll_reverse(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
-    kept = deque(maxlen=steps if truncate is None else min(truncate, steps))
+def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at, outer_batch):
+    trail = deque(maxlen=steps if truncate is None else min(truncate, steps))
+    state, need_lam = _started(update, theta), not update.reads_lam
     for t in range(steps):
         g, batch = SameDraws(problem.inner_loss), batch_at(t)
-        kept.append((g, theta, batch, versions(batch)))
-        _, step = theta_gradient(g, lam, theta, batch, "inner_loss")
-        theta = theta - lr * step
+        if keep and t >= steps - trail.maxlen:
+            q, back = update_graph(g, lam, theta, batch, need_lam)
+        else:
+            (_, q), back = theta_gradient(g, lam, theta, batch, "inner_loss"), None
+        trail.append((t, g, theta, state, batch, versions(batch), q if keep else None, back))
+        theta, state = _stepped(update, theta, state, q, lam, t)
     outer_loss, h, w = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(kept)
-    info = UnrollInfo(theta, outer_loss, len(kept) * theta.numel(), cost)
-    while kept:
-        g, theta_t, batch, as_drawn = kept.pop()
+    cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(trail)
+    info = UnrollInfo(theta, outer_loss, len(trail) * _numbers(theta, state), cost)
+    bars = [w, *map(torch.zeros_like, state)]
+    while trail:
+        t, g, theta, state, batch, as_drawn, q, back = trail.pop()
         require_as_drawn("inner_batch", batch, as_drawn)
-        jw, hw = update_vjp(g, lam, theta_t, batch, w)
-        h, w = h - lr * jw, w - lr * hw
+        if back is None:
+            q, back = update_graph(g, lam, theta, batch, need_lam)
+        step = _Step(update, theta, state, q, lam, t)
+        by_step, w, q_bar, *bars = step.pull_back(bars)
+        jq, hq = back(q_bar)
+        h, bars = h + by_step + jq, [w + hq, *bars]
     return h, info
 
 
-def _unroll_forward(problem, lam, theta, steps, lr, truncate, batch_at, outer_batch):
+def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
-    z = [torch.zeros_like(theta) for _ in basis]
+    state, need_lam = _started(update, theta), not update.reads_lam
+    columns, cost = [None for _ in basis], 0.0  # d (theta_t, u_t) / d lam_j; None: still zero
     for t in range(steps):
-        q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t))
-        z = [column - lr * along(e, column) for e, column in zip(basis, z, strict=True)]
-        theta = theta - lr * q
+        q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam)
+        step, spent = _Step(update, theta, state, q, lam, t), cost
+        for j, (e, column) in enumerate(zip(basis, columns, strict=True)):
+            z, *zu = column or [None] * (1 + len(state))
+            q_dot = None
+            if z is not None or along.reads_lam:
+                q_dot, cost = along(e, z), cost + COST["hvp"]
+            columns[j] = _nothing_yet(column, step.push_forward([e, z, q_dot, *zu]))
+        cost += COST["gradient"] if cost == spent else 0
+        theta, state = step.out
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
-    h = direct + torch.stack([dot(column, b) for column in z]).view_as(lam).to(lam)
-    cost = COST["hvp"] * steps * lam.numel() + COST["gradient"]
-    return h, UnrollInfo(theta, outer_loss, lam.numel() * theta.numel(), cost)
+    by_theta = [b.new_zeros(()) if c is None else dot(c[0], b) for c in columns]
+    h = direct + torch.stack(by_theta).view_as(lam).to(lam)
+    stored = lam.numel() * _numbers(theta, state)
+    return h, UnrollInfo(theta, outer_loss, stored, cost + COST["gradient"])
+
+
+def _nothing_yet(before: Any, column: list[Tensor]) -> list[Tensor] | None:
+    return None if before is None and not any(bool(c.any()) for c in column) else column
+
+
+def _numbers(theta: Tensor, state: tuple[Tensor, ...]) -> int:
+    return theta.numel() + sum(u.numel() for u in state)
+
+
+def _started(update: Update, theta: Tensor) -> tuple[Tensor, ...]:
+    state = update.start(theta)
+    if not isinstance(state, tuple) or not all(isinstance(u, Tensor) for u in state):
+        raise TypeError(
+            f"update: start returned {type(state).__name__}, expected a tuple of tensors"
+        )
+    return tuple(map(ordinary, state))
+
+
+def _stepped(update, theta, state, q, lam, t):
+    """One step, checked, without a graph; done twice, as the way back will do it again."""
+    before = versions((theta, *state, q, lam))
+    with torch.no_grad():
+        out, again = (update.step(theta, state, q, lam, t) for _ in range(2))
+    if versions((theta, *state, q, lam)) != before:
+        raise ValueError("update: step writes into its arguments; return new tensors")
+    shapes = [tuple(u.shape) for u in (theta, *state)]
+    try:
+        new, news = out
+        came = [tuple(u.shape) for u in (new, *news)]
+    except (TypeError, ValueError, AttributeError):
+        raise TypeError(
+            f"update: step returned {type(out).__name__}, expected (theta, tuple of the state)"
+        ) from None
+    if came != shapes:
+        raise ValueError(f"update: step returned shapes {came}, expected {shapes}")
+    pairs = zip((new, *news), (again[0], *again[1]), strict=True)
+    if looked_at(new) and not all(bool(torch.equal(a, b) or a.isnan().any()) for a, b in pairs):
+        raise ValueError(
+            "update: step is another one when it is done again (does it draw random numbers, or "
+            "count its calls?); make it a function of its arguments"
+        )
+    return new, tuple(news)
+
+
+class _Step:
+    """One step theta', u' = step(theta, u, q; lam, t) with its derivative, by autograd."""
+
+    def __init__(self, update, theta, state, q, lam, t):
+        at = [x.detach().requires_grad_() for x in (lam, theta, q, *state)]
+        with torch.enable_grad():
+            new, news = update.step(at[1], tuple(at[3:]), at[2], at[0], t)
+        self.at, self.ends = at, [new, *news]
+        self.out = new.detach(), tuple(u.detach() for u in news)
+        self.linear = None
+
+    def _grad(self, outs, inputs, bars, **kwargs):
+        pairs = [
+            (o, b) for o, b in zip(outs, bars, strict=True)
+            if o is not None and b is not None and o.requires_grad
+        ]  # fmt: skip
+        if not pairs:
+            return [None] * len(inputs)
+        outs, bars = zip(*pairs, strict=True)
+        return torch.autograd.grad(outs, inputs, bars, allow_unused=True, **kwargs)
+
+    def pull_back(self, bars: list[Tensor]) -> list[Tensor]:
+        """From weights on theta' and u' to those on lam, theta, q and u."""
+        pulled = self._grad(self.ends, self.at, bars)
+        return [
+            torch.zeros_like(x) if p is None else p for p, x in zip(pulled, self.at, strict=True)
+        ]
+
+    def push_forward(self, along: list[Tensor | None]) -> list[Tensor]:
+        """From directions of lam, theta, q and u (None: zero) to those of theta' and u'.
+
+        The way back is linear in its weights; its derivative in them is the way forward.
+        """
+        if self.linear is None:
+            bars = [torch.zeros_like(o).requires_grad_() for o in self.ends]
+            with torch.enable_grad():
+                self.linear = self._grad(self.ends, self.at, bars, create_graph=True), bars
+        pulled, bars = self.linear
+        pushed = self._grad(pulled, bars, along, retain_graph=True)
+        return [torch.zeros_like(b) if p is None else p for p, b in zip(pushed, bars, strict=True)]

@@ -39,6 +39,11 @@ GROUPS = {
         "models.linear", "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
     ],
     "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
+    "Long horizons": [
+        "updates.Update", "updates.SGD", "updates.Adam", "updates.AdamW",
+        "schedules.forward_schedule", "schedules.SignSteps", "population.evolve",
+        "functional.functional_hypergradient",
+    ],
     "Meta-learning": [
         "meta.adapt", "meta.maml", "meta.imaml", "meta.sinusoids", "meta.few_shot",
     ],
@@ -58,7 +63,8 @@ runs. The examples begin with
     import bilevel_lite as bl
 """
 MODULES = [
-    "data", "drawings", "exercises", "experiment", "meta", "models", "plotting", "tasks", "text",
+    "data", "drawings", "exercises", "experiment", "functional", "meta", "models", "plotting",
+    "population", "schedules", "tasks", "text", "updates",
 ]  # fmt: skip
 
 

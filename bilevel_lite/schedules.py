@@ -1,0 +1,159 @@
+"""Schedules of learning rate, momentum and weight decay, learned through the whole training.
+
+The steps of a training are cut into windows, each with one value of the rate, which then is an
+outer variable like any other: forward mode carries one column d theta_t / d value for each of
+them, however long the training. A window of many steps has few columns and averages the noise of
+its steps; it also hides what they want apart.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.problem import BilevelProblem
+from bilevel_lite.refuse import at_least, require_variable
+from bilevel_lite.unroll import UnrollInfo, unrolled_hypergradient
+from bilevel_lite.updates import SGD, window
+
+__all__ = ["SignSteps", "forward_schedule"]
+
+RATES = ("lr", "momentum", "weight_decay")
+Schedule = Tensor | float
+
+
+def forward_schedule(
+    problem: BilevelProblem,
+    theta0: Tensor,
+    steps: int,
+    lr: Schedule,
+    momentum: Schedule = 0.0,
+    weight_decay: Schedule = 0.0,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    mode: str = "forward",
+) -> tuple[dict[str, Tensor], UnrollInfo]:
+    r"""The derivative of the outer loss after T steps of `SGD` in every value of its schedules.
+
+        u_{t+1} = m u_t + q_t + w theta_t,     theta_{t+1} = theta_t - lr u_{t+1}
+        a schedule of n values gives step t its value number floor(n t / T)
+
+    Forward mode, with H_t the Hessian of the step's batch, Z = d theta / d value and C = d u / d
+    value, and a one in the step's own window (of the rate that the value belongs to):
+
+        C <- m C + H_t Z + w Z  (+ u_t for m, + theta_t for w),     Z <- Z - lr C  (- u_{t+1} for lr)
+
+    Args:
+        problem: The two losses, called with the schedules' values as one flat ``lam``, which they
+            need not use.
+        theta0: Start, shape (d,).
+        steps: T.
+        lr: A tensor of n values, one a window, whose derivative is wanted; or a fixed number. The
+            same holds of the next two.
+        momentum: m.
+        weight_decay: w.
+        inner_batch: As in `bilevel_lite.unrolled_hypergradient`, one for each step.
+        outer_batch: Batch of f.
+        mode: ``"forward"``, or ``"reverse"`` for the same numbers the other way.
+
+    Returns:
+        By name, the derivative in each schedule that is a tensor, of its shape; and an
+        `UnrollInfo`. Public code divides by the steps of a window; this is the derivative itself.
+
+    Raises:
+        TypeError, ValueError: as `bilevel_lite.unrolled_hypergradient`; if no schedule is a
+            tensor, one is not flat or has more values than there are steps.
+
+    Cost: forward, 2 gradients per step and value, from the value's first window on. Source:
+    Micaelli and Storkey (2021), arXiv 2007.07869, algorithm 1.
+
+    Example:
+        >>> from bilevel_lite.schedules import forward_schedule
+        >>> g, f = lambda lam, theta, _: (theta**2).sum() / 2, lambda lam, theta, _: theta.sum()
+        >>> problem, theta0 = bl.BilevelProblem(g, f), torch.tensor([1.0])
+        >>> h, info = forward_schedule(problem, theta0, steps=2, lr=torch.tensor([0.1, 0.3]))
+        >>> h["lr"]  # theta_2 = (1 - lr_0) (1 - lr_1)
+        tensor([-0.7000, -0.9000])
+    """
+    at_least("steps", steps, 1)
+    given = dict(zip(RATES, (lr, momentum, weight_decay), strict=True))
+    learned = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if not learned:
+        raise ValueError(f"lr: got {lr!r}, expected a tensor of values for one of {list(RATES)}")
+    rates: dict[str, Any] = {k: v for k, v in given.items() if k not in learned}
+    first = 0
+    for name, values in learned.items():
+        require_variable(name, values)
+        if values.dim() != 1 or not 1 <= len(values) <= steps:
+            raise ValueError(
+                f"{name}: got shape {tuple(values.shape)}, expected (n,) with n from 1 to the "
+                f"{steps} steps"
+            )
+        rates[name] = _windowed(first, len(values), steps)
+        first += len(values)
+    lam = torch.cat([values.detach().to(theta0) for values in learned.values()])
+    h, info = unrolled_hypergradient(
+        problem, lam, theta0, steps, mode=mode, inner_batch=inner_batch, outer_batch=outer_batch,
+        update=SGD(**rates), return_info=True,
+    )  # fmt: skip
+    parts = h.split([len(values) for values in learned.values()])
+    return dict(zip(learned, parts, strict=True)), info
+
+
+def _windowed(first: int, values: int, steps: int):
+    return lambda lam, t: lam[first + window(t, steps, values)]
+
+
+BOUNDS = {"lr": (0.0, float("inf")), "momentum": (0.0, 0.999), "weight_decay": (0.0, float("inf"))}
+
+
+@dataclass
+class SignSteps:
+    r"""Outer steps by signs alone: what is left of a derivative whose size spans many decades.
+
+        value_j <- the nearest in its bounds to value_j - s_j sign(h_j);   s_j <- s_j / 2 at a change
+                                                                           of sign
+
+    Args:
+        values: By name, each a flat tensor; replaced at each step.
+        sizes: By name, the s of all its values at the start.
+        bounds: By name, (least, most); by default rates are not negative, momentum is at most
+            0.999. Public code has no bounds, so that a rate may become negative.
+
+    Raises:
+        ValueError: if a size is not positive, or names differ.
+
+    Cost: none. Source: Micaelli and Storkey (2021), arXiv 2007.07869, appendix; the bounds are ours.
+
+    Example:
+        >>> from bilevel_lite.schedules import SignSteps
+        >>> outer = SignSteps({"lr": torch.zeros(2)}, {"lr": 0.1})
+        >>> for h in ([-3.0, 2.0], [0.5, -1e-6]):
+        ...     outer.step({"lr": torch.tensor(h)})
+        >>> outer.values["lr"]  # 0 -> 0.1 -> 0.05 and, held at its bound, 0 -> 0 -> 0.05
+        tensor([0.0500, 0.0500])
+    """
+
+    values: dict[str, Tensor]
+    sizes: dict[str, float]
+    bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(BOUNDS))
+
+    def __post_init__(self):
+        if set(self.values) != set(self.sizes) or not set(self.values) <= set(self.bounds):
+            raise ValueError(
+                f"sizes: got {sorted(self.sizes)}, expected {sorted(self.values)}, each with bounds"
+            )
+        for name, size in self.sizes.items():
+            if not size > 0:
+                raise ValueError(f"sizes: got {size} for {name}, expected a positive number")
+        self.size = {k: torch.full_like(v, self.sizes[k]) for k, v in self.values.items()}
+        self.sign = {k: torch.zeros_like(v) for k, v in self.values.items()}
+
+    def step(self, h: dict[str, Tensor]) -> None:
+        """Change the values by one step against the derivatives ``h``."""
+        for name, value in self.values.items():
+            sign = h[name].sign()
+            self.size[name] = torch.where(sign * self.sign[name] < 0, 0.5, 1.0) * self.size[name]
+            self.sign[name] = torch.where(sign == 0, self.sign[name], sign)
+            self.values[name] = (value - self.size[name] * sign).clamp(*self.bounds[name])
