@@ -42,7 +42,8 @@ def forward_schedule(
     Forward mode, with H_t the Hessian of the step's batch, Z = d theta / d value and C = d u / d
     value, and a one in the step's own window (of the rate that the value belongs to):
 
-        C <- m C + H_t Z + w Z  (+ u_t for m, + theta_t for w),     Z <- Z - lr C  (- u_{t+1} for lr)
+        C <- m C + H_t Z + w Z  (+ u_t for m, + theta_t for w)
+        Z <- Z - lr C  (- u_{t+1} for lr)
 
     Args:
         problem: The two losses, called with the schedules' values as one flat ``lam``, which they
@@ -112,8 +113,8 @@ BOUNDS = {"lr": (0.0, float("inf")), "momentum": (0.0, 0.999), "weight_decay": (
 class SignSteps:
     r"""Outer steps by signs alone: what is left of a derivative whose size spans many decades.
 
-        value_j <- the nearest in its bounds to value_j - s_j sign(h_j);   s_j <- s_j / 2 at a change
-                                                                           of sign
+        s_j <- s_j / 2 where h_j has changed its sign
+        value_j <- the nearest in its bounds to value_j - s_j sign(h_j)
 
     Args:
         values: By name, each a flat tensor; replaced at each step.
@@ -124,7 +125,7 @@ class SignSteps:
     Raises:
         ValueError: if a size is not positive, or names differ.
 
-    Cost: none. Source: Micaelli and Storkey (2021), arXiv 2007.07869, appendix; the bounds are ours.
+    Cost: none. Source: Micaelli and Storkey (2021), arXiv 2007.07869; the bounds are ours.
 
     Example:
         >>> from bilevel_lite.schedules import SignSteps

@@ -141,6 +141,13 @@ class Adam(_Known):
 
     Raises:
         ValueError: if a number is out of its range.
+
+    Example:
+        >>> g, f = lambda lam, theta, _: lam * theta.sum(), lambda lam, theta, _: theta.sum()
+        >>> at = bl.BilevelProblem(g, f), torch.tensor(1.0), torch.zeros(1)
+        >>> h = bl.unrolled_hypergradient(*at, steps=5, update=bl.updates.Adam(0.1))
+        >>> h.abs() < 1e-6  # Adam divides the size of the gradient out, and lam with it
+        tensor(True)
     """
 
     beta1: Rate = _rate("a number from 0 up to, not including, 1", lambda v: 0 <= v < 1, 0.9)
@@ -172,6 +179,13 @@ class AdamW(Adam):
     r"""`Adam` with decoupled weight decay, as ``torch.optim.AdamW``.
 
     Before the step theta <- (1 - lr w) theta, and the moments see q alone.
+
+    Example:
+        >>> g, f = lambda lam, theta, _: 0 * theta.sum(), lambda lam, theta, _: theta.sum()
+        >>> update = bl.updates.AdamW(0.1, weight_decay=lambda lam, t: lam)
+        >>> at = bl.BilevelProblem(g, f), torch.tensor(2.0), torch.ones(1)
+        >>> bl.unrolled_hypergradient(*at, steps=2, update=update)  # theta_2 = (1 - 0.1 lam)^2
+        tensor(-0.1600)
     """
 
     def _decayed(self, theta, q, lam, t):

@@ -84,7 +84,7 @@ PARTS = {
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1036),
     "meta-learning": ([PACKAGE / "meta.py"], 335),
-    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 700),
+    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 620),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2995),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),

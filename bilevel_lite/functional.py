@@ -1,0 +1,145 @@
+"""Functional bilevel optimisation: the inner unknown is a function, whatever represents it.
+
+    h*_lam = argmin over functions h of E_in l_in(lam, h(x), .)
+    Phi(lam) = E_out l_out(lam, h*_lam(x), .)
+
+The inner loss need be convex in the prediction h(x) only, not in the weights of a network. The
+place of v in theta's space is taken by a function of x, the adjoint a:
+
+    a* = argmin over a of  E_in[ 1/2 a^T (d^2 l_in / dh^2) a ] + E_out[ a^T d l_out / dh ]
+    dPhi/dlam = d E_out l_out / dlam + E_in[ (d^2 l_in / dlam dh) a*(x) ]
+
+Here a is sought among the combinations a(x) = B(x) xi of k given functions, a linear system of k
+unknowns. With B the derivatives of the network's outputs in its weights the system is that of the
+GGN, and xi = -v (`tangents`): then, and only then, it is the parametric hypergradient.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_lite.refuse import require_finite, require_variable
+
+__all__ = ["functional_hypergradient", "spread", "tangents"]
+
+Pointwise = Callable[[Tensor, Tensor, Any], Tensor]
+Basis = Callable[[Tensor], Tensor]
+
+
+def tangents(outputs: Callable[[Tensor, Tensor], Tensor], theta: Tensor) -> Basis:
+    """B(x) = d outputs(theta, x) / d theta, shape (n, c, d): dense, for small models.
+
+    Args:
+        outputs: (theta, x) -> predictions, shape (n, c).
+        theta: Shape (d,).
+    """
+    return lambda x: torch.func.jacrev(lambda point: outputs(point, x))(theta.detach())
+
+
+def spread(features: Callable[[Tensor], Tensor], c: int) -> Basis:
+    """B(x) of a(x) = features(x) W with W of shape (p, c), as rows of one basis (n, c, p c)."""
+
+    def basis(x):
+        phi = features(x)
+        return torch.einsum("np,ce->ncpe", phi, torch.eye(c).to(phi)).flatten(2)
+
+    return basis
+
+
+def functional_hypergradient(
+    inner_loss: Pointwise,
+    outer_loss: Pointwise,
+    lam: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    basis: Basis,
+    inner_batch: Any,
+    outer_batch: Any,
+    ridge: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""The hypergradient through the adjoint function, and the adjoint's coefficients.
+
+        ( mean_in B^T S B + ridge I ) xi = - mean_out B^T d l_out / dh,   S = d^2 l_in / dh^2
+        h = d mean_out l_out / dlam + mean_in d/dlam < d l_in / dh, B xi >
+
+    Args:
+        inner_loss: (lam, h, batch) -> losses, shape (n,); h are predictions, shape (n, c).
+        outer_loss: The same.
+        lam: Outer variable.
+        predict: x -> h*_lam(x), shape (n, c), the inner solution; it is not differentiated.
+        basis: x -> B(x), shape (n, c, k); see `tangents` and `spread`.
+        inner_batch: (x, ...), over which the inner mean is taken.
+        outer_batch: (x, ...), likewise.
+        ridge: Added to the diagonal of the system.
+
+    Returns:
+        The hypergradient, like ``lam``, and xi, shape (k,); both detached.
+
+    Raises:
+        TypeError: if ``lam`` is not a floating-point tensor.
+        ValueError: if ``ridge`` is negative, losses or basis have another shape, the system is
+            singular, or the result is not finite.
+
+    Cost: dense, of order n c k^2 + k^3. Source: Petrulionyte, Mairal and Arbel (2024), arXiv
+    2403.20233, equations 4 and 5; their closed form is `spread` of the last layer's inputs.
+
+    Example:
+        >>> from bilevel_lite.functional import functional_hypergradient, spread
+        >>> pull = lambda lam, h, batch: ((h - lam) ** 2).sum(1) / 2  # h* = lam
+        >>> aim = lambda lam, h, batch: ((h - 1) ** 2).sum(1) / 2
+        >>> x, lam = (torch.zeros(4, 1),), torch.tensor(3.0)
+        >>> ones = spread(lambda x: torch.ones(len(x), 1), c=1)
+        >>> h, xi = functional_hypergradient(pull, aim, lam, lambda x: 3 + 0 * x, ones, x, x)
+        >>> h  # Phi = (lam - 1)^2 / 2
+        tensor(2.)
+    """
+    require_variable("lam", lam)
+    if not ridge >= 0:
+        raise ValueError(f"ridge: got {ridge}, expected a number that is zero or positive")
+    lam = lam.detach().clone().requires_grad_()
+    with torch.no_grad():
+        within, beyond = (predict(batch[0]) for batch in (inner_batch, outer_batch))
+        near, far = (basis(batch[0]) for batch in (inner_batch, outer_batch))
+    for name, b, h in (("inner_batch", near, within), ("outer_batch", far, beyond)):
+        if h.dim() != 2 or b.dim() != 3 or b.shape[:2] != h.shape:
+            raise ValueError(
+                f"basis: got shape {tuple(b.shape)} on {name} for predictions of shape "
+                f"{tuple(h.shape)}, expected (n, c, k) and (n, c)"
+            )
+    with torch.enable_grad():
+        beyond = beyond.detach().requires_grad_()
+        outer = _losses("outer_loss", outer_loss, lam, beyond, outer_batch).mean()
+        direct, pull = torch.autograd.grad(outer, (lam, beyond), allow_unused=True)
+        within = within.detach().requires_grad_()
+        losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
+        (slope,) = torch.autograd.grad(losses.sum(), within, create_graph=True)
+        curvature = torch.stack(
+            [torch.autograd.grad(s.sum(), within, retain_graph=True)[0] for s in slope.unbind(1)], 1
+        )
+        system = torch.einsum("nck,nce,nel->kl", near, curvature, near) / len(near)
+        system = system + ridge * torch.eye(len(system)).to(system)
+        right = -torch.einsum("nck,nc->k", far, torch.zeros_like(beyond) if pull is None else pull)
+        xi, failed = torch.linalg.solve_ex(system, right)
+        if int(failed):
+            raise ValueError(
+                "basis: the system of the adjoint is singular; give a ridge above zero, or fewer "
+                "functions than there are inner examples"
+            )
+        adjoint = torch.einsum("nck,k->nc", near, xi)
+        (cross,) = torch.autograd.grad((slope * adjoint).sum() / len(near), lam, allow_unused=True)
+    if cross is None:
+        raise ValueError("inner_loss: does not depend on lam")
+    h = cross if direct is None else direct + cross
+    require_finite({"hypergradient": h})
+    return h.detach(), xi.detach()
+
+
+def _losses(name, loss, lam, h, batch):
+    losses = loss(lam, h, batch)
+    if losses.shape != h.shape[:1]:
+        raise ValueError(
+            f"{name}: got losses of shape {tuple(losses.shape)}, expected one for each of the "
+            f"{len(h)} examples, shape ({len(h)},)"
+        )
+    return losses

@@ -1,0 +1,360 @@
+"""Schedules, populations and functional hypergradients: each against another way to its number."""
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite.functional import functional_hypergradient, spread, tangents
+from bilevel_lite.population import Member, Teacher, evolve, rescale
+from bilevel_lite.problem import NotFinite
+from bilevel_lite.schedules import SignSteps, forward_schedule
+
+
+def error(got, truth):
+    return float((got - truth).norm() / truth.norm())
+
+
+# ------------------------------------------------------------------ schedules
+
+T = 12
+
+
+@pytest.fixture(scope="module")
+def training():
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(20, 3, generator=generator), torch.randn(20, generator=generator)
+    x_val, y_val = torch.randn(15, 3, generator=generator), torch.randn(15, generator=generator)
+    rows = [torch.randperm(20, generator=generator)[:8] for _ in range(T)]
+
+    def inner(lam, theta, rows):
+        return torch.tanh(x[rows] @ theta - y[rows]).square().mean()
+
+    def outer(lam, theta, _):
+        return torch.tanh(x_val @ theta - y_val).square().mean()
+
+    theta0 = 0.3 * torch.randn(3, generator=generator)
+    return bl.BilevelProblem(inner, outer), theta0, lambda t: rows[t]
+
+
+RATES = {
+    "lr": torch.tensor([0.3, 0.2, 0.4]),
+    "momentum": torch.tensor([0.7, 0.5]),
+    "weight_decay": torch.tensor([0.05]),
+}
+
+
+def final_loss(training, rates):
+    """The training by torch's own optimiser, its rates set before each step."""
+    problem, theta0, batch = training
+    theta = torch.nn.Parameter(theta0.clone())
+    optimizer = torch.optim.SGD([theta], lr=1.0, momentum=0.5)
+    for t in range(T):
+        for name, values in rates.items():
+            optimizer.param_groups[0][name] = float(values[len(values) * t // T])
+        optimizer.zero_grad()
+        problem.inner_loss(None, theta, batch(t)).backward()
+        optimizer.step()
+    return float(problem.outer_loss(None, theta, None).detach())
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_the_derivative_of_a_schedule_is_that_of_torchs_training(training, mode):
+    problem, theta0, batch = training
+    h, _ = forward_schedule(problem, theta0, T, **RATES, inner_batch=batch, mode=mode)
+    for name, values in RATES.items():
+        for k in range(len(values)):
+            ends = []
+            for sign in (1, -1):
+                moved = {**RATES, name: values.clone()}
+                moved[name][k] += sign * 1e-5
+                ends.append(final_loss(training, moved))
+            slope = (ends[0] - ends[1]) / 2e-5
+            assert abs(float(h[name][k]) - slope) < 1e-8 + 1e-6 * abs(slope), (name, k)
+
+
+def test_forward_and_reverse_mode_are_one_number(training):
+    problem, theta0, batch = training
+    both = [
+        forward_schedule(problem, theta0, T, **RATES, inner_batch=batch, mode=mode)[0]
+        for mode in ("forward", "reverse")
+    ]
+    for name in RATES:
+        assert error(both[0][name], both[1][name]) < 1e-12
+
+
+def test_a_window_is_the_sum_of_its_steps_and_a_number_is_fixed(training):
+    problem, theta0, batch = training
+    at = {"momentum": 0.6, "weight_decay": 0.01, "inner_batch": batch}
+    each, _ = forward_schedule(problem, theta0, T, torch.full((T,), 0.3), **at)
+    three, info = forward_schedule(problem, theta0, T, torch.full((3,), 0.3), **at)
+    assert set(three) == {"lr"}
+    assert error(three["lr"], each["lr"].view(3, -1).sum(1)) < 1e-12
+    assert info.stored == 3 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lr": 0.1}, "lr: got 0.1, expected a tensor of values"),
+        ({"lr": torch.ones(13)}, r"lr: got shape \(13,\), expected \(n,\) with n from 1 to the 12"),
+        ({"momentum": torch.ones(1, 1)}, r"momentum: got shape \(1, 1\)"),
+        ({"lr": torch.ones(2, dtype=torch.int64)}, "^lr: "),
+        ({"momentum": 1.5}, "momentum: got 1.5"),
+        ({"steps": 0}, "steps: got 0"),
+    ],
+)
+def test_bad_schedules_are_refused(training, change, message):
+    problem, theta0, batch = training
+    given = {"steps": T, "lr": torch.ones(2), "inner_batch": batch, **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        forward_schedule(problem, theta0, **given)
+
+
+def test_sign_steps_by_hand():
+    outer = SignSteps(
+        {"lr": torch.tensor([0.1, 0.1]), "momentum": torch.tensor([0.9])},
+        {"lr": 0.08, "momentum": 0.2},
+    )
+    seen = []
+    for lr, momentum in (([-9.0, 1e-9], -1.0), ([4.0, 2.0], 1.0), ([0.0, -1.0], 1.0),
+                         ([-1.0, -1.0], 1.0)):  # fmt: skip
+        outer.step({"lr": torch.tensor(lr), "momentum": torch.tensor([momentum])})
+        seen.append([*outer.values["lr"].tolist(), float(outer.values["momentum"])])
+    by_hand = [
+        [0.18, 0.02, 0.999],  # momentum is held at its bound
+        [0.14, 0.0, 0.899],  # 0.08 halved at a change of sign; 0.02 - 0.08 is held at zero
+        [0.14, 0.04, 0.799],  # a derivative of zero changes nothing
+        [0.16, 0.08, 0.699],
+    ]
+    assert torch.allclose(torch.tensor(seen), torch.tensor(by_hand), atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [{"lr": 0.0}, {"momentum": 0.1}, {"lr": 0.1, "momentum": 0.1}])
+def test_bad_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="^sizes: got"):
+        SignSteps({"lr": torch.ones(1)}, sizes)
+
+
+# ------------------------------------------------------------------ functional
+
+
+@pytest.fixture(scope="module")
+def regression():
+    """Weighted softmax regression: lam has a weight for each example, theta is solved for."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
+    far = torch.randn(10, 4, generator=generator), torch.arange(10) % 3
+    lam = torch.randn(30, generator=generator)
+
+    def inner(lam, h, batch):
+        losses = torch.nn.functional.cross_entropy(h, batch[1], reduction="none")
+        return torch.sigmoid(lam) * losses + 0.01 * h.square().sum(1)
+
+    def outer(lam, h, batch):
+        losses = torch.nn.functional.cross_entropy(h, batch[1], reduction="none")
+        return losses + 0.1 * (lam**2).mean()
+
+    return inner, outer, lam, (x, y), far
+
+
+def parametric(outputs, inner, outer, near, far):
+    return bl.BilevelProblem(
+        lambda lam, theta, batch: inner(lam, outputs(theta, batch[0]), batch).mean(),
+        lambda lam, theta, batch: outer(lam, outputs(theta, batch[0]), batch).mean(),
+    )
+
+
+def test_with_the_tangents_of_a_linear_model_it_is_the_parametric_hypergradient(regression):
+    inner, outer, lam, near, far = regression
+    outputs = lambda theta, x: x @ theta.view(4, 3)  # noqa: E731
+    problem = parametric(outputs, inner, outer, near, far)
+
+    def solved(lam):
+        theta = torch.zeros(12)
+        for _ in range(30):  # Newton
+            slope = bl.products.gradient(problem.inner_loss, lam, theta, near)[2]
+            H = bl.products.hessian(problem.inner_loss, lam, theta, near)
+            theta = theta - torch.linalg.solve(H, slope)
+        return theta
+
+    theta = solved(lam)
+    truth = bl.hypergradient(
+        problem, lam, theta, solver=bl.Direct(), inner_batch=near, outer_batch=far
+    )
+    for basis in (tangents(outputs, theta), spread(lambda x: x, 3)):
+        h, xi = functional_hypergradient(
+            inner, outer, lam, lambda x: outputs(theta, x), basis, near, far
+        )
+        assert error(h, truth) < 1e-10 and xi.shape == (12,)
+    e, step = torch.eye(30)[7], 1e-4
+    ends = [problem.outer_loss(lam + s * e, solved(lam + s * e), far) for s in (step, -step)]
+    assert abs(float(h[7] - (ends[0] - ends[1]) / (2 * step))) < 1e-8
+
+
+def test_with_the_tangents_of_a_network_its_curvature_is_the_ggn(regression):
+    inner, outer, lam, near, far = regression
+
+    def outputs(theta, x):
+        return torch.tanh(x @ theta[:8].view(4, 2)) @ theta[8:].view(2, 3)
+
+    theta = torch.randn(14, generator=torch.Generator().manual_seed(0))
+    at = inner, outer, lam, lambda x: outputs(theta, x), tangents(outputs, theta), near, far
+    h, xi = functional_hypergradient(*at, ridge=0.01)
+    # the same by hand: v from J^T S J, then J v by the package
+    problem = parametric(outputs, inner, outer, near, far)
+    J = torch.func.jacrev(lambda p: outputs(p, near[0]))(theta)
+    S = torch.stack([
+        torch.func.hessian(lambda o, i=i: inner(lam[i:i+1], o[None], (None, near[1][i:i+1]))[0])(
+            outputs(theta, near[0])[i]
+        )
+        for i in range(30)
+    ])  # fmt: skip
+    G = torch.einsum("nck,nce,nel->kl", J, S, J) / 30 + 0.01 * torch.eye(14)
+    _, direct, b = bl.products.gradient(problem.outer_loss, lam, theta, far)
+    v = torch.linalg.solve(G, b)
+    truth = direct - bl.products.cross_vp(problem.inner_loss, lam, theta, near, v)
+    assert error(h, truth) < 1e-10 and error(-xi, v) < 1e-10
+
+
+def test_a_richer_basis_is_the_hypergradient_of_functions():
+    """Every function on five points: h* and Phi are known point by point, whatever predicts."""
+    x, c = torch.arange(5.0)[:, None], torch.tensor([1.0, 2.0, 0.5, -1.0, 3.0])
+    lam = torch.tensor([0.5, 2.0])
+    weight = lambda lam: lam[0] + lam[1] * x[:, 0]  # noqa: E731
+    inner = lambda lam, h, batch: weight(lam) * (h[:, 0] - c) ** 2 + h[:, 0] ** 2  # noqa: E731
+    outer = lambda lam, h, batch: (h[:, 0] - 1) ** 2  # noqa: E731
+    star = lambda lam: weight(lam) * c / (weight(lam) + 1)  # noqa: E731
+    at = lam.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(((star(at) - 1) ** 2).mean(), at)
+    each = spread(lambda x: torch.nn.functional.one_hot(x[:, 0].long(), 5).to(x), 1)
+    h, _ = functional_hypergradient(
+        inner, outer, lam, lambda x: star(lam)[:, None], each, (x,), (x,)
+    )
+    assert error(h, truth) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ridge": -1.0}, "^ridge: got -1.0"),
+        ({"basis": lambda x: x}, r"^basis: got shape \(30, 4\) on inner_batch"),
+        ({"basis": spread(lambda x: torch.zeros(len(x), 2), 3)}, "^basis: the system .* singular"),
+        ({"inner_loss": lambda lam, h, b: h.sum()}, r"^inner_loss: got losses of shape \(\)"),
+        (
+            {"inner_loss": lambda lam, h, b: h.square().sum(1)},
+            "^inner_loss: does not depend on lam",
+        ),
+        ({"lam": torch.ones(3, dtype=torch.long)}, "^lam"),
+    ],
+)
+def test_bad_functional_problems_are_refused(regression, change, message):
+    inner, outer, lam, near, far = regression
+    given = {
+        "inner_loss": inner, "outer_loss": outer, "lam": lam, "predict": lambda x: x[:, :3],
+        "basis": spread(lambda x: x, 3), "inner_batch": near, "outer_batch": far,
+    }  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=message):
+        functional_hypergradient(**{**given, **change})
+
+
+# ------------------------------------------------------------------ populations
+
+
+def two_wells(lam):
+    """A local trap at -1 and the minimum, -1, at 2."""
+    return float(-0.5 * torch.exp(-2 * (lam + 1) ** 2) - torch.exp(-2 * (lam - 2) ** 2))
+
+
+def student(member):
+    at = member.lam.clone().requires_grad_()
+    loss = -0.5 * torch.exp(-2 * (at + 1) ** 2) - torch.exp(-2 * (at - 2) ** 2)
+    (slope,) = torch.autograd.grad(loss, at)
+    lam = member.lam - 0.1 * slope
+    return Member(lam, member.state + 1, two_wells(lam))
+
+
+def test_without_replacement_it_is_as_many_restarts():
+    starts = [Member(torch.tensor(s), 0) for s in (-1.4, -0.5, 1.2, 2.5)]
+    members, history = evolve(starts, student, 9, torch.Generator(), truncation=0.0)
+    alone = []
+    for member in starts:
+        for _ in range(9):
+            member = student(member)
+        alone.append(member.loss)
+    assert [m.loss for m in members] == sorted(alone)
+    assert len(history) == 9 and all(m.state == 9 for m in members)
+    assert starts[0].state == 0  # what was handed over is not changed
+
+
+def test_the_trapped_are_replaced_by_mutants_of_the_best():
+    starts = [Member(torch.tensor(s), 0) for s in (-1.2, -1.0, -0.8, 1.5)]
+    drawn = [evolve(starts, student, 30, torch.Generator().manual_seed(1), truncation=0.25)
+             for _ in range(2)]  # fmt: skip
+    assert [m.loss for m in drawn[0][0]] == [m.loss for m in drawn[1][0]]  # seeded
+    assert sum(m.loss < -0.9 for m in drawn[0][0]) >= 3
+    alone, _ = evolve(starts, student, 30, torch.Generator(), truncation=0.0)
+    assert sum(m.loss < -0.9 for m in alone) == 1
+
+
+def test_copies_take_the_state_along_and_mutations_are_of_lam():
+    def still(member):
+        return Member(member.lam, member.state, float(member.lam.sum()))
+
+    starts = [Member(torch.tensor([float(k)]), f"state of {k}") for k in (1, 2, 3, 4)]
+    members, _ = evolve(starts, still, 2, torch.Generator(), truncation=0.25, mutate=None)
+    assert [m.state for m in members] == ["state of 1", "state of 1", "state of 2", "state of 3"]
+    assert torch.equal(members[1].lam, torch.tensor([1.0]))
+    times = rescale(torch.ones(1000), torch.Generator().manual_seed(0))
+    assert set(times.tolist()) == {0.8, 1.2}
+
+
+def test_the_teacher_descends_on_the_loss_of_its_mutant():
+    generator = torch.Generator().manual_seed(4)
+    teacher = Teacher(3, 5, lr=1e-6, generator=generator)
+    with torch.no_grad():
+        teacher.W.copy_(0.3 * torch.randn(3, 5, generator=generator))
+    lam, aim = torch.randn(3, generator=generator), torch.randn(3, generator=generator)
+
+    def phi():
+        return float(((teacher(lam).detach() - aim) ** 2).sum())
+
+    before, slopes = phi(), []
+    for parameter in (teacher.W, teacher.V):  # differences
+        for k in range(parameter.numel()):
+            with torch.no_grad():
+                parameter.view(-1)[k] += 1e-6
+                up = phi()
+                parameter.view(-1)[k] -= 2e-6
+                slopes.append((up - phi()) / 2e-6)
+                parameter.view(-1)[k] += 1e-6
+    held = [teacher.W.detach().clone(), teacher.V.detach().clone()]
+    teacher.learn(lam, 2 * (teacher(lam).detach() - aim))
+    moved = torch.cat([
+        (a - b).flatten() / 1e-6
+        for a, b in zip(held, (teacher.W.detach(), teacher.V.detach()), strict=True)
+    ])  # fmt: skip
+    assert error(moved, torch.tensor(slopes)) < 1e-6 and phi() < before
+
+
+@pytest.mark.parametrize(
+    "count, change, message",
+    [
+        (1, {}, "members: got 1"),
+        (4, {"truncation": 0.7}, "at most half of them"),
+        (4, {"truncation": 1.0}, "truncation: got 1.0"),
+        (4, {"rounds": 0}, "rounds: got 0"),
+        (4, {"every": 0}, "every: got 0"),
+    ],
+)
+def test_bad_populations_are_refused(count, change, message):
+    starts = [Member(torch.tensor(1.0), 0)] * count
+    with pytest.raises(ValueError, match=message):
+        evolve(starts, student, **{"rounds": 3, "generator": torch.Generator(), **change})
+
+
+def test_a_population_without_a_finite_loss_is_refused():
+    def lost(member):
+        return Member(member.lam, 0, float("nan"))
+
+    with pytest.raises(NotFinite, match="loss of the best member"):
+        evolve([Member(torch.tensor(1.0))] * 2, lost, 2, torch.Generator())
