@@ -1,17 +1,18 @@
 """Functional bilevel optimisation: the inner unknown is a function, whatever represents it.
 
-    h*_lam = argmin over functions h of E_in l_in(lam, h(x), .)
-    Phi(lam) = E_out l_out(lam, h*_lam(x), .)
+    o*_lam = argmin over functions o of E_in l_in(lam, o(x), .)
+    Phi(lam) = E_out l_out(lam, o*_lam(x), .)
 
-The inner loss need be convex in the prediction h(x) only, not in the weights of a network. The
-place of v in theta's space is taken by a function of x, the adjoint a:
+The inner loss need be convex in the prediction o(x) only, not in the weights of a network. The
+place of v in theta's space is taken by a function of x, with Omega = d^2 l_in / do^2:
 
-    a* = argmin over a of  E_in[ 1/2 a^T (d^2 l_in / dh^2) a ] + E_out[ a^T d l_out / dh ]
-    dPhi/dlam = d E_out l_out / dlam + E_in[ (d^2 l_in / dlam dh) a*(x) ]
+    v = argmin over functions v of  E_in[ 1/2 v(x)^T Omega v(x) ] - E_out[ v(x)^T d l_out / do ]
+    dPhi/dlam = d E_out l_out / dlam - E_in[ (d^2 l_in / dlam do) v(x) ]
 
-Here a is sought among the combinations a(x) = B(x) xi of k given functions, a linear system of k
-unknowns. With B the derivatives of the network's outputs in its weights the system is that of the
-GGN, and xi = -v (`tangents`): then, and only then, it is the parametric hypergradient.
+Minus v is what the source calls the adjoint function. Here it is sought among the combinations
+v(x) = Z(x) v of k given functions, a linear system of k unknowns. With Z(x) the derivative of the
+outputs in the weights, the system is that of the GGN and v is its v (`tangents`): then, and only
+then, it is the parametric hypergradient.
 """
 
 from collections.abc import Callable
@@ -29,21 +30,21 @@ Basis = Callable[[Tensor], Tensor]
 
 
 def tangents(outputs: Callable[[Tensor, Tensor], Tensor], theta: Tensor) -> Basis:
-    """B(x) = d outputs(theta, x) / d theta, shape (n, c, d): dense, for small models.
+    """Z(x) = d outputs(theta, x) / d theta, shape (n, C, d): dense, for small models.
 
     Args:
-        outputs: (theta, x) -> predictions, shape (n, c).
+        outputs: (theta, x) -> predictions, shape (n, C).
         theta: Shape (d,).
     """
     return lambda x: torch.func.jacrev(lambda point: outputs(point, x))(theta.detach())
 
 
-def spread(features: Callable[[Tensor], Tensor], c: int) -> Basis:
-    """B(x) of a(x) = features(x) W with W of shape (p, c), as rows of one basis (n, c, p c)."""
+def spread(features: Callable[[Tensor], Tensor], outputs: int) -> Basis:
+    """Z(x) of v(x) = features(x) W with W of shape (p, C), as one basis of shape (n, C, p C)."""
 
     def basis(x):
         phi = features(x)
-        return torch.einsum("np,ce->ncpe", phi, torch.eye(c).to(phi)).flatten(2)
+        return torch.einsum("np,ce->ncpe", phi, torch.eye(outputs).to(phi)).flatten(2)
 
     return basis
 
@@ -56,47 +57,47 @@ def functional_hypergradient(
     basis: Basis,
     inner_batch: Any,
     outer_batch: Any,
-    ridge: float = 0.0,
+    damping: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""The hypergradient through the adjoint function, and the adjoint's coefficients.
+    r"""The hypergradient through a function v(x) = Z(x) v, and the coefficients v.
 
-        ( mean_in B^T S B + ridge I ) xi = - mean_out B^T d l_out / dh,   S = d^2 l_in / dh^2
-        h = d mean_out l_out / dlam + mean_in d/dlam < d l_in / dh, B xi >
+        ( mean_in Z^T Omega Z + damping I ) v = mean_out Z^T d l_out / do
+        h = d mean_out l_out / dlam - mean_in d/dlam < d l_in / do, Z v >
 
     Args:
-        inner_loss: (lam, h, batch) -> losses, shape (n,); h are predictions, shape (n, c).
+        inner_loss: (lam, o, batch) -> losses, shape (n,); o are predictions, shape (n, C).
         outer_loss: The same.
         lam: Outer variable.
-        predict: x -> h*_lam(x), shape (n, c), the inner solution; it is not differentiated.
-        basis: x -> B(x), shape (n, c, k); see `tangents` and `spread`.
+        predict: x -> o*_lam(x), shape (n, C), the inner solution; it is not differentiated.
+        basis: x -> Z(x), shape (n, C, k); see `tangents` and `spread`.
         inner_batch: (x, ...), over which the inner mean is taken.
         outer_batch: (x, ...), likewise.
-        ridge: Added to the diagonal of the system.
+        damping: Added to the diagonal of the system.
 
     Returns:
-        The hypergradient, like ``lam``, and xi, shape (k,); both detached.
+        The hypergradient, like ``lam``, and v, shape (k,); both detached.
 
     Raises:
         TypeError: if ``lam`` is not a floating-point tensor.
-        ValueError: if ``ridge`` is negative, losses or basis have another shape, the system is
+        ValueError: if ``damping`` is negative, losses or basis have another shape, the system is
             singular, or the result is not finite.
 
-    Cost: dense, of order n c k^2 + k^3. Source: Petrulionyte, Mairal and Arbel (2024), arXiv
+    Cost: dense, of order n C k^2 + k^3. Source: Petrulionyte, Mairal and Arbel (2024), arXiv
     2403.20233, equations 4 and 5; their closed form is `spread` of the last layer's inputs.
 
     Example:
         >>> from bilevel_lite.functional import functional_hypergradient, spread
-        >>> pull = lambda lam, h, batch: ((h - lam) ** 2).sum(1) / 2  # h* = lam
-        >>> aim = lambda lam, h, batch: ((h - 1) ** 2).sum(1) / 2
+        >>> pull = lambda lam, o, batch: ((o - lam) ** 2).sum(1) / 2  # o* = lam
+        >>> aim = lambda lam, o, batch: ((o - 1) ** 2).sum(1) / 2
         >>> x, lam = (torch.zeros(4, 1),), torch.tensor(3.0)
-        >>> ones = spread(lambda x: torch.ones(len(x), 1), c=1)
-        >>> h, xi = functional_hypergradient(pull, aim, lam, lambda x: 3 + 0 * x, ones, x, x)
+        >>> ones = spread(lambda x: torch.ones(len(x), 1), outputs=1)
+        >>> h, v = functional_hypergradient(pull, aim, lam, lambda x: 3 + 0 * x, ones, x, x)
         >>> h  # Phi = (lam - 1)^2 / 2
         tensor(2.)
     """
     require_variable("lam", lam)
-    if not ridge >= 0:
-        raise ValueError(f"ridge: got {ridge}, expected a number that is zero or positive")
+    if not damping >= 0:
+        raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
     lam = lam.detach().clone().requires_grad_()
     with torch.no_grad():
         within, beyond = (predict(batch[0]) for batch in (inner_batch, outer_batch))
@@ -105,7 +106,7 @@ def functional_hypergradient(
         if h.dim() != 2 or b.dim() != 3 or b.shape[:2] != h.shape:
             raise ValueError(
                 f"basis: got shape {tuple(b.shape)} on {name} for predictions of shape "
-                f"{tuple(h.shape)}, expected (n, c, k) and (n, c)"
+                f"{tuple(h.shape)}, expected (n, C, k) and (n, C)"
             )
     with torch.enable_grad():
         beyond = beyond.detach().requires_grad_()
@@ -118,21 +119,21 @@ def functional_hypergradient(
             [torch.autograd.grad(s.sum(), within, retain_graph=True)[0] for s in slope.unbind(1)], 1
         )
         system = torch.einsum("nck,nce,nel->kl", near, curvature, near) / len(near)
-        system = system + ridge * torch.eye(len(system)).to(system)
-        right = -torch.einsum("nck,nc->k", far, torch.zeros_like(beyond) if pull is None else pull)
-        xi, failed = torch.linalg.solve_ex(system, right)
+        system = system + damping * torch.eye(len(system)).to(system)
+        right = torch.einsum("nck,nc->k", far, torch.zeros_like(beyond) if pull is None else pull)
+        v, failed = torch.linalg.solve_ex(system, right)
         if int(failed):
             raise ValueError(
-                "basis: the system of the adjoint is singular; give a ridge above zero, or fewer "
+                "basis: the system for v is singular; give a damping above zero, or fewer "
                 "functions than there are inner examples"
             )
-        adjoint = torch.einsum("nck,k->nc", near, xi)
-        (cross,) = torch.autograd.grad((slope * adjoint).sum() / len(near), lam, allow_unused=True)
+        along = torch.einsum("nck,k->nc", near, v)
+        (cross,) = torch.autograd.grad((slope * along).sum() / len(near), lam, allow_unused=True)
     if cross is None:
         raise ValueError("inner_loss: does not depend on lam")
-    h = cross if direct is None else direct + cross
+    h = -cross if direct is None else direct - cross
     require_finite({"hypergradient": h})
-    return h.detach(), xi.detach()
+    return h.detach(), v.detach()
 
 
 def _losses(name, loss, lam, h, batch):

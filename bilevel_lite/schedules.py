@@ -36,14 +36,14 @@ def forward_schedule(
 ) -> tuple[dict[str, Tensor], UnrollInfo]:
     r"""The derivative of the outer loss after T steps of `SGD` in every value of its schedules.
 
-        u_{t+1} = m u_t + q_t + w theta_t,     theta_{t+1} = theta_t - lr u_{t+1}
+        u_{t+1} = beta u_t + q_t + weight_decay theta_t,     theta_{t+1} = theta_t - lr u_{t+1}
         a schedule of n values gives step t its value number floor(n t / T)
 
-    Forward mode, with H_t the Hessian of the step's batch, Z = d theta / d value and C = d u / d
-    value, and a one in the step's own window (of the rate that the value belongs to):
+    Forward mode, with H_t the Hessian of the step's batch, D = d theta / d value and S = d u / d
+    value; what stands in brackets is for the value whose window the step is in:
 
-        C <- m C + H_t Z + w Z  (+ u_t for m, + theta_t for w)
-        Z <- Z - lr C  (- u_{t+1} for lr)
+        S <- beta S + H_t D + weight_decay D   (+ u_t for a momentum, + theta_t for a weight decay)
+        D <- D - lr S                          (- u_{t+1} for a learning rate)
 
     Args:
         problem: The two losses, called with the schedules' values as one flat ``lam``, which they
@@ -52,8 +52,8 @@ def forward_schedule(
         steps: T.
         lr: A tensor of n values, one a window, whose derivative is wanted; or a fixed number. The
             same holds of the next two.
-        momentum: m.
-        weight_decay: w.
+        momentum: beta.
+        weight_decay: As of `SGD`.
         inner_batch: As in `bilevel_lite.unrolled_hypergradient`, one for each step.
         outer_batch: Batch of f.
         mode: ``"forward"``, or ``"reverse"`` for the same numbers the other way.

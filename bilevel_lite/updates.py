@@ -79,14 +79,15 @@ class _Known(Update):
 
 @dataclass(frozen=True)
 class SGD(_Known):
-    r"""Gradient descent with heavy-ball momentum m and weight decay w, as ``torch.optim.SGD``.
+    r"""Gradient descent with heavy-ball momentum beta and weight decay, as ``torch.optim.SGD``.
 
-        u_{t+1} = m u_t + q_t + w theta_t,     theta_{t+1} = theta_t - lr u_{t+1},     u_0 = 0
+        u_{t+1} = beta u_t + q_t + weight_decay theta_t,     u_0 = 0
+        theta_{t+1} = theta_t - lr u_{t+1}
 
     Args:
         lr: A positive number, or a function (lam, t) -> scalar, as are the others.
-        momentum: m, from 0 up to, not including, 1.
-        weight_decay: w, zero or positive.
+        momentum: beta, from 0 up to, not including, 1.
+        weight_decay: Zero or positive; 2 rho of a penalty rho ||theta||^2.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -137,7 +138,7 @@ class Adam(_Known):
         beta1: From 0 up to, not including, 1.
         beta2: The same.
         eps: A positive number.
-        weight_decay: w; added to q as w theta.
+        weight_decay: Its product with theta is added to q.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -178,7 +179,7 @@ class Adam(_Known):
 class AdamW(Adam):
     r"""`Adam` with decoupled weight decay, as ``torch.optim.AdamW``.
 
-    Before the step theta <- (1 - lr w) theta, and the moments see q alone.
+    Before the step theta <- (1 - lr weight_decay) theta, and the moments see q alone.
 
     Example:
         >>> g, f = lambda lam, theta, _: 0 * theta.sum(), lambda lam, theta, _: theta.sum()

@@ -182,10 +182,10 @@ def test_with_the_tangents_of_a_linear_model_it_is_the_parametric_hypergradient(
         problem, lam, theta, solver=bl.Direct(), inner_batch=near, outer_batch=far
     )
     for basis in (tangents(outputs, theta), spread(lambda x: x, 3)):
-        h, xi = functional_hypergradient(
+        h, v = functional_hypergradient(
             inner, outer, lam, lambda x: outputs(theta, x), basis, near, far
         )
-        assert error(h, truth) < 1e-10 and xi.shape == (12,)
+        assert error(h, truth) < 1e-10 and v.shape == (12,)
     e, step = torch.eye(30)[7], 1e-4
     ends = [problem.outer_loss(lam + s * e, solved(lam + s * e), far) for s in (step, -step)]
     assert abs(float(h[7] - (ends[0] - ends[1]) / (2 * step))) < 1e-8
@@ -199,7 +199,7 @@ def test_with_the_tangents_of_a_network_its_curvature_is_the_ggn(regression):
 
     theta = torch.randn(14, generator=torch.Generator().manual_seed(0))
     at = inner, outer, lam, lambda x: outputs(theta, x), tangents(outputs, theta), near, far
-    h, xi = functional_hypergradient(*at, ridge=0.01)
+    h, found = functional_hypergradient(*at, damping=0.01)
     # the same by hand: v from J^T S J, then J v by the package
     problem = parametric(outputs, inner, outer, near, far)
     J = torch.func.jacrev(lambda p: outputs(p, near[0]))(theta)
@@ -213,7 +213,7 @@ def test_with_the_tangents_of_a_network_its_curvature_is_the_ggn(regression):
     _, direct, b = bl.products.gradient(problem.outer_loss, lam, theta, far)
     v = torch.linalg.solve(G, b)
     truth = direct - bl.products.cross_vp(problem.inner_loss, lam, theta, near, v)
-    assert error(h, truth) < 1e-10 and error(-xi, v) < 1e-10
+    assert error(h, truth) < 1e-10 and error(found, v) < 1e-10
 
 
 def test_a_richer_basis_is_the_hypergradient_of_functions():
@@ -236,7 +236,7 @@ def test_a_richer_basis_is_the_hypergradient_of_functions():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ridge": -1.0}, "^ridge: got -1.0"),
+        ({"damping": -1.0}, "^damping: got -1.0"),
         ({"basis": lambda x: x}, r"^basis: got shape \(30, 4\) on inner_batch"),
         ({"basis": spread(lambda x: torch.zeros(len(x), 2), 3)}, "^basis: the system .* singular"),
         ({"inner_loss": lambda lam, h, b: h.sum()}, r"^inner_loss: got losses of shape \(\)"),

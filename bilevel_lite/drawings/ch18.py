@@ -1,0 +1,112 @@
+"""Chapter 18: the drawing of the two directions, and the figures of its data."""
+
+import numpy as np
+
+from bilevel_lite import plotting
+from bilevel_lite.drawings import SOFT, arrow, canvas, text
+from bilevel_lite.plotting import COLORS, PALETTE
+
+__all__ = ["directions", "drift", "landscapes", "learned", "noise_and_sharing"]
+
+
+def directions():
+    """Six steps in three windows: what the way back stores, what the way there carries."""
+    figure, ax = canvas(9.0, 2.9)
+    xs = [0.9 + 1.15 * t for t in range(7)]
+    for t, x in enumerate(xs):
+        ax.plot(x, 1.45, "o", color="black", ms=6)
+        text(ax, x, 1.13, rf"$\theta_{t},u_{t}$", fontsize=8)
+        if t < 6:
+            arrow(ax, (x + 0.12, 1.45), (xs[t + 1] - 0.12, 1.45))
+            color = PALETTE[t // 2]
+            ax.plot([x + 0.15, xs[t + 1] - 0.15], [1.75, 1.75], color=color, lw=4, alpha=0.5)
+            if t % 2 == 0:
+                text(ax, xs[t + 1], 1.98, rf"$\eta_{t // 2}$", color=color)
+    text(ax, 8.45, 1.45, r"$f(\theta_6)$")
+    arrow(ax, (xs[6] + 0.12, 1.45), (8.1, 1.45))
+    arrow(ax, (xs[0], 2.4), (xs[6], 2.4), "forward: carries one column $(D, S)$ for each rate",
+          color=COLORS["forward"])  # fmt: skip
+    arrow(ax, (xs[6], 0.62), (xs[0], 0.62), color=COLORS["unrolled"])
+    text(ax, xs[3], 0.3, r"reverse: carries $(w, \bar u)$, needs every $(\theta_t, u_t)$ back",
+         color=COLORS["unrolled"])  # fmt: skip
+    return figure
+
+
+def noise_and_sharing(each, truth, windows, variance, bias):
+    """Derivatives of each step's rate, shape (seeds, T), their mean over many; error by window."""
+    figure, (left, right) = plotting.figure(2, height=2.7)
+    t = np.arange(each.shape[1])
+    for row in each[:3]:
+        left.plot(t, row, ".", ms=2.5, color=SOFT)
+    left.plot([], [], ".", ms=2.5, color=SOFT, label="three orders of batches")
+    left.plot(t, truth, color=COLORS["exact"], label="mean of many orders")
+    left.axhline(0, color="black", lw=0.5)
+    low, high = np.quantile(each, [0.02, 0.98])
+    left.set(xlabel="step $t$", ylabel=r"$d\Phi_T/d\eta_t$", ylim=(1.5 * low, 1.5 * high))
+    left.legend(loc="upper left")
+    right.plot(windows, variance + bias, "o-", color="black", label="both")
+    right.plot(windows, variance, "s--", color=PALETTE[0], label="noise")
+    right.plot(windows, np.where(bias > 0, bias, np.nan), "^:", color=PALETTE[1],
+               label="sharing")  # fmt: skip
+    right.set(xscale="log", yscale="log", xlabel="steps that share a rate, $L$",
+              ylabel="mean squared error")  # fmt: skip
+    right.legend()
+    return figure
+
+
+def learned(history, losses, rivals, greedy):
+    """Schedules of the learning rate after each outer step, and what each way to choose costs.
+
+    ``history`` is a list of arrays, one for each outer step; ``rivals`` maps names to losses on the
+    validation set after fresh trainings; ``greedy`` is a rate for each step.
+    """
+    figure, (left, right) = plotting.figure(2, height=2.7)
+    steps = len(greedy)
+    for k, values in enumerate(history):
+        shade = 0.15 + 0.85 * k / (len(history) - 1)
+        edges = np.linspace(0, steps, len(values) + 1)
+        left.stairs(values, edges, color=COLORS["forward"], alpha=shade, lw=0.8 + shade,
+                    label="learned, last" if k == len(history) - 1 else None)  # fmt: skip
+    left.plot(greedy, color=COLORS["identity"], lw=1, label="greedy")
+    left.set(xlabel="step $t$", ylabel=r"learning rate $\eta_t$")
+    left.legend()
+    right.plot(range(1, len(losses) + 1), losses, "o-", color=COLORS["forward"], label="learned")
+    for k, (name, value) in enumerate(rivals.items()):
+        right.axhline(
+            value, ls=("--", ":", "-.")[k % 3], color=PALETTE[(2 * k + 1) % 8], label=name
+        )
+    right.set(xlabel="outer step", ylabel="validation loss after training")
+    right.legend(fontsize=6)
+    return figure
+
+
+def landscapes(functions, starts, span=(0.0, 4.2)):
+    """Cuts of the two functions along the diagonal, with the box of starts."""
+    figure, axes = plotting.figure(len(functions), height=2.3)
+    line = np.linspace(*span, 600)
+    for ax, (name, function) in zip(np.atleast_1d(axes), functions.items(), strict=True):
+        ax.axvspan(*starts, color=SOFT, alpha=0.25, lw=0, label="starts")
+        ax.plot(line, [function(x) for x in line], color="black", lw=1)
+        ax.set(title=name, xlabel=r"$\lambda_1 = \lambda_2$", ylabel=r"$\Phi$")
+        ax.legend(loc="upper right")
+    return figure
+
+
+def drift(windows, stored, again, error):
+    """Regret by window: past estimates stored, and past losses taken again; error at a fixed lam.
+
+    Each of ``stored`` and ``again`` maps a drift to losses, one for each window.
+    """
+    figure, (left, middle, right) = plotting.figure(3, height=2.5)
+    left.plot(windows, error["measured"], "o", color="black", label="measured")
+    left.plot(windows, error["predicted"], color=COLORS["exact"], label="noise + lag")
+    left.set(xscale="log", yscale="log", xlabel="window", ylabel="error at a fixed $\\lambda$")
+    left.legend()
+    for ax, title, rows in ((middle, "estimates stored", stored), (right, "losses again", again)):
+        for k, (omega, values) in enumerate(rows.items()):
+            ax.plot(windows, values, ("o-", "s--", "^:")[k], color=PALETTE[k],
+                    label=rf"drift {omega:g}")  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlabel="window", ylabel="loss, mean over time",
+               title=title, ylim=(2e-3, 2))  # fmt: skip
+        ax.legend(fontsize=6)
+    return figure
