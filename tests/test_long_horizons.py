@@ -8,6 +8,7 @@ from bilevel_lite.functional import functional_hypergradient, spread, tangents
 from bilevel_lite.population import Member, Teacher, evolve, rescale
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.schedules import SignSteps, forward_schedule
+from bilevel_lite.tasks.rates import Trainings
 
 
 def error(got, truth):
@@ -358,3 +359,54 @@ def test_a_population_without_a_finite_loss_is_refused():
 
     with pytest.raises(NotFinite, match="loss of the best member"):
         evolve([Member(torch.tensor(1.0))] * 2, lost, 2, torch.Generator())
+
+
+# ------------------------------------------------------------------ trainings of softmax regression
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    return Trainings("digits", steps=12, size=10, fit=200, held=100)
+
+
+def test_many_trainings_at_once_are_each_of_them_alone(trainings):
+    rates = {
+        "lr": torch.tensor([[0.3, 0.1], [0.05, 0.5]]),
+        "momentum": torch.tensor([[0.9], [0.2]]),
+        "weight_decay": torch.tensor([[0.01], [0.1]]),
+    }
+    found = trainings.losses(rates, [3, 4])
+    for r in range(2):
+        ends = []
+        for seed in (3, 4):
+            _, info = forward_schedule(
+                trainings.problem, trainings.start, 12, **{k: v[r] for k, v in rates.items()},
+                inner_batch=trainings.order(seed), outer_batch=trainings.judge, mode="reverse",
+            )  # fmt: skip
+            ends.append(float(info.outer_loss))
+        assert abs(float(found[r]) - sum(ends) / 2) < 1e-5
+
+
+def test_a_search_finds_the_best_of_its_own_trials(trainings):
+    for shape, values in (("constant", 1), ("linear", 5), ("free", 5)):
+        best = trainings.searched(shape, 8, seed=5)
+        one = trainings.searched(shape, 1, seed=5)
+        assert best["lr"].shape == (1, values)
+        assert float(trainings.losses(best, [5])) <= float(trainings.losses(one, [5]))
+    falling = trainings.searched("linear", 3, seed=1)["lr"][0]
+    assert torch.allclose(falling / falling[0], torch.linspace(1, 0.1, 5))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda t: t.searched("steep", 3, 0), "shape: got 'steep'"),
+        (lambda t: t.searched("free", 0, 0), "trials: got 0"),
+        (lambda t: t.losses({"lr": torch.ones(2, 1)}, [0]), r"rates: got \{'lr': \(2, 1\)\}"),
+        (lambda t: Trainings("digits", steps=0), "steps: got 0"),
+        (lambda t: Trainings("digits", steps=5), "fit: got 5000 and held=2000, but digits has"),
+    ],
+)
+def test_bad_trainings_are_refused(trainings, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(trainings)

@@ -41,8 +41,8 @@ def noise_and_sharing(each, truth, windows, variance, bias):
     left.plot([], [], ".", ms=2.5, color=SOFT, label="three orders of batches")
     left.plot(t, truth, color=COLORS["exact"], label="mean of many orders")
     left.axhline(0, color="black", lw=0.5)
-    low, high = np.quantile(each, [0.02, 0.98])
-    left.set(xlabel="step $t$", ylabel=r"$d\Phi_T/d\eta_t$", ylim=(1.5 * low, 1.5 * high))
+    top = 1.5 * np.quantile(np.abs(each), 0.98)
+    left.set(xlabel="step $t$", ylabel=r"$d\Phi_T/d\eta_t$", ylim=(-top, top))
     left.legend(loc="upper left")
     right.plot(windows, variance + bias, "o-", color="black", label="both")
     right.plot(windows, variance, "s--", color=PALETTE[0], label="noise")
@@ -54,29 +54,29 @@ def noise_and_sharing(each, truth, windows, variance, bias):
     return figure
 
 
-def learned(history, losses, rivals, greedy):
-    """Schedules of the learning rate after each outer step, and what each way to choose costs.
+def learned(schedules, courses, rivals, greedy):
+    """Learned schedules of the learning rate, and what each way to choose rates costs.
 
-    ``history`` is a list of arrays, one for each outer step; ``rivals`` maps names to losses on the
-    validation set after fresh trainings; ``greedy`` is a rate for each step.
+    ``schedules`` has the last of each repeat, ``courses`` its losses after fresh trainings, one for
+    each outer step; ``rivals`` maps names to such losses; ``greedy`` is a rate for each step.
     """
     figure, (left, right) = plotting.figure(2, height=2.7)
-    steps = len(greedy)
-    for k, values in enumerate(history):
-        shade = 0.15 + 0.85 * k / (len(history) - 1)
-        edges = np.linspace(0, steps, len(values) + 1)
-        left.stairs(values, edges, color=COLORS["forward"], alpha=shade, lw=0.8 + shade,
-                    label="learned, last" if k == len(history) - 1 else None)  # fmt: skip
+    for k, values in enumerate(schedules):
+        edges = np.linspace(0, len(greedy), len(values) + 1)
+        left.stairs(values, edges, color=COLORS["forward"], lw=1 + 0.6 * k,
+                    label=None if k else "learned, three repeats")  # fmt: skip
     left.plot(greedy, color=COLORS["identity"], lw=1, label="greedy")
-    left.set(xlabel="step $t$", ylabel=r"learning rate $\eta_t$")
+    left.set(xlabel="step $t$", ylabel=r"learning rate $\eta_t$", ylim=(0, None))
     left.legend()
-    right.plot(range(1, len(losses) + 1), losses, "o-", color=COLORS["forward"], label="learned")
+    for k, course in enumerate(courses):
+        right.plot(range(1, len(course) + 1), course, color=COLORS["forward"], lw=1 + 0.6 * k,
+                   label=None if k else "learned")  # fmt: skip
     for k, (name, value) in enumerate(rivals.items()):
         right.axhline(
-            value, ls=("--", ":", "-.")[k % 3], color=PALETTE[(2 * k + 1) % 8], label=name
+            value, ls=("--", ":", "-.")[k % 3], color=PALETTE[(1, 2, 3)[k % 3]], label=name
         )
     right.set(xlabel="outer step", ylabel="validation loss after training")
-    right.legend(fontsize=6)
+    right.legend(fontsize=7)
     return figure
 
 
@@ -107,6 +107,6 @@ def drift(windows, stored, again, error):
             ax.plot(windows, values, ("o-", "s--", "^:")[k], color=PALETTE[k],
                     label=rf"drift {omega:g}")  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="window", ylabel="loss, mean over time",
-               title=title, ylim=(2e-3, 2))  # fmt: skip
+               title=title, ylim=(2e-3, 12))  # fmt: skip
         ax.legend(fontsize=6)
     return figure
