@@ -80,7 +80,8 @@ def functional_hypergradient(
     Raises:
         TypeError: if ``lam`` is not a floating-point tensor.
         ValueError: if ``damping`` is negative, losses or basis have another shape, the system is
-            singular, or the result is not finite.
+            singular or not positive (an inner loss that is not convex in the prediction), or the
+            result is not finite.
 
     Cost: dense, of order n C k^2 + k^3. Source: Petrulionyte, Mairal and Arbel (2024), arXiv
     2403.20233, equations 4 and 5; their closed form is `spread` of the last layer's inputs.
@@ -96,7 +97,7 @@ def functional_hypergradient(
         tensor(2.)
     """
     require_variable("lam", lam)
-    if not damping >= 0:
+    if not isinstance(damping, int | float) or not damping >= 0:
         raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
     lam = lam.detach().clone().requires_grad_()
     with torch.no_grad():
@@ -111,22 +112,27 @@ def functional_hypergradient(
     with torch.enable_grad():
         beyond = beyond.detach().requires_grad_()
         outer = _losses("outer_loss", outer_loss, lam, beyond, outer_batch).mean()
-        direct, pull = torch.autograd.grad(outer, (lam, beyond), allow_unused=True)
+        pull = _slope("outer_loss", outer, beyond, retain_graph=True)
+        (direct,) = torch.autograd.grad(outer, lam, allow_unused=True)
         within = within.detach().requires_grad_()
         losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
-        (slope,) = torch.autograd.grad(losses.sum(), within, create_graph=True)
-        curvature = torch.stack(
-            [torch.autograd.grad(s.sum(), within, retain_graph=True)[0] for s in slope.unbind(1)], 1
-        )
+        slope = _slope("inner_loss", losses.sum(), within, create_graph=True)
+        curvature = torch.stack([_slope_of(s, within) for s in slope.unbind(1)], 1)
         system = torch.einsum("nck,nce,nel->kl", near, curvature, near) / len(near)
         system = system + damping * torch.eye(len(system)).to(system)
-        right = torch.einsum("nck,nc->k", far, torch.zeros_like(beyond) if pull is None else pull)
-        v, failed = torch.linalg.solve_ex(system, right)
-        if int(failed):
+        right = torch.einsum("nck,nc->k", far, pull)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        small = (
+            factor.diagonal().square().min()
+            <= len(system) * torch.finfo(system.dtype).eps * system.diagonal().max()
+        )
+        if int(failed) or bool(small):
             raise ValueError(
-                "basis: the system for v is singular; give a damping above zero, or fewer "
-                "functions than there are inner examples"
+                "basis: the system for v is singular or not positive (functions that depend on "
+                "each other, more of them than inner examples, or an inner loss that is not convex "
+                "in the prediction); give a damping above zero, or fewer functions"
             )
+        v = torch.cholesky_solve(right[:, None], factor)[:, 0]
         along = torch.einsum("nck,k->nc", near, v)
         (cross,) = torch.autograd.grad((slope * along).sum() / len(near), lam, allow_unused=True)
     if cross is None:
@@ -134,6 +140,25 @@ def functional_hypergradient(
     h = -cross if direct is None else direct - cross
     require_finite({"hypergradient": h})
     return h.detach(), v.detach()
+
+
+def _slope(name, value, predictions, **kwargs):
+    slope = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(value, predictions, allow_unused=True, **kwargs)
+    if slope is None:
+        raise ValueError(f"{name}: does not depend on the predictions")
+    return slope
+
+
+def _slope_of(slope, predictions):
+    """A column of Omega; zeros where the loss is linear in the predictions."""
+    column = None
+    if slope.requires_grad:
+        (column,) = torch.autograd.grad(
+            slope.sum(), predictions, retain_graph=True, allow_unused=True
+        )
+    return torch.zeros_like(predictions) if column is None else column
 
 
 def _losses(name, loss, lam, h, batch):

@@ -1,7 +1,7 @@
 """A population of bilevel problems at once: students that descend, copies of the best, mutations.
 
 What is after Tao et al. (NeurIPS 2020), who combine population-based training with hypergradients;
-they published no code, so the form of the teacher here is our reading, and a method like theirs.
+they published no code, so the form of the teacher here is from memory: a method like theirs.
 """
 
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def evolve(
         NotFinite: if no member has a finite loss.
 
     Cost: that of ``rounds`` steps for each member, which is also that of as many restarts.
-    Source: Jaderberg et al. (2017); Tao et al. (2020), section 3.
+    Source: Jaderberg et al. (2017); Tao et al. (2020).
 
     Example:
         >>> from bilevel_lite.population import Member, evolve

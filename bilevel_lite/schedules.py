@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.refuse import at_least, require_variable
+from bilevel_lite.refuse import at_least, require_finite, require_variable
 from bilevel_lite.unroll import UnrollInfo, unrolled_hypergradient
 from bilevel_lite.updates import SGD, window
 
@@ -51,7 +51,8 @@ def forward_schedule(
         theta0: Start, shape (d,).
         steps: T.
         lr: A tensor of n values, one a window, whose derivative is wanted; or a fixed number. The
-            same holds of the next two.
+            same holds of the next two. Values of a tensor are not checked: a step may leave the
+            range of a fixed number.
         momentum: beta.
         weight_decay: As of `SGD`.
         inner_batch: As in `bilevel_lite.unrolled_hypergradient`, one for each step.
@@ -141,6 +142,9 @@ class SignSteps:
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(BOUNDS))
 
     def __post_init__(self):
+        self.values = dict(self.values)
+        for name, value in self.values.items():
+            require_variable(name, value)
         if set(self.values) != set(self.sizes) or not set(self.values) <= set(self.bounds):
             raise ValueError(
                 f"sizes: got {sorted(self.sizes)}, expected {sorted(self.values)}, each with bounds"
@@ -152,7 +156,16 @@ class SignSteps:
         self.sign = {k: torch.zeros_like(v) for k, v in self.values.items()}
 
     def step(self, h: dict[str, Tensor]) -> None:
-        """Change the values by one step against the derivatives ``h``."""
+        """Change the values by one step against the derivatives ``h``.
+
+        Raises:
+            ValueError: if one is missing or has another shape than its values.
+            NotFinite: if one is not finite: its sign would mean nothing.
+        """
+        shapes = [{k: tuple(v.shape) for k, v in some.items()} for some in (h, self.values)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"h: got shapes {shapes[0]}, expected {shapes[1]}")
+        require_finite({f"h of {name}": value for name, value in h.items()})
         for name, value in self.values.items():
             sign = h[name].sign()
             self.size[name] = torch.where(sign * self.sign[name] < 0, 0.5, 1.0) * self.size[name]

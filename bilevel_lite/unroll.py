@@ -42,7 +42,8 @@ class UnrollInfo:
         theta: The last inner iterate theta_T, like ``theta0``.
         outer_loss: f(lam, theta_T), a scalar tensor.
         stored: Numbers kept in memory beyond one iterate: the iterates stored for the way back
-            (reverse), or the sensitivity d theta / d lam (forward).
+            (reverse), or the sensitivity d theta / d lam (forward); graphs that are kept, and the
+            evaluations they save, are not counted.
         gradients: Total cost in gradient-equivalents.
     """
 
@@ -232,6 +233,7 @@ def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     columns, cost = [None for _ in basis], 0.0  # d (theta_t, u_t) / d lam_j; None: still zero
     for t in range(steps):
         q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam)
+        _stepped(update, theta, state, q, lam, t)  # refuses what is no function of its arguments
         step, spent = _Step(update, theta, state, q, lam, t), cost
         for j, (e, column) in enumerate(zip(basis, columns, strict=True)):
             z, *zu = column or [None] * (1 + len(state))
@@ -258,9 +260,12 @@ def _numbers(theta: Tensor, state: tuple[Tensor, ...]) -> int:
 
 def _started(update: Update, theta: Tensor) -> tuple[Tensor, ...]:
     state = update.start(theta)
-    if not isinstance(state, tuple) or not all(isinstance(u, Tensor) for u in state):
+    if not isinstance(state, tuple) or not all(
+        isinstance(u, Tensor) and u.is_floating_point() for u in state
+    ):
         raise TypeError(
-            f"update: start returned {type(state).__name__}, expected a tuple of tensors"
+            f"update: start returned {type(state).__name__}, expected a tuple of tensors of "
+            "floating-point numbers"
         )
     return tuple(map(ordinary, state))
 

@@ -180,6 +180,7 @@ class AdamW(Adam):
     r"""`Adam` with decoupled weight decay, as ``torch.optim.AdamW``.
 
     Before the step theta <- (1 - lr weight_decay) theta, and the moments see q alone.
+    torch's default weight decay is 0.01; here it is 0.
 
     Example:
         >>> g, f = lambda lam, theta, _: 0 * theta.sum(), lambda lam, theta, _: theta.sum()

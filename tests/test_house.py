@@ -88,7 +88,7 @@ PARTS = {
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2995),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 830),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 3400),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 3420),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}

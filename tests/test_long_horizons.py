@@ -130,6 +130,23 @@ def test_sign_steps_by_hand():
     assert torch.allclose(torch.tensor(seen), torch.tensor(by_hand), atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "h, message",
+    [
+        ({"lr": torch.tensor([1.0, float("nan")])}, "h of lr: 1 of 2 entries are NaN"),
+        ({"lr": torch.ones(2, 1)}, r"h: got shapes \{'lr': \(2, 1\)\}"),
+        ({"momentum": torch.ones(2)}, "h: got shapes"),
+    ],
+)
+def test_a_derivative_without_a_sign_is_refused(h, message):
+    given = {"lr": torch.ones(2)}
+    outer = SignSteps(given, {"lr": 0.1})
+    with pytest.raises(ValueError, match=message):
+        outer.step(h)
+    outer.step({"lr": torch.ones(2)})
+    assert torch.equal(given["lr"], torch.ones(2))  # what was handed over is not changed
+
+
 @pytest.mark.parametrize("sizes", [{"lr": 0.0}, {"momentum": 0.1}, {"lr": 0.1, "momentum": 0.1}])
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="^sizes: got"):
@@ -240,6 +257,12 @@ def test_a_richer_basis_is_the_hypergradient_of_functions():
         ({"damping": -1.0}, "^damping: got -1.0"),
         ({"basis": lambda x: x}, r"^basis: got shape \(30, 4\) on inner_batch"),
         ({"basis": spread(lambda x: torch.zeros(len(x), 2), 3)}, "^basis: the system .* singular"),
+        ({"basis": spread(lambda x: torch.stack([x[:, 0], 3.1 * x[:, 0]], 1), 3)}, "singular"),
+        ({"inner_loss": lambda lam, h, b: lam * h[:, 0]}, "^basis: the system .* singular"),
+        ({"inner_loss": lambda lam, h, b: -h.square().sum(1) + lam}, "not convex"),
+        ({"inner_loss": lambda lam, h, b: lam}, "^inner_loss: does not depend on the predictions"),
+        ({"outer_loss": lambda lam, h, b: torch.ones(10)}, "^outer_loss: does not depend"),
+        ({"damping": "a"}, "^damping: got a"),
         ({"inner_loss": lambda lam, h, b: h.sum()}, r"^inner_loss: got losses of shape \(\)"),
         (
             {"inner_loss": lambda lam, h, b: h.square().sum(1)},

@@ -211,7 +211,13 @@ class Started(updates.Update):
         return torch.zeros_like(theta)
 
 
+class Whole(updates.Update):
+    def start(self, theta):
+        return (torch.zeros(4, dtype=torch.int64),)
+
+
 BAD = {
+    "a tuple of tensors of floating-point numbers": dict(update=Whole()),
     "another one when it is done again": dict(update=Drawn()),
     "step writes into its arguments": dict(update=Writes()),
     "step returned Tensor, expected": dict(update=Alone()),
@@ -226,11 +232,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize("message", BAD)
-def test_bad_updates_are_refused(problem, message):
+def test_bad_updates_are_refused(problem, message, mode):
     at = problem["weighted"], problem["lam"], problem["theta"], T
+    given = {"mode": mode, "inner_batch": problem["batch"], **BAD[message]}
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
-        bl.unrolled_hypergradient(*at, inner_batch=problem["batch"], **BAD[message])
+        bl.unrolled_hypergradient(*at, **given)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def landscapes(functions, starts, span=(0.0, 4.2)):
 
 
 def drift(windows, stored, again, error):
-    """Regret by window: past estimates stored, and past losses taken again; error at a fixed lam.
+    """Mean loss by window: past estimates stored, past losses taken again; error at a fixed lam.
 
     Each of ``stored`` and ``again`` maps a drift to losses, one for each window.
     """

@@ -27,7 +27,7 @@ def check_signs(answer):
 
 @exercise("18.B")
 def check_jump(answer):
-    """A factor of 1.2 carries 1 to 1.2, or 2 to 2.4: across a wave of 0.5, not out of the trap."""
+    """2 to 2.4 crosses a ripple's crest; the trap's members sit near 1, and its ridge is at 2.1."""
     if not isinstance(answer, str) or answer not in ("ripples", "trap", "both", "neither"):
         raise Wrong('Answer with one of "ripples", "trap", "both", "neither".')
     if answer in ("trap", "both"):
@@ -65,7 +65,7 @@ def check_nesterov(back):
         loss = _curved(generator)
         theta, u, w, u_bar = (draw(generator, 4) for _ in range(4))
         leaves = [x.clone().requires_grad_() for x in (theta, u)]
-        rate = torch.tensor(eta).double().requires_grad_()
+        rate = torch.tensor(eta, dtype=torch.float64).requires_grad_()
         q = torch.autograd.grad(loss(leaves[0]), leaves[0], create_graph=True)[0]
         u_next = beta * leaves[1] + q
         end = w @ (leaves[0] - rate * (q + beta * u_next)) + u_bar @ u_next
@@ -169,10 +169,10 @@ def _columns(losses, theta, lr, beta, l2, late=False, through=1.0, keep=1.0):
 
 @exercise("18.3")
 def check_parts(parts):
-    """By their definitions, written as double sums over orders and steps."""
+    """The second part by pairs of different orders, whose product has no noise in its mean."""
     generator = torch.Generator().manual_seed(1803)
     for n, T, L in ((6, 12, 4), (9, 20, 5)):
-        each = draw(generator, n, T) + torch.linspace(-1, 3, T).double()
+        each = draw(generator, n, T) + torch.linspace(-1, 3, T, dtype=torch.float64)
         got = numbers(parts(each.clone(), L), 2)
         windows = each.view(n, T // L, L)
         shared = windows.mean(2)
@@ -180,6 +180,8 @@ def check_parts(parts):
         gaps = shared[:, :, None] - windows  # of each order
         plain = float(gaps.mean(0).square().mean())
         excess = float(gaps.var(0).mean()) / n
+        pairs = torch.einsum("atl,btl->ab", gaps, gaps) / T
+        sharing = float((pairs.sum() - pairs.trace()) / (n * (n - 1)))
         near(
             got[0], noise, "The noise",
             [(noise * (n - 1) / n, "that divides by the number of orders; by n - 1."),
@@ -190,7 +192,7 @@ def check_parts(parts):
             "The variance over orders of each window's mean, averaged over windows.", 1e-6,
         )  # fmt: skip
         near(
-            got[1], plain - excess, "The part of sharing",
+            got[1], sharing, "The part of sharing",
             [(plain, "the mean over orders is noisy itself: take the excess off."),
              (plain - float(each.var(0).mean()) / n,
               "the excess is the variance of (window mean minus h_t), which is less than h_t's."),
@@ -206,8 +208,11 @@ def check_greedy(both):
     """By the exact second moments; the greedy rate by a fine grid as well."""
     generator = torch.Generator().manual_seed(1804)
     for steps, s2 in ((20, 0.5), (60, 0.1)):
-        mu = 10 ** (2 * torch.rand(5, generator=generator).double() - 1)
-        theta, grid = 1 + draw(generator, 5).abs(), torch.linspace(0.01, 0.19, 37).double()
+        mu = 10 ** (2 * torch.rand(5, generator=generator, dtype=torch.float64) - 1)
+        theta, grid = (
+            1 + draw(generator, 5).abs(),
+            torch.linspace(0.01, 0.19, 37, dtype=torch.float64),
+        )
 
         def after(eta, steps, mu=mu, theta=theta, s2=s2):
             second = theta**2
@@ -243,7 +248,7 @@ def check_greedy(both):
 def check_window(window):
     """By a fine grid around the minimum."""
     for noise, speed in ((1.0, 0.1), (3.0, 0.02), (0.2, 0.5), (0.05, 2.0)):
-        grid = torch.linspace(1, 400, 400_001).double()
+        grid = torch.linspace(1, 400, 400_001, dtype=torch.float64)
         cost = noise / grid + (speed * (grid - 1) / 2) ** 2
         truth = float(grid[cost.argmin()])
         near(

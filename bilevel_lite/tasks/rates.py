@@ -1,7 +1,7 @@
 """Short trainings of softmax regression, and what a search over their rates finds.
 
-For who learns schedules (`bilevel_lite.schedules`): many trainings run at once, so that a search may
-have as many of them as a hypergradient's work would pay for.
+For who learns schedules (`bilevel_lite.schedules`): many trainings run at once, so that a search
+may have as many of them as a hypergradient's work would pay for.
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ class Trainings:
         return lambda t: tuple(part.index_select(0, rows[t]) for part in self.train)
 
     def losses(self, rates: dict[str, Tensor], seeds: Any) -> Tensor:
-        """The validation losses of R trainings at once, averaged over orders that all of them share.
+        """The validation losses of R trainings at once, a mean over orders that all of them share.
 
         Args:
             rates: ``lr``, ``momentum`` and ``weight_decay``, each of shape (R, values).
@@ -100,9 +100,13 @@ class Trainings:
         Raises:
             ValueError: if a rate is missing, or they are not of equally many trainings.
         """
-        if set(rates) != set(RATES) or len({len(v) for v in rates.values()}) != 1:
+        fits = all(v.dim() == 2 and 1 <= v.shape[1] <= self.steps for v in rates.values())
+        if not fits or set(rates) != set(RATES) or len({len(v) for v in rates.values()}) != 1:
             shapes = {name: tuple(v.shape) for name, v in rates.items()}
-            raise ValueError(f"rates: got {shapes}, expected (R, values) for each of {list(RATES)}")
+            raise ValueError(
+                f"rates: got {shapes}, expected (R, values) for each of {list(RATES)}, "
+                f"with one R and at most {self.steps} values"
+            )
         trainings, ends = len(rates["lr"]), []
         for seed in seeds:
             theta = u = torch.zeros(trainings, *self.shape).to(self.start)
@@ -124,7 +128,8 @@ class Trainings:
         """The best of so many random rates by the validation loss, all trained on one order.
 
         A constant learning rate; one that falls linearly to a tenth, in five windows; or five
-        learning rates that are free; each with one momentum and one weight decay.
+        learning rates that are free; each with one momentum and one weight decay. Rates from 0.01
+        to 2 and decays from 1e-5 to 1e-2 on a logarithmic scale, momenta from 0 to 0.99.
 
         Args:
             shape: One of `SHAPES`.
