@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 import bilevel_lite as bl
 from bilevel_lite import text
-from bilevel_lite.__main__ import main
 from bilevel_lite.algorithms.adaptation import adaptation
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import DataError, pretraining
@@ -19,7 +18,6 @@ from bilevel_lite.experiment import job, methods
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.tasks import pretraining as tasks
-from bilevel_lite.tasks import pretraining_study
 from bilevel_lite.tasks.pretraining import Pretraining
 
 pytest.importorskip("transformers")
