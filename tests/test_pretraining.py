@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import bilevel_lite as bl
 from bilevel_lite import text
+from bilevel_lite.__main__ import main
 from bilevel_lite.algorithms.adaptation import adaptation
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import DataError, pretraining
@@ -18,6 +19,7 @@ from bilevel_lite.experiment import job, methods
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.tasks import pretraining as tasks
+from bilevel_lite.tasks import pretraining_study
 from bilevel_lite.tasks.pretraining import Pretraining
 
 pytest.importorskip("transformers")
@@ -478,3 +480,104 @@ def test_samas_difference_has_the_derivative_of_adamws_step_and_the_weights_own_
     (more,) = torch.autograd.grad((losses.detach() * dv).mean(), lam)
     assert torch.allclose(found, -(mine + more), rtol=1e-4, atol=1e-6 * float(found.norm()))
     assert float((found + mine).norm()) > 1e-2 * float(mine.norm())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "imdb"}, "dataset: got 'imdb', expected .*sciie"),
+        ({"weights": "some"}, "weights: got 'some', expected .*cosine"),
+        ({"outer": "test"}, "outer: got 'test', expected .*held_out"),
+        ({"layers": "0"}, "layers: got '0', expected a number of layers, 'half' or 'all'"),
+        ({"max_length": 2}, "max_length: got 2, expected at least 3"),
+        ({"texts": 121}, "texts: got 121, expected 1 to 120, or 0 for all"),
+        ({"copies": 0}, "copies: got 0, expected at least 1"),
+        ({"masked": 0.0}, "masked: got 0.0, expected a number between 0 and 1"),
+        ({"head_steps": -1}, "head_steps: got -1, expected at least 0"),
+        ({"hidden": 0}, "hidden: got 0, expected at least 1"),
+        ({"tuning_share": 1.0}, "tuning_share: got 1.0, expected between 0 and 1"),
+        ({"tuning_share": 0.01}, "tuning_share: got 0.01, which leaves 40 of toy's 40 development"),
+        ({"outer_batch_size": 21}, "outer_batch_size: got 21, expected 1 to 20, or 0 for all 20"),
+        ({"words_batch_size": 121}, "words_batch_size: got 121, expected 1 to 120"),
+        ({"kept_in": "int8"}, "kept_in: got 'int8', expected .*float16"),
+        ({"weights": "cosine", "method": "sama"}, "method: got 'sama' with weights='cosine'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Pretraining.settings(**given)
+
+
+def test_an_encoder_that_is_not_there_is_named(float32):
+    with pytest.raises(ValueError, match="encoder: place: the folder .* holds no model"):
+        Pretraining.make(Pretraining.settings(encoder=str(Path(__file__).parent)), CPU)
+
+
+def test_macro_f1_by_hand():
+    guess, y = torch.tensor([0, 0, 1, 3, 1]), torch.tensor([0, 1, 1, 1, 1])
+    # class 0: 2 / (2 + 1), class 1: 4 / (2 + 4), class 3: guessed once, never true; 2: neither
+    assert abs(tasks.macro_f1(guess, y) - (2 / 3 + 2 / 3 + 0) / 3) < 1e-12
+
+
+@pytest.mark.parametrize("weights", ["network", "cosine", "frozen", "fixed", "none"])
+def test_what_is_not_learned_stays_and_what_is_moves(weights, float32):
+    task, s = small(weights, dtype=torch.float32)
+    method = methods.build(s, task)
+    for _ in range(2):
+        method.step()
+    moved = not torch.equal(method.lam, task.lam0)
+    assert moved == (weights in ("network", "cosine"))
+    row = task.measure(method.lam, method.theta)
+    assert task.judge(method.lam, method.theta) == row["tuning_loss"]
+    assert row["tuning_accuracy"] != row["tuning_f1"]  # macro
+
+
+def test_a_run_from_the_command_line_and_again(tmp_path, capsys):
+    words = ["run", "pretraining", "--device", "cpu", "--set", "outer_steps=4", "texts=30"]
+    words += ["evaluate_every=2", "inner_steps=2", "head_steps=20"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().out
+    for line in ("end task alone", "fixed weights", "V as it was drawn", "network, aid-kfac"):
+        assert line in said
+    assert "one of 60 test texts is 1.67 points of accuracy" in said
+    result = json.loads((tmp_path / "one" / "result.json").read_text("utf-8"))
+    assert result["sizes"]["copies"] == 60 and len(result["weighing"]["weights"]) == 3
+    assert main([*words, "--out", str(tmp_path / "two")]) == 0
+    again = json.loads((tmp_path / "two" / "result.json").read_text("utf-8"))
+    for row in (*result["history"], *again["history"]):
+        del row["seconds"]
+    assert again["history"] == result["history"]
+
+
+def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):
+    rows = {row.name: row for row in pretraining_study.variants("sciie", "")}
+    for name in pretraining_study.SOLVERS:
+        assert rows[name].settings["outer"] == "held_out"
+        assert rows[f"{name}-on-train"].settings["outer"] == "train"
+    searched = {row.name for row in rows.values() if row.space}
+    assert searched == set(rows) - {*pretraining_study.RIVALS, "cosine"}
+    assert {tuple(row.space.items()) for row in rows.values() if row.space} == {
+        tuple(pretraining_study.BOX.items())
+    }
+    words = ["study", "pretraining", "--dataset", "toy", "--encoder", "tiny", "--device", "cpu"]
+    words += ["--at", "outer_lr=0.01", "--outer-steps", "2", "--looks", "1", "--seeds", "1"]
+    words += ["--texts", "40", "--only", "fixed", "kfac-empirical", "kfac-empirical-on-train"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    stored = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    figure = Pretraining.draw({"kind": stored["kind"], "runs": [stored]})[""]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "fixed", "kfac-empirical", "kfac-empirical-on-train",
+    ]  # fmt: skip
+
+
+@real
+def test_looking_texts_up_has_the_scores_that_the_chapter_says():
+    found = {}
+    for name in TABLE:
+        d = pretraining.load(name, download=False)
+        most = int(d.train.y.bincount().argmax())
+        known = {one.strip(): int(y) for one, y in zip(d.train.texts, d.train.y, strict=True)}
+        guess = torch.tensor([known.get(one.strip(), most) for one in d.test.texts])
+        right = float((guess == d.test.y).double().mean())
+        found[name] = round(100 * right, 1), round(100 * tasks.macro_f1(guess, d.test.y), 1)
+    assert found["hyperpartisan"] == (90.8, 90.1) and found["citation_intent"] == (61.2, 46.6)

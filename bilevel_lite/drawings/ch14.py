@@ -14,7 +14,7 @@ def two_losses():
     """Two kinds of texts through one encoder to two losses; how lam reaches f, backwards."""
     figure, ax = canvas(9.0, 2.9)
     rows = ((2.2, "labelled text", r"head $a$", r"end task $L$", GREY),
-            (0.7, "text with [MASK]", r"transform $c$", r"masked words $M$", 2))  # fmt: skip
+            (0.7, "text with [MASK]", r"word head $u$", r"masked words $M$", 2))  # fmt: skip
     for y, what, head, loss, color in rows:
         box(ax, 0.95, y, what, width=1.6, height=0.6, color=color)
         arrow(ax, (1.75, y), (2.4, 1.45 + 0.25 * np.sign(y - 1.45)))
@@ -24,7 +24,7 @@ def two_losses():
         box(ax, 7.25, y, loss, width=1.75, height=0.6, color=color)
     box(ax, 3.0, 1.45, "shared\nlayers $s$", width=1.15, height=1.3, color=0)
     text(ax, 7.25, 0.15, r"weighed by $V_\lambda(m_j)$", color=PALETTE[2])
-    arrow(ax, (8.1, 2.6), (3.2, 2.25), color=BACK)
+    arrow(ax, (4.15, 2.72), (3.2, 2.15), color=BACK)
     text(ax, 5.9, 2.72, r"$b_s=\nabla_s f$: the only way from $f$ to $\lambda$", color=BACK)
     return figure
 
@@ -39,10 +39,11 @@ def judges(weights, train, held):
         right.plot(weights, slope, style, marker="o", color=color, label=f"f on {name}")
     right.axhline(0, color="black", lw=0.8)
     left.set(xlabel="weight c of the masked texts", ylabel="f at the solved inner problem")
-    right.set(xlabel="weight c of the masked texts", ylabel="df/dc", yscale="symlog")
+    right.set(xlabel="weight c of the masked texts", ylabel="df/dc")
     right.set_yscale("symlog", linthresh=0.01)
     for ax in (left, right):
         ax.set_xscale("symlog", linthresh=0.1)
+        ax.set_xlim(-0.01, 4)
     left.legend()
     return figure
 

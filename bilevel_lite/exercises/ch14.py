@@ -14,7 +14,7 @@ def check_nothing_shared(answer):
     """Nothing shared: nothing arrives."""
     (value,) = numbers(answer, 1)
     if abs(value) > 1e-9:
-        raise Wrong("v has no part in c: H is block-diagonal, and b is zero there. Put this into "
+        raise Wrong("v has no part in u: H is block-diagonal, and b is zero there. Put this into "
                     "(14.3), in which there is no S any more.")  # fmt: skip
 
 
