@@ -42,7 +42,7 @@ SOLVERS: dict[str, dict] = {
 }
 
 
-def at_hand(dataset: str = "trec", load: Callable[[str], Any] = data.load) -> tuple[str, str]:
+def at_hand(dataset: str = "trec", load: Callable[[str], Any] | None = None) -> tuple[str, str]:
     """What a run of a minute on a CPU can use here, as ``(dataset, encoder)`` of the settings.
 
     A set (TREC) and a pretrained encoder, a folder on this machine (`bilevel_lite.text.encoder`) or
@@ -50,14 +50,14 @@ def at_hand(dataset: str = "trec", load: Callable[[str], Any] = data.load) -> tu
 
     Args:
         dataset: Name of the set.
-        load: By which it is loaded.
+        load: By which it is loaded; by default `bilevel_lite.data.load`.
 
     Raises:
         ImportError: without transformers.
     """
     place = str(next(iter(local()), SMALL))
     try:
-        load(dataset)
+        (load or data.load)(dataset)
         text.encoder(place)
     except (DataError, text.EncoderError):
         return TOY, "tiny"
