@@ -496,6 +496,21 @@ def test_settings_out_of_range_are_refused(given, message):
         Pretraining.settings(**given)
 
 
+def test_all_layers_train_without_a_table(float32):
+    s = Pretraining.settings(layers="all", texts=20, copies=1, head_steps=5, batch_size=8,
+                             curvature_batch_size=8, cross_batch_size=8)  # fmt: skip
+    task = Pretraining.make(s, CPU)
+    assert task.words.first is None and task.train[0].dim() == 2
+    method = methods.build(s, task)
+    assert torch.isfinite(method.step().hypergradient).all()
+    names = [name for name, _ in task.words.named_parameters()]
+    assert any("word_embeddings" in name for name in names)  # they train; the decoder is a copy
+    assert torch.equal(
+        task.words.decoder,
+        text.tiny().module.get_input_embeddings().weight[task.words.vocabulary].detach(),
+    )
+
+
 def test_an_encoder_that_is_not_there_is_named(float32):
     with pytest.raises(ValueError, match="encoder: place: the folder .* holds no model"):
         Pretraining.make(Pretraining.settings(encoder=str(Path(__file__).parent)), CPU)

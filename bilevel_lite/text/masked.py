@@ -150,6 +150,7 @@ class MaskedWords(nn.Module):
         self.register_buffer("bias", embeddings.new_zeros(len(texts.vocabulary)))
         self.register_buffer("ids", texts.ids if first is None else texts.ids[:0])
         self.register_buffer("places", texts.places)
+        self.register_buffer("vocabulary", texts.vocabulary)
 
     @property
     def classifier(self) -> TextClassifier:
