@@ -189,8 +189,8 @@ def parser() -> argparse.ArgumentParser:
         help="of text, pretraining: how many train, half, or all (default: 1)",
     )
     same.add_argument(
-        "--encoder", metavar="NAME", help="of text, pretraining: a folder, a name on the hub, or tiny (default: "
-        "bert-base-uncased where it can be had)",
+        "--encoder", metavar="NAME", help="of text, pretraining: a folder, a name on the hub, or "
+        "tiny (default: bert-base-uncased where it can be had)",
     )  # fmt: skip
     same.add_argument(
         "--texts", type=int, metavar="N", help="of text, pretraining: training texts (default: all)"
