@@ -184,14 +184,16 @@ def parser() -> argparse.ArgumentParser:
         "--batchnorm", choices=BATCHNORM, help="its statistics" + _usually("batchnorm")
     )
     same.add_argument(
-        "--layers", metavar="N", help="of text: how many are trained, half, or all (default: 1)"
+        "--layers",
+        metavar="N",
+        help="of text, pretraining: how many train, half, or all (default: 1)",
     )
     same.add_argument(
-        "--encoder", metavar="NAME", help="of text: a folder, a name on the hub, or tiny (default: "
-        "bert-base-uncased where it can be had)",
+        "--encoder", metavar="NAME", help="of text, pretraining: a folder, a name on the hub, or "
+        "tiny (default: bert-base-uncased where it can be had)",
     )  # fmt: skip
     same.add_argument(
-        "--texts", type=int, metavar="N", help="of text: training texts, drawn (default: all)"
+        "--texts", type=int, metavar="N", help="of text, pretraining: training texts (default: all)"
     )
     same.add_argument(
         "--imbalance", type=float, metavar="X", help="of long_tail: size of the first class over "

@@ -12,7 +12,7 @@ from typing import Literal, overload
 
 import torch
 
-from bilevel_lite.data import cifar10, mnist, wrench
+from bilevel_lite.data import cifar10, mnist, pretraining, wrench
 from bilevel_lite.data.augment import crop_and_flip
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.files import DataError, Dataset
@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "majority",
     "pair_flips",
+    "pretraining",
     "read_idx",
     "split",
     "standardise",

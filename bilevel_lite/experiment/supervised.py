@@ -108,15 +108,18 @@ class Supervised(Task):
         return evaluate(self.model, theta, self.tuning)["loss"]
 
 
-def plain(task: Supervised, s: Any) -> dict:
+def plain(
+    task: Supervised, s: Any, names: tuple[str, ...] = ("test_loss", "test_accuracy")
+) -> dict:
     """Run a task whose lam does not move by the settings' inner steps, for comparison.
 
     Args:
         task: Its ``project`` keeps lam where it is.
         s: Settings of a run; its method and the batches of f, H and J do not matter.
+        names: The measures that are told.
 
     Returns:
-        The chosen look's iteration, criterion, test loss and accuracy, and the last look's.
+        The chosen look's iteration, criterion and measures, and the last look's measures.
 
     Cost: inner_steps + about 0.1 gradients an outer iteration.
     """
@@ -129,7 +132,6 @@ def plain(task: Supervised, s: Any) -> dict:
             task.refresh(method.theta)
             rows.append({"iteration": step, **task.measure(method.lam, method.theta)})
     best = min(rows, key=lambda row: row[task.criterion])
-    names = ("test_loss", "test_accuracy")
     last = {f"last_{name}": rows[-1][name] for name in names}
     return {**{key: best[key] for key in ("iteration", task.criterion, *names)}, **last}
 

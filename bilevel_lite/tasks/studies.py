@@ -6,7 +6,7 @@ After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figur
 `cleaning_comparison`. Every variant runs for the same number of outer iterations. The study
 ``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
 GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks, ``long_tail`` on
-long-tailed classes what its Table 3 does.
+long-tailed classes what its Table 3 does, ``pretraining`` with masked words what its Table 4 does.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,14 @@ from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import long_tail, long_tail_study, poisoning_study, text_study
+from bilevel_lite.tasks import (
+    long_tail,
+    long_tail_study,
+    poisoning_study,
+    pretraining,
+    pretraining_study,
+    text_study,
+)
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
@@ -155,6 +162,8 @@ class Study:
         on_gpu: What differs from ``usual`` on a GPU, ``batch`` among it.
         kind: The task.
         datasets: Of the task.
+        also: Settings that are the same for all its rows.
+        also_on_gpu: What of ``also`` is another one on a GPU.
     """
 
     asks: str
@@ -165,6 +174,8 @@ class Study:
     on_gpu: dict = field(default_factory=dict)
     kind: type[Task] = Hypercleaning
     datasets: tuple[str, ...] = tuple(SIZES)
+    also: dict = field(default_factory=dict)
+    also_on_gpu: dict = field(default_factory=dict)
 
 
 STUDIES = {
@@ -214,6 +225,20 @@ STUDIES = {
         on_gpu={"model": "resnet32", "search_steps": 600, "outer_steps": 1230, "looks": 50},
         kind=long_tail.LongTail,
         datasets=tuple(long_tail.SIZES),
+    ),
+    "pretraining": Study(
+        "what a masked text is worth to an end task: nothing, a fixed weight, two weights by "
+        "cosines, a network of its loss by solver",
+        pretraining_study.variants,
+        {
+            "dataset": "sciie", "first_seed": 1, "trials": 4, "search_steps": 20,
+            "outer_steps": 40, "looks": 8,
+        },
+        on_gpu={"layers": "all", "search_steps": 50, "outer_steps": 100, "looks": 20},
+        kind=pretraining.Pretraining,
+        datasets=tuple(pretraining.SIZES),
+        also=pretraining_study.ALSO,
+        also_on_gpu=pretraining_study.ALSO_GPU,
     ),
 }  # fmt: skip
 
@@ -310,7 +335,8 @@ def run(
     if unknown := sorted(set(given) - set(USUAL)):
         raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
     one = _named(study)
-    own = {**one.usual, **(one.on_gpu if pick_device(device).type == "cuda" else {})}
+    on_gpu = pick_device(device).type == "cuda"
+    own = {**one.usual, **(one.on_gpu if on_gpu else {})}
     batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
     dataset, model = s["dataset"], s["model"]
@@ -343,7 +369,7 @@ def run(
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
     usual = {} if one.kind is long_tail.LongTail else MINIBATCHES.get(dataset, {})
-    base = {**usual, **batches, **sizes}
+    base = {**usual, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}

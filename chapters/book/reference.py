@@ -38,7 +38,10 @@ GROUPS = {
         "data.crop_and_flip", "data.majority", "data.standardise", "data.Batches", "models.build",
         "models.linear", "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
     ],
-    "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
+    "Text": [
+        "text.encoder", "text.tiny", "text.TextClassifier", "text.Logits", "text.hide",
+        "text.MaskedWords",
+    ],
     "Meta-learning": [
         "meta.adapt", "meta.maml", "meta.imaml", "meta.sinusoids", "meta.few_shot",
     ],
