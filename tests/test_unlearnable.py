@@ -12,7 +12,13 @@ from bilevel_lite import data
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.params import predict
-from bilevel_lite.tasks import unlearnable
+from bilevel_lite.tasks import (
+    studies,
+    unlearnable,
+    unlearnable_figures,
+    unlearnable_noise,
+    unlearnable_study,
+)
 from bilevel_lite.tasks.unlearnable import Unlearnable
 
 CPU = torch.device("cpu")
@@ -35,7 +41,7 @@ def small(seed=0, n=18, outer=None):
         return batch[0] + 0.3 * lam[batch[2]], batch[1]
 
     def wrong(lam, theta, batch):
-        return unlearnable.worst_wrong(predict(model, theta, batch[0]), batch[1])
+        return unlearnable_noise.worst_wrong(predict(model, theta, batch[0]), batch[1])
 
     inner = bl.WeightedRisk(model, l2=0.1, inputs=inputs)
     lam = torch.rand(n, 2, generator=draws).double() - 0.5
@@ -111,7 +117,7 @@ def test_by_the_envelope_theorem_the_gradient_in_lam_is_all_where_f_is_g():
 def test_error_minimising_is_a_step_along_that_gradient():
     problem, lam, batch = small()
     g = problem.inner_loss
-    method = unlearnable.ErrorMinimising(
+    method = unlearnable_noise.ErrorMinimising(
         bl.BilevelProblem(g, g),
         lam,
         torch.zeros(9).double(),
@@ -153,18 +159,18 @@ def test_the_worst_wrong_label_in_closed_form():
         [F.cross_entropy(z, torch.full((40,), c), reduction="none") for c in range(5)]
     )
     each[y, torch.arange(40)] = -math.inf
-    assert torch.allclose(unlearnable.worst_wrong(z, y), each.amax(0).mean(), rtol=1e-12)
-    assert unlearnable.worst_wrong(z, y) > math.log(4)
+    assert torch.allclose(unlearnable_noise.worst_wrong(z, y), each.amax(0).mean(), rtol=1e-12)
+    assert unlearnable_noise.worst_wrong(z, y) > math.log(4)
     least = torch.zeros(1, 5).double()
     least[0, 2] = -800
     assert torch.allclose(
-        unlearnable.worst_wrong(least, torch.tensor([2])), torch.tensor(4.0).double().log()
+        unlearnable_noise.worst_wrong(least, torch.tensor([2])), torch.tensor(4.0).double().log()
     )
 
 
 def test_the_box_is_the_radius_and_the_range_of_a_pixel():
     x, r = torch.tensor([0.0, 0.01, 0.5, 0.98, 1.0]).double(), 8 / 255
-    low, high = unlearnable.limits(x, r)
+    low, high = unlearnable_noise.limits(x, r)
     pixels = x + r * torch.stack([low, high])
     assert torch.allclose(pixels[0], (x - r).clamp(min=0)) and torch.allclose(
         pixels[1], (x + r).clamp(max=1)
@@ -175,14 +181,14 @@ def test_the_box_is_the_radius_and_the_range_of_a_pixel():
 def test_a_u_net_keeps_to_the_box_and_to_its_image(shape, depth):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = unlearnable.UNet(shape, 2, 25 / 255)
+        net = unlearnable_noise.UNet(shape, 2, 25 / 255)
     assert len(net.up) == depth
     x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     noise = net(x)
-    low, high = unlearnable.limits(x, 25 / 255)
+    low, high = unlearnable_noise.limits(x, 25 / 255)
     assert noise.shape == x.shape and (noise >= low).all() and (noise <= high).all()
     assert torch.allclose(noise[2:3], net(x[2:3]), atol=1e-6)  # whoever shares its batch
-    far = unlearnable.UNet(shape, 2, 25 / 255)
+    far = unlearnable_noise.UNet(shape, 2, 25 / 255)
     with torch.no_grad():
         for p in far.parameters():
             p.mul_(50)
@@ -194,8 +200,8 @@ def test_the_probe_reads_noise_that_is_the_label_and_no_other():
     y = torch.arange(400) % 4
     means = torch.randn(4, 30, generator=draws)
     told = 1e-3 * (means[y] + 0.3 * torch.randn(400, 30, generator=draws))
-    assert unlearnable.probe(told, y) > 0.95
-    assert unlearnable.probe(torch.randn(400, 30, generator=draws), y) < 0.4
+    assert unlearnable_noise.probe(told, y) > 0.95
+    assert unlearnable_noise.probe(torch.randn(400, 30, generator=draws), y) < 0.4
 
 
 def test_jpeg_keeps_what_is_coarse():
@@ -235,7 +241,7 @@ def test_a_step_moves_the_rows_of_its_batch(method, float32):
     run.step()
     moved = run.lam.abs().sum(1) > 0
     assert moved.sum() == 100 or method == "bome" and not moved.any()  # its multiplier may be 0
-    low, high = unlearnable.limits(task.train[0], task.radius)
+    low, high = unlearnable_noise.limits(task.train[0], task.radius)
     for _ in range(40):  # four passes
         run.step()
     assert method == "bome" or (run.lam.abs().sum(1) > 0).all()
@@ -251,7 +257,7 @@ def test_rows_are_the_method_on_all_of_lam(float32):
     s = Unlearnable.settings(method="aid-cg", images=200, inner_steps=3, radius=25, **sizes)
     task = Unlearnable.make(s, CPU)
     rows, plain = task.method(s), methods.build(s, task)
-    plain.projection = lambda lam: lam.clamp(*unlearnable.limits(task.train[0], task.radius))
+    plain.projection = lambda lam: lam.clamp(*unlearnable_noise.limits(task.train[0], task.radius))
     for _ in range(4):
         rows.step()
         plain.step()
@@ -414,3 +420,51 @@ def test_a_run_is_resumed_and_shown(attack, tmp_path, monkeypatch, capsys):
     assert whole["sizes"] == {"train": 400, "test": 360}
     assert set(whole["baselines"]) == {"clean", "random"}
     assert set(whole["victims"]) == {"none", "augment", "jpeg", "train", "probe"}
+
+
+def test_the_study_covers_the_table(tmp_path, capsys):
+    names = {v.name for v in studies.variants("unlearnable", "cifar10", "lenet")}
+    assert names == {
+        "clean", "generator-em-25", "generator-kfac-25",
+        *(f"{name}-{radius}" for name in ("random", *unlearnable_study.ROWS) for radius in (8, 25)),
+    }  # fmt: skip
+    assert not any(v.space for v in studies.variants("unlearnable", "cifar10", "lenet"))
+    flat = {v.name for v in studies.variants("unlearnable", "digits", "linear")}
+    assert flat == {name for name in names if not name.startswith("generator")}
+    words = ["study", "unlearnable", "--dataset", "digits", "--model", "linear", "--device", "cpu"]
+    words += ["--seeds", "1", "--final-budget", "40", "--images", "300"]
+    words += ["--only", "clean", "em-25", "kfac-25", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    rows = {row["method"]: row for row in result["results"]}
+    (run,) = rows["em-25"]["runs"]
+    assert run["seed"] == 1 and run["sizes"]["train"] == 300
+    assert set(run["victims"]) == {"none", "augment", "jpeg", "train", "probe"}
+    assert "probe" not in rows["clean"]["runs"][0]["victims"]
+    spent = [row["runs"][0]["history"][-1]["gradients"] for row in (rows["em-25"], rows["kfac-25"])]
+    assert all(40 <= gradients < 60 for gradients in spent)
+    assert main(["study", "unlearnable", "--dataset", "trec", "--out", str(tmp_path / "no")]) == 1
+    assert "--dataset: got 'trec'" in capsys.readouterr().err
+
+
+def test_accuracies_are_by_victim_and_seed():
+    def row(method, *seeds):
+        runs = [
+            {"seed": k, "victims": {"none": v, "augment": v, "jpeg": v + 0.1, "train": 1.0, **more}}
+            for k, v, more in seeds
+        ]
+        return {"method": method, "chosen": {}, "settings": {}, "runs": runs}
+
+    read = {"probe": 0.9}
+    em = row("em-25", (2, 0.2, read), (1, 0.3, read))
+    found = unlearnable_figures.accuracies(em)
+    assert found["none"] == pytest.approx([30, 20]) and found["probe"] == pytest.approx([90, 90])
+    clean = row("clean", (1, 0.5, {}), (2, 0.5, {}))
+    assert "probe" not in unlearnable_figures.accuracies(clean)
+    results = [clean, em, row("em-8", (1, 0.4, read))]
+    stored = {
+        "kind": "unlearnable_study",
+        "runs": [{"kind": "unlearnable_study", "results": results}],
+    }
+    figures = Unlearnable.draw(stored)
+    assert set(figures) == {""} and len(figures[""].axes) == 2

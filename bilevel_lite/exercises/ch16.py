@@ -184,8 +184,7 @@ def check_envelope(envelope):
             [(a * lam - slope, "that is what reaches lam through theta, with the sign turned."),
              (0.0, "theta* is not lam: something is left."),
              (-slope, "the sign is turned: g grows with |lam|."),
-             (a * lam, "theta answers: it is the gradient at theta*, not at 0."),
-             (a * star(lam), "the part through theta is zero at theta*.")],
+             (a * lam, "theta answers: it is the gradient at theta*, not at 0.")],
             "Put theta* into the gradient in lam.", 1e-6,
         )  # fmt: skip
         near(

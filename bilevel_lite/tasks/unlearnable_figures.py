@@ -5,8 +5,7 @@ from typing import Any
 from bilevel_lite.drawings import ch16
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.plotting import STYLE, plt
-from bilevel_lite.tasks.unlearnable import VICTIMS
-from bilevel_lite.tasks.unlearnable_study import RADII
+from bilevel_lite.tasks.unlearnable_noise import RADII, VICTIMS
 
 __all__ = ["accuracies", "draw_study"]
 

@@ -10,11 +10,12 @@ unused.
 """
 
 from bilevel_lite.experiment.search import Variant
+from bilevel_lite.models import FLAT
 from bilevel_lite.tasks.unlearnable import Unlearnable
+from bilevel_lite.tasks.unlearnable_noise import RADII
 
-__all__ = ["GENERATOR", "RADII", "ROWS", "TABLE_6", "Unlearnable", "variants"]
+__all__ = ["GENERATOR", "ROWS", "TABLE_6", "Unlearnable", "variants"]
 
-RADII = (8, 25)
 IDLE = {
     "method": "aid-identity", "inner_steps": 1, "batch_size": 50, "outer_batch_size": 50,
     "curvature_batch_size": 50, "cross_batch_size": 50,
@@ -37,11 +38,12 @@ TABLE_6 = {
 
 
 def variants(dataset: str, model: str) -> list[Variant]:
-    """Clean images; then of each radius random noise, noise in rows, and a generator's."""
+    """Clean images; then of each radius random noise and noise in rows; of 25 a generator's too."""
     found = [Variant("clean", {**IDLE, "attack": "none"})]
     for radius in RADII:
         found.append(Variant(f"random-{radius}", {**IDLE, "attack": "random", "radius": radius}))
-        kinds = {**ROWS, **(GENERATOR if model not in ("linear", "mlp") else {})}
+        made = radius == 25 and model not in FLAT  # a U-Net takes images, and time
+        kinds = {**ROWS, **(GENERATOR if made else {})}
         found += [
             Variant(f"{name}-{radius}", {**settings, "radius": radius})
             for name, settings in kinds.items()
