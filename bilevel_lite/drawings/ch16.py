@@ -17,40 +17,22 @@ VICTIMS = {
 def story():
     """Noise between the images and who learns from them; the test is on clean images."""
     figure, ax = canvas(9.0, 3.0)
-    box(ax, 0.9, 2.2, "clean images\n$x_i, y_i$", width=1.3, height=0.75, color=7)
+    box(ax, 0.9, 2.2, "clean images\n$x_i, y_i$", width=1.5, height=0.75, color=7)
     box(ax, 3.0, 2.2, "noise\n$r\\lambda_i$, $|\\lambda_i|\\leq 1$", width=1.5, height=0.75,
         color=NOISE)  # fmt: skip
     box(ax, 5.3, 2.2, "published\n$x_i + r\\lambda_i, y_i$", width=1.5, height=0.75, color=2)
     box(ax, 5.3, 0.7, "surrogate\n$\\theta$ on $g$", width=1.5, height=0.75, color=0)
-    box(ax, 7.9, 2.2, "victim: fresh $\\theta$,\ntrained on these", width=1.7, height=0.75, color=0)
-    box(ax, 7.9, 0.7, "test: clean\nimages, new ones", width=1.7, height=0.75, color=7)
-    arrow(ax, (1.55, 2.2), (2.25, 2.2))
+    box(ax, 7.9, 2.2, "victim: fresh $\\theta$,\ntrained on these", width=1.9, height=0.75, color=0)
+    box(ax, 7.9, 0.7, "test: clean\nimages, new ones", width=1.9, height=0.75, color=7)
+    arrow(ax, (1.65, 2.2), (2.25, 2.2))
     arrow(ax, (3.75, 2.2), (4.55, 2.2))
-    arrow(ax, (6.05, 2.2), (7.05, 2.2))
+    arrow(ax, (6.05, 2.2), (6.95, 2.2))
     arrow(ax, (7.9, 1.82), (7.9, 1.08))
     arrow(ax, (5.3, 1.82), (5.3, 1.08))
     arrow(ax, (4.55, 0.7), (3.0, 1.8), color=NOISE)
-    text(ax, 3.0, 0.75, "EM: $\\nabla_\\lambda g$\nbilevel: $-Jv$ of $f$", color=NOISE)
+    text(ax, 4.4, 1.4, "EM: $\\nabla_\\lambda g$\nbilevel: $-Jv$", color=NOISE)
     arrow(ax, (0.9, 1.82), (4.55, 0.5), color=SOFT)
-    text(ax, 1.35, 0.95, "$f$: clean images,\nwrong labels", color="0.45")
-    return figure
-
-
-def plane(x, y, noise, before, after):
-    """Two classes, where their noise moves them, and the boundary of who learns it.
-
-    ``noise`` has x's shape; a boundary is (w, c) of w x + c = 0.
-    """
-    figure, axes = plotting.figure(2, height=2.6, sharex=True, sharey=True)
-    at = np.linspace(-4, 4, 2)
-    for ax, points, (w, c), title in zip(
-        axes, (x, x + noise), (before, after), ("clean", "published"), strict=True
-    ):
-        for label, marker in ((0, "o"), (1, "s")):
-            ax.plot(*points[y == label].T.tolist(), marker, color=PALETTE[label], ms=3, alpha=0.6)
-        ax.plot(at, -(w[0] * at + c) / w[1], "k-", lw=1.2)
-        ax.set(xlim=(-4, 4), ylim=(-4, 4), title=title, xlabel="$x_1$")
-    axes[0].set_ylabel("$x_2$")
+    text(ax, 1.5, 0.7, "$f$: clean images,\nwrong labels", color="0.45")
     return figure
 
 
@@ -62,7 +44,7 @@ def pictures(x, noises):
     rows = {"clean": x, **{name: x + noise for name, noise in noises.items()}}
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(line, images, strict=True):
-            ax.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy())
+            ax.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), cmap="gray")
             ax.set_xticks([])
             ax.set_yticks([])
         line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
