@@ -158,25 +158,25 @@ def check_envelope(envelope):
     """By finite differences of the solved problem."""
     generator = torch.Generator().manual_seed(164)
     for k in range(3):
-        a, rho, lam, e = (
+        a, l2, lam, e = (
             torch.rand(4, generator=generator, dtype=torch.float64) + 0.4 + 0.1 * k
         ).tolist()
 
-        def g(lam, theta, a=a, rho=rho):
-            return a / 2 * (theta - lam) ** 2 + rho / 2 * theta**2
+        def g(lam, theta, a=a, l2=l2):
+            return a / 2 * (theta - lam) ** 2 + l2 * theta**2
 
-        def star(lam, a=a, rho=rho):
-            return a * lam / (a + rho)
+        def star(lam, a=a, l2=l2):
+            return a * lam / (a + 2 * l2)
 
         eps = 1e-5
         slope = (g(lam + eps, star(lam + eps)) - g(lam - eps, star(lam - eps))) / (2 * eps)
         off = (g(lam + eps, star(lam) + e) - g(lam - eps, star(lam) + e)) / (2 * eps)
-        got = numbers(envelope(a, rho, lam, e), 3)
+        got = numbers(envelope(a, l2, lam, e), 3)
         near(
             got[0], star(lam), "theta*",
             [(lam, "the penalty draws theta towards 0."),
-             (a * lam / (a + 2 * rho), "the penalty is rho/2 theta^2: its slope is rho theta."),
-             (rho * lam / (a + rho), "a and rho have changed places.")],
+             (a * lam / (a + l2), "the slope of l2 theta^2 is 2 l2 theta."),
+             (2 * l2 * lam / (a + 2 * l2), "a and 2 l2 have changed places.")],
             "Set the slope of g in theta to zero.", 1e-6,
         )  # fmt: skip
         near(

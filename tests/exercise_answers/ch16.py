@@ -55,11 +55,11 @@ def sign_step(x, lam, slope, r, step, variant=""):
     return x + r * new if variant == "images" else new
 
 
-def envelope(a, rho, lam, e, variant=""):
-    star, truth = a * lam / (a + rho), a * rho * lam / (a + rho)
+def envelope(a, l2, lam, e, variant=""):
+    star, truth = a * lam / (a + 2 * l2), 2 * a * l2 * lam / (a + 2 * l2)
     out = [star, truth, -a * e]
     other = {
-        "lam": (0, lam), "two rho": (0, a * lam / (a + 2 * rho)), "swapped": (0, truth / a),
+        "lam": (0, lam), "one l2": (0, a * lam / (a + l2)), "swapped": (0, truth / a),
         "zero": (1, 0.0), "sign": (1, -truth), "at 0": (1, a * lam), "through": (1, a * star),
         "error sign": (2, a * e), "gradient": (2, truth - a * e), "square": (2, -a / 2 * e**2),
         "no a": (2, -e), "none": (2, 0.0),
@@ -121,7 +121,7 @@ WRONG = {
         "images", "project first",
     ),
     "16.4": variants(
-        envelope, "lam", "two rho", "swapped", "zero", "sign", "at 0", "through", "error sign",
+        envelope, "lam", "one l2", "swapped", "zero", "sign", "at 0", "through", "error sign",
         "gradient", "square", "no a", "none", "two",
     ),
     "16.5": variants(
