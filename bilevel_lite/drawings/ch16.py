@@ -7,6 +7,7 @@ from bilevel_lite.drawings import SOFT, arrow, box, canvas, text
 from bilevel_lite.plotting import COLORS, PALETTE
 
 NOISE = COLORS["corrupted"]
+WHITE = {"mode": "constant", "constant_values": 1.0}
 VICTIMS = {
     "none": (PALETTE[0], "o", "as they are"),
     "augment": (PALETTE[2], "s", "cropped and flipped"),
@@ -38,17 +39,21 @@ def story():
 
 def pictures(x, noises):
     """Images in the first row; below, each with a noise, ``noises[name]`` like x."""
-    columns, lines = len(x), 1 + len(noises)
-    size = 0.85 * columns + 0.8, 0.85 * lines
-    figure, axes = plotting.plt.subplots(lines, columns, figsize=size)
     rows = {"clean": x, **{name: x + noise for name, noise in noises.items()}}
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for ax, image in zip(line, images, strict=True):
-            ax.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), cmap="gray")
-            ax.set_xticks([])
-            ax.set_yticks([])
-        line[0].set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    lines = [np.hstack(np.pad(_pixels(images), ((0, 0), (2, 2), (2, 2), (0, 0)), **WHITE))
+             for images in rows.values()]  # fmt: skip
+    size = x.shape[-1] + 4  # one picture with its margin: the file stays small
+    figure, ax = plotting.plt.subplots(figsize=(0.6 * len(x) + 1.2, 0.6 * len(rows)))
+    ax.imshow(np.vstack(lines), cmap="gray", interpolation="nearest")
+    ax.set_yticks([size * (k + 0.5) for k in range(len(rows))], list(rows), fontsize=7)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return figure
+
+
+def _pixels(images):
+    return images.permute(0, 2, 3, 1).clamp(0, 1).cpu().numpy()
 
 
 def live(accuracy):
