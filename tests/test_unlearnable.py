@@ -11,6 +11,7 @@ import bilevel_lite as bl
 from bilevel_lite import data
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.params import predict
 from bilevel_lite.tasks import (
     studies,
@@ -468,3 +469,26 @@ def test_accuracies_are_by_victim_and_seed():
     }
     figures = Unlearnable.draw(stored)
     assert set(figures) == {""} and len(figures[""].axes) == 2
+
+
+def test_what_chapter_16_says_of_the_stored_study():
+    rows = joined(bl.experiment.stored("unlearnable_cifar10_lenet")["runs"])
+    found = {name: unlearnable_figures.accuracies(row) for name, row in rows.items()}
+    bilevel = ("kfac-25", "cg-3-25", "identity-25", "bome-25")
+    for seed in (0, 1):  # EM first on both
+        assert found["em-25"]["none"][seed] < min(found[k]["none"][seed] for k in bilevel) - 5
+    one, other = found["kfac-25"]["none"]
+    assert abs(one - other) == pytest.approx(11.5, abs=0.1)
+
+    def lost(name, kind="none"):
+        pairs = zip(found["clean"][kind], found[name][kind], strict=True)
+        return sum(clean - mine for clean, mine in pairs) / 2
+
+    points = {"em-25": 21.8, "kfac-25": 9.3, "identity-25": 7.2, "cg-3-25": 5.1, "bome-25": 3.2}
+    assert {name: lost(name) for name in points} == pytest.approx(points, abs=0.06)
+    assert lost("em-25", "augment") == pytest.approx(16.8, abs=0.06)
+    assert lost("em-25", "jpeg") == pytest.approx(12.9, abs=0.06)
+    assert max(lost(name, "augment") for name in bilevel) < 3
+    steps = {name: row["runs"][0]["history"][-1]["iteration"] / 10 for name, row in rows.items()}
+    visits = {"cg-3-25": 5, "kfac-25": 7, "identity-25": 8, "em-25": 9, "bome-25": 20}
+    assert all(round(steps[name]) == count for name, count in visits.items())

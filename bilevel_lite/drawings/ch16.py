@@ -88,5 +88,5 @@ def study(panels, clean):
         ax.set(title=f"radius {radius}/255", xlabel="test accuracy, %")
         ax.set_yticks(range(len(names)), names, fontsize=7)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=6.5)
+    axes[0].legend(fontsize=6.5)
     return figure

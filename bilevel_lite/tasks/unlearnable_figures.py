@@ -26,7 +26,7 @@ def draw_study(stored: dict) -> Any:
             for name, row in rows.items()
             if name.endswith(f"-{radius}")
         }
-        for radius in RADII
+        for radius in sorted(RADII, reverse=True)
     }
     with plt.rc_context(STYLE):
         return ch16.study(panels, rows["clean"])
