@@ -492,3 +492,6 @@ def test_what_chapter_16_says_of_the_stored_study():
     steps = {name: row["runs"][0]["history"][-1]["iteration"] / 10 for name, row in rows.items()}
     visits = {"cg-3-25": 5, "kfac-25": 7, "identity-25": 8, "em-25": 9, "bome-25": 20}
     assert all(round(steps[name]) == count for name, count in visits.items())
+    for kind, points in (("none", 15.2), ("augment", 13.8), ("jpeg", 3.0)):  # at 8/255, seed 1
+        left = found["clean"][kind][0] - found["em-8"][kind][0]
+        assert left == pytest.approx(points, abs=0.06)
