@@ -81,12 +81,12 @@ METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHO
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 10965),
     "methods": ([*METHODS.values()], 920),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1258),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1300),
     "meta-learning": ([PACKAGE / "meta.py"], 335),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 2995),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3060),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 3985),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 4660),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}

@@ -13,7 +13,7 @@ from typing import Literal, overload
 import torch
 
 from bilevel_lite.data import cifar10, mnist, pretraining, wrench
-from bilevel_lite.data.augment import crop_and_flip
+from bilevel_lite.data.augment import crop_and_flip, jpeg
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.files import DataError, Dataset
 from bilevel_lite.data.mnist import read_idx
@@ -28,6 +28,7 @@ __all__ = [
     "available",
     "corrupt_labels",
     "crop_and_flip",
+    "jpeg",
     "load",
     "majority",
     "pair_flips",

@@ -24,6 +24,7 @@ from bilevel_lite.tasks import (
     pretraining,
     pretraining_study,
     text_study,
+    unlearnable_study,
 )
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
@@ -142,11 +143,16 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 # what a study is run with where nothing else is said
 USUAL: dict = {
     "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
-    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0, "seeds": 3, "first_seed": 0,
-    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
+    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0,
+    "victim": "", "width": 4, "images": 2500, "seeds": 3, "first_seed": 0,
+    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "final_budget": 0,
+    "looks": 50, "baselines": 0,
 }  # fmt: skip
 # of these the settings that are the same for all variants, where the task has them
-SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most")
+SAME = (
+    "model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most", "victim",
+    "width", "images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,17 @@ STUDIES = {
         poisoning_study.variants,
         {"first_seed": 1, "seeds": 5, "trials": 6, "search_steps": 200, "looks": 20},
         kind=poisoning_study.Poisoning,
+    ),
+    "unlearnable": Study(
+        "what noise within a radius costs whoever trains on it, by method; with victims that "
+        "augment or recompress",
+        unlearnable_study.variants,
+        {
+            "dataset": "cifar10", "model": "lenet", "first_seed": 1, "seeds": 2,
+            "final_budget": 1000, "looks": 1,
+        },
+        on_gpu={"victim": "resnet18", "width": 16, "images": 10_000, "final_budget": 10_000},
+        kind=unlearnable_study.Unlearnable,
     ),
     "long_tail": Study(
         "how to weigh the examples of long-tailed classes: plain training, focal loss, "
@@ -316,11 +333,13 @@ def run(
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
             - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
+            - victim, width, images: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
             - widen: How often the boxes may widen (`bilevel_lite.experiment.search.run`).
             - outer_steps, looks: Outer iterations of a final run, evaluations in it.
+            - final_budget: Instead of ``outer_steps``, gradients (of one inner batch).
             - baselines: 1 to train also without weights, on the first seed.
 
     Returns:
@@ -368,7 +387,8 @@ def run(
     if one.cross:
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
-    usual = {} if one.kind is long_tail.LongTail else MINIBATCHES.get(dataset, {})
+    own_batches = one.kind in (long_tail.LongTail, unlearnable_study.Unlearnable)
+    usual = {} if own_batches else MINIBATCHES.get(dataset, {})
     base = {**usual, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
@@ -388,7 +408,7 @@ def run(
         base,
         chosen,
         {"outer_steps": s["search_steps"]},
-        {"outer_steps": s["outer_steps"]},
+        {"budget": s["final_budget"]} if s["final_budget"] else {"outer_steps": s["outer_steps"]},
         out,
         s["seeds"],
         s["trials"],
