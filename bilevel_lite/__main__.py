@@ -158,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
         ("widen", "how often a winner on its edge may widen the boxes; all then get more trials"),
         ("search-steps", "outer iterations of a trial"),
         ("outer-steps", "of a final run"),
+        ("final-budget", "instead of --outer-steps: gradients (of one inner batch); 0: none"),
         ("looks", "evaluations in a final run"),
         ("baselines", "1: also train without weights, on the first seed"),
     ):
@@ -184,14 +185,16 @@ def parser() -> argparse.ArgumentParser:
         "--batchnorm", choices=BATCHNORM, help="its statistics" + _usually("batchnorm")
     )
     same.add_argument(
-        "--layers", metavar="N", help="of text: how many are trained, half, or all (default: 1)"
+        "--layers",
+        metavar="N",
+        help="of text, pretraining: how many train, half, or all (default: 1)",
     )
     same.add_argument(
-        "--encoder", metavar="NAME", help="of text: a folder, a name on the hub, or tiny (default: "
-        "bert-base-uncased where it can be had)",
+        "--encoder", metavar="NAME", help="of text, pretraining: a folder, a name on the hub, or "
+        "tiny (default: bert-base-uncased where it can be had)",
     )  # fmt: skip
     same.add_argument(
-        "--texts", type=int, metavar="N", help="of text: training texts, drawn (default: all)"
+        "--texts", type=int, metavar="N", help="of text, pretraining: training texts (default: all)"
     )
     same.add_argument(
         "--imbalance", type=float, metavar="X", help="of long_tail: size of the first class over "
@@ -201,6 +204,16 @@ def parser() -> argparse.ArgumentParser:
         "--most", type=int, metavar="N", help="of long_tail: training images of the first class "
         "(default: all)",
     )  # fmt: skip
+    same.add_argument(
+        "--victim", metavar="NAME", help="of unlearnable: the model that is trained on the noise "
+        "(default: the one that it is made on)",
+    )  # fmt: skip
+    same.add_argument(
+        "--width", type=int, metavar="N", help="of unlearnable: of the U-Net (default: 4)"
+    )
+    same.add_argument(
+        "--images", type=int, metavar="N", help="of unlearnable: training images (default: 5,000)"
+    )
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):

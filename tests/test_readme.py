@@ -219,6 +219,9 @@ def test_pairs_in_the_prose_are_those_of_the_stored_runs():
 
     pairs = [said(linear["kfac"], linear[f"{m}"]) for m in ("cg-3", "cg-10", "ekfac", "pcg-3")]
     pairs += [said(linear["kfac"], linear[f"{m}"]) for m in ("neumann-10", "cg-normal-3")]
+    wide = fresh("hyperclean_mnist_solvers_wide")
+    pairs += [said(wide["kfac"], row) for name, row in wide.items() if not name.startswith("kfac")
+              if name != "identity"]  # fmt: skip
     pairs += [
         said(batch[f"kfac-b{size}"], batch[f"{rival}-b{size}"])
         for size in (64, 128, 256) for rival in ("cg-3", "cg-normal-3")

@@ -559,8 +559,8 @@ def test_what_chooses_is_the_share_of_the_tuning_texts_that_is_misclassified(flo
 def test_the_studys_boxes_hold_the_points_that_won():
     found = {v.name: v.space for v in studies.variants("text", "trec", "linear")}
     runs = bl.experiment.stored("text_cleaning_trec")["runs"]
-    chosen = {row["method"]: row["chosen"] for run in runs for row in run["results"]}
-    won = {name: point["outer_lr"] for name, point in chosen.items() if point}
+    rows = [row for run in runs for row in run["results"] if row["chosen"]]
+    won = {row["method"]: row["chosen"]["outer_lr"] for row in rows}
     assert len(won) == 5
     for name, value in won.items():
         low, high = found[name]["outer_lr"]

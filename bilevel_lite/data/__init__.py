@@ -12,8 +12,8 @@ from typing import Literal, overload
 
 import torch
 
-from bilevel_lite.data import cifar10, mnist, wrench
-from bilevel_lite.data.augment import crop_and_flip
+from bilevel_lite.data import cifar10, mnist, pretraining, wrench
+from bilevel_lite.data.augment import crop_and_flip, jpeg
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.files import DataError, Dataset
 from bilevel_lite.data.mnist import read_idx
@@ -28,9 +28,11 @@ __all__ = [
     "available",
     "corrupt_labels",
     "crop_and_flip",
+    "jpeg",
     "load",
     "majority",
     "pair_flips",
+    "pretraining",
     "read_idx",
     "split",
     "standardise",

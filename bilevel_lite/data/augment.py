@@ -1,9 +1,12 @@
-"""Random crops and flips of batches that live on a device, drawn from a CPU generator."""
+"""Random crops and flips of batches that live on a device; images compressed and read back."""
 
+import io
+
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["crop_and_flip"]
+__all__ = ["crop_and_flip", "jpeg"]
 
 
 def crop_and_flip(
@@ -58,3 +61,44 @@ def crop_and_flip(
     # one index into each image's pixels, the same for all its colours
     pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1).to(x.device)
     return x.flatten(2).gather(2, pixels[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+
+
+def jpeg(x: Tensor, quality: int) -> Tensor:
+    """Store each image as JPEG and read it back: what is fine and faint does not survive.
+
+    Args:
+        x: Images, shape (n, C, H, W) with 1 or 3 colours, from 0 to 1; on any device.
+        quality: 1 to 95; the lower, the coarser.
+
+    Returns:
+        Images like ``x``, of 8 bits a pixel.
+
+    Raises:
+        ValueError: if ``x`` are no such images, or ``quality`` is out of range.
+
+    Example:
+        >>> x = torch.full((1, 1, 8, 8), 0.2)
+        >>> torch.allclose(bl.data.jpeg(x, 90), x, atol=0.02)
+        True
+    """
+    from PIL import Image  # comes with matplotlib
+
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected images, (n, C, H, W) with C = 1 or 3"
+        )
+    if not (isinstance(quality, int) and 1 <= quality <= 95):
+        raise ValueError(f"quality: got {quality!r}, expected a whole number from 1 to 95")
+    if len(x) and not (float(x.min()) >= 0 and float(x.max()) <= 1):
+        raise ValueError(
+            f"x: has pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, expected 0 to 1"
+        )
+    pixels = (255 * x.detach().cpu()).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    out = np.empty_like(pixels)
+    for row, image in zip(out, pixels, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
+            file, "JPEG", quality=quality
+        )
+        row[:] = np.asarray(Image.open(file)).reshape(row.shape)
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous().to(x) / 255

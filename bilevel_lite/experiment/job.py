@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from bilevel_lite.experiment import methods
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
 from bilevel_lite.experiment.stopping import Stopped
@@ -82,7 +81,7 @@ def run_job(
         ValueError: for a setting out of range.
         RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
     """
-    method = methods.build(s, task)
+    method = task.method(s)
     state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
     if state["method"] is not None:
         try:

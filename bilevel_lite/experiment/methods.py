@@ -14,7 +14,7 @@ from bilevel_lite.kfac import KFAC
 from bilevel_lite.options import Option
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
-__all__ = ["METHODS", "OWN", "build", "inner_optimizer", "inner_scheduler"]
+__all__ = ["METHODS", "OWN", "Recipe", "Sign", "build", "inner_optimizer", "inner_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,20 @@ for _name, _recipe in METHODS.items():
         OWN.setdefault(_option, {})[_name] = _known
 
 
-def build(s: Any, task: Any) -> Method:
+def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
     """Put a run's method together.
 
     Args:
         s: The run's settings (`bilevel_lite.experiment.settings.Settings`).
         task: The task (`bilevel_lite.experiment.task.Task`).
+        recipe: Of a method that only this task has; by default that of the settings.
 
     Raises:
         ValueError: for an unknown method, an option that it does not have, and as it says itself.
     """
     if s.method not in METHODS:
         raise ValueError(f"method: got {s.method!r}, expected one of {sorted(METHODS)}")
-    recipe, roles = METHODS[s.method], task.batches(s)
+    recipe, roles = recipe or METHODS[s.method], task.batches(s)
     options = {name: v(s) if callable(v) else v for name, v in recipe.options.items()}
     options |= _own(recipe, s)
     options |= {"outer_lr": s.outer_lr, "projection": task.project}
@@ -156,6 +157,8 @@ def build(s: Any, task: Any) -> Method:
     if s.outer_optimizer == "adam":
         betas = (s.outer_momentum or 0.9, 0.999)
         options["outer_optimizer"] = lambda p: torch.optim.Adam(p, s.outer_lr, betas)
+    elif s.outer_optimizer == "sign":
+        options["outer_optimizer"] = lambda p: Sign(p, s.outer_lr)
     elif s.outer_momentum:
         options["outer_optimizer"] = lambda p: torch.optim.SGD(p, s.outer_lr, s.outer_momentum)
     if recipe.more is None:
@@ -165,6 +168,20 @@ def build(s: Any, task: Any) -> Method:
     method = recipe.cls(task.problem, task.lam0, task.theta0, **options)
     task.attach(method, s)
     return method
+
+
+class Sign(torch.optim.Optimizer):
+    """p <- p - lr sign(grad): every number moves by lr, but those without a gradient."""
+
+    def __init__(self, params: list[torch.Tensor], lr: float):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # noqa: D102
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign())
 
 
 def inner_optimizer(s: Any) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:

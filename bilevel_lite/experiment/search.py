@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment import job
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, unseal
 from bilevel_lite.experiment.stopping import Stopped, stoppable
@@ -511,7 +511,7 @@ def _of_length(kind: type[Task], s: Any, length: dict[str, float], looks: int, d
         steps = int(length["outer_steps"])
         return replace(s, outer_steps=steps, evaluate_every=max(1, steps // looks))
     budget = length["budget"]
-    method = methods.build(s, _made(kind, s, device))
+    method = _made(kind, s, device).method(s)
     method.step()  # the first may cost more (tables are filled) or less (v is zero)
     start = method.gradients
     for _ in range(3):

@@ -45,7 +45,7 @@ class Common:
     )
     outer_lr: float = setting(1.0, "outer step size")
     outer_momentum: float = setting(0.0, "outer momentum; Adam's beta1, 0.9 if it is 0")
-    outer_optimizer: str = setting("sgd", "how lam moves", known=("adam", "sgd"))
+    outer_optimizer: str = setting("sgd", "how lam moves", known=("adam", "sgd", "sign"))
     batch_size: int = setting(0, "inner batch; 0 is the whole training set")
     curvature_batch_size: int = setting(0, "batch of the Hessian; 0 is the whole training set")
     outer_batch_size: int = setting(0, "batch of f; 0 is the whole validation set")

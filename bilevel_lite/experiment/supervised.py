@@ -1,5 +1,6 @@
 """Supervised models: train with fixed weights, evaluate, keep BatchNorm's statistics at theta."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from bilevel_lite.params import predict
 from bilevel_lite.risk import WeightedRisk
 
 __all__ = [
-    "BATCHNORM", "PLAIN", "Supervised", "batchnorms", "best_fit", "evaluate", "plain",
+    "BATCHNORM", "PLAIN", "Supervised", "batchnorms", "best_fit", "descend", "evaluate", "plain",
     "refresh_batchnorm", "train", "train_minibatch",
 ]  # fmt: skip
 
@@ -108,15 +109,18 @@ class Supervised(Task):
         return evaluate(self.model, theta, self.tuning)["loss"]
 
 
-def plain(task: Supervised, s: Any) -> dict:
+def plain(
+    task: Supervised, s: Any, names: tuple[str, ...] = ("test_loss", "test_accuracy")
+) -> dict:
     """Run a task whose lam does not move by the settings' inner steps, for comparison.
 
     Args:
         task: Its ``project`` keeps lam where it is.
         s: Settings of a run; its method and the batches of f, H and J do not matter.
+        names: The measures that are told.
 
     Returns:
-        The chosen look's iteration, criterion, test loss and accuracy, and the last look's.
+        The chosen look's iteration, criterion and measures, and the last look's measures.
 
     Cost: inner_steps + about 0.1 gradients an outer iteration.
     """
@@ -129,7 +133,6 @@ def plain(task: Supervised, s: Any) -> dict:
             task.refresh(method.theta)
             rows.append({"iteration": step, **task.measure(method.lam, method.theta)})
     best = min(rows, key=lambda row: row[task.criterion])
-    names = ("test_loss", "test_accuracy")
     last = {f"last_{name}": rows[-1][name] for name in names}
     return {**{key: best[key] for key in ("iteration", task.criterion, *names)}, **last}
 
@@ -231,6 +234,51 @@ def train(
         if looks == patience:
             break
     return best
+
+
+def descend(
+    model: nn.Module,
+    split: tuple[Tensor, Tensor],
+    theta: Tensor,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    l2: float,
+    seed: int,
+    transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    momentum: float = 0.9,
+) -> Tensor:
+    """Take that many steps of SGD with momentum on the rows of ``split``, and return the last.
+
+    For whoever trains on spoiled data and has nothing clean to choose an iterate by.
+
+    Args:
+        model: The model; BatchNorm's statistics are at the end those of ``split``.
+        split: (x, y).
+        theta: Start, shape (d,).
+        steps: Number of steps.
+        lr: Step size.
+        batch_size: Rows of a step; all of them, if there are fewer.
+        l2: Coefficient of ||theta||^2.
+        seed: Of the batches.
+        transform: Of a batch's x, see `bilevel_lite.data.Batches`.
+        momentum: Of SGD.
+
+    Cost: one gradient a step.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(split[1]))
+    batches = Batches(*split, size, generator, transform=transform)
+    risk, theta = WeightedRisk(model, l2=l2), theta.clone().requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr, momentum)
+    model.train(bool(batchnorms(model)))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        risk(None, theta, batches.draw()).backward()
+        optimizer.step()
+    model.eval()
+    refresh_batchnorm(model, theta.detach(), split[0])
+    return theta.detach()
 
 
 def train_minibatch(

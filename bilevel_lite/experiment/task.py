@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
+from bilevel_lite.experiment import methods
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.options import check
 from bilevel_lite.problem import BilevelProblem
@@ -155,6 +156,10 @@ class Task:
     def project(self, lam: Tensor) -> Tensor:
         """Where lam may be: everywhere, if the task does not say otherwise."""
         return lam
+
+    def method(self, s: Any) -> Any:
+        """The method of a run: that of the settings, if the task does not make another."""
+        return methods.build(s, self)
 
     def attach(self, method: Method, s: Any) -> None:
         """Tell the method what its inner steps need beyond batches: nothing, by default."""

@@ -5,6 +5,15 @@ Example:
     True
 """
 
-from bilevel_lite.tasks import hypercleaning, long_tail, poisoning, text_cleaning
+from bilevel_lite.tasks import (
+    hypercleaning,
+    long_tail,
+    poisoning,
+    pretraining,
+    text_cleaning,
+    unlearnable,
+)
 
-__all__ = ["hypercleaning", "long_tail", "poisoning", "text_cleaning"]
+__all__ = [
+    "hypercleaning", "long_tail", "poisoning", "pretraining", "text_cleaning", "unlearnable",
+]  # fmt: skip

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel_lite import data, models
-from bilevel_lite.data.batches import Batches
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
-from bilevel_lite.experiment.supervised import Supervised, evaluate
+from bilevel_lite.experiment.supervised import Supervised, descend, evaluate
 from bilevel_lite.experiment.task import Column
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten, predict
@@ -44,7 +43,6 @@ OBJECTIVES = ("bounded", "negative")
 ATTACKS = ("generator", "flip", "noise", "none")
 DEFENCES = ("none", "distance", "trimmed")
 ROUNDS = 2  # of the trimmed loss: train, leave out, train anew
-MOMENTUM = 0.9  # of the defender's SGD
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"batch_size": 250, "curvature_batch_size": 250, "cross_batch_size": 250},
@@ -303,22 +301,15 @@ class Poisoning(Supervised, name="poisoning"):
         return x, y
 
     def descend(self, split: tuple[Tensor, Tensor], theta: Tensor, steps: int) -> Tensor:
-        """Take that many steps of SGD with momentum on the rows of ``split``, from theta.
+        """That many steps on the rows of ``split``: `bilevel_lite.experiment.supervised.descend`.
 
         The last iterate: whoever trains on poison has nothing clean to choose another one by.
         """
-        s, generator = self.s, torch.Generator().manual_seed(1_000_003 * 8 + self.s.seed)
-        batches = Batches(*split, min(s.defender_batch, len(split[1])), generator)
-        risk, theta = WeightedRisk(self.model, l2=s.l2), theta.clone().requires_grad_()
-        optimizer = torch.optim.SGD([theta], s.defender_lr, MOMENTUM)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            self.model.train(self.uses_batches)
-            risk(None, theta, batches.draw()).backward()
-            optimizer.step()
-        self.model.eval()
-        self.refresh(theta.detach())
-        return theta.detach()
+        s = self.s
+        return descend(
+            self.model, split, theta, steps, s.defender_lr, s.defender_batch, s.l2,
+            1_000_003 * 8 + s.seed,
+        )  # fmt: skip
 
     def fresh(self, split: tuple[Tensor, Tensor]) -> Tensor:
         """A fresh defender: new parameters, ``epochs`` passes over the rows of ``split``."""

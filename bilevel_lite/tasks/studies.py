@@ -6,7 +6,7 @@ After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figur
 `cleaning_comparison`. Every variant runs for the same number of outer iterations. The study
 ``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
 GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks, ``long_tail`` on
-long-tailed classes what its Table 3 does.
+long-tailed classes what its Table 3 does, ``pretraining`` with masked words what its Table 4 does.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,15 @@ from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.session import pick_device
-from bilevel_lite.tasks import long_tail, long_tail_study, poisoning_study, text_study
+from bilevel_lite.tasks import (
+    long_tail,
+    long_tail_study,
+    poisoning_study,
+    pretraining,
+    pretraining_study,
+    text_study,
+    unlearnable_study,
+)
 from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
@@ -135,11 +143,16 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 # what a study is run with where nothing else is said
 USUAL: dict = {
     "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
-    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0, "seeds": 3, "first_seed": 0,
-    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "looks": 50, "baselines": 0,
+    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0,
+    "victim": "", "width": 4, "images": 2500, "seeds": 3, "first_seed": 0,
+    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "final_budget": 0,
+    "looks": 50, "baselines": 0,
 }  # fmt: skip
 # of these the settings that are the same for all variants, where the task has them
-SAME = ("model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most")
+SAME = (
+    "model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most", "victim",
+    "width", "images",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,6 +168,8 @@ class Study:
         on_gpu: What differs from ``usual`` on a GPU, ``batch`` among it.
         kind: The task.
         datasets: Of the task.
+        also: Settings that are the same for all its rows.
+        also_on_gpu: What of ``also`` is another one on a GPU.
     """
 
     asks: str
@@ -165,6 +180,8 @@ class Study:
     on_gpu: dict = field(default_factory=dict)
     kind: type[Task] = Hypercleaning
     datasets: tuple[str, ...] = tuple(SIZES)
+    also: dict = field(default_factory=dict)
+    also_on_gpu: dict = field(default_factory=dict)
 
 
 STUDIES = {
@@ -202,6 +219,17 @@ STUDIES = {
         {"first_seed": 1, "seeds": 5, "trials": 6, "search_steps": 200, "looks": 20},
         kind=poisoning_study.Poisoning,
     ),
+    "unlearnable": Study(
+        "what noise within a radius costs whoever trains on it, by method; with victims that "
+        "augment or recompress",
+        unlearnable_study.variants,
+        {
+            "dataset": "cifar10", "model": "lenet", "first_seed": 1, "seeds": 2,
+            "final_budget": 1000, "looks": 1,
+        },
+        on_gpu={"victim": "resnet18", "width": 16, "images": 10_000, "final_budget": 10_000},
+        kind=unlearnable_study.Unlearnable,
+    ),
     "long_tail": Study(
         "how to weigh the examples of long-tailed classes: plain training, focal loss, "
         "class-balanced weights, a network of the losses by solver",
@@ -214,6 +242,20 @@ STUDIES = {
         on_gpu={"model": "resnet32", "search_steps": 600, "outer_steps": 1230, "looks": 50},
         kind=long_tail.LongTail,
         datasets=tuple(long_tail.SIZES),
+    ),
+    "pretraining": Study(
+        "what a masked text is worth to an end task: nothing, a fixed weight, two weights by "
+        "cosines, a network of its loss by solver",
+        pretraining_study.variants,
+        {
+            "dataset": "sciie", "first_seed": 1, "trials": 4, "search_steps": 20,
+            "outer_steps": 40, "looks": 8,
+        },
+        on_gpu={"layers": "all", "search_steps": 50, "outer_steps": 100, "looks": 20},
+        kind=pretraining.Pretraining,
+        datasets=tuple(pretraining.SIZES),
+        also=pretraining_study.ALSO,
+        also_on_gpu=pretraining_study.ALSO_GPU,
     ),
 }  # fmt: skip
 
@@ -291,11 +333,13 @@ def run(
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
             - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
+            - victim, width, images: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
             - widen: How often the boxes may widen (`bilevel_lite.experiment.search.run`).
             - outer_steps, looks: Outer iterations of a final run, evaluations in it.
+            - final_budget: Instead of ``outer_steps``, gradients (of one inner batch).
             - baselines: 1 to train also without weights, on the first seed.
 
     Returns:
@@ -310,7 +354,8 @@ def run(
     if unknown := sorted(set(given) - set(USUAL)):
         raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
     one = _named(study)
-    own = {**one.usual, **(one.on_gpu if pick_device(device).type == "cuda" else {})}
+    on_gpu = pick_device(device).type == "cuda"
+    own = {**one.usual, **(one.on_gpu if on_gpu else {})}
     batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
     dataset, model = s["dataset"], s["model"]
@@ -342,8 +387,9 @@ def run(
     if one.cross:
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
-    usual = {} if one.kind is long_tail.LongTail else MINIBATCHES.get(dataset, {})
-    base = {**usual, **batches, **sizes}
+    own_batches = one.kind in (long_tail.LongTail, unlearnable_study.Unlearnable)
+    usual = {} if own_batches else MINIBATCHES.get(dataset, {})
+    base = {**usual, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}
@@ -362,7 +408,7 @@ def run(
         base,
         chosen,
         {"outer_steps": s["search_steps"]},
-        {"outer_steps": s["outer_steps"]},
+        {"budget": s["final_budget"]} if s["final_budget"] else {"outer_steps": s["outer_steps"]},
         out,
         s["seeds"],
         s["trials"],

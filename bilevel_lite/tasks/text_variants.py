@@ -1,5 +1,8 @@
 """Plain training and the solvers of text cleaning, their step sizes, and what can be had here."""
 
+from collections.abc import Callable
+from typing import Any
+
 from bilevel_lite import data, text
 from bilevel_lite.data import DataError
 from bilevel_lite.text.encoders import local
@@ -39,19 +42,23 @@ SOLVERS: dict[str, dict] = {
 }
 
 
-def at_hand() -> tuple[str, str]:
+def at_hand(dataset: str = "trec", load: Callable[[str], Any] | None = None) -> tuple[str, str]:
     """What a run of a minute on a CPU can use here, as ``(dataset, encoder)`` of the settings.
 
-    TREC and a pretrained encoder, a folder on this machine (`bilevel_lite.text.encoder`) or the
-    hub's all-MiniLM-L6-v2; if either cannot be had, the toy texts and the tiny encoder.
+    A set (TREC) and a pretrained encoder, a folder on this machine (`bilevel_lite.text.encoder`) or
+    the hub's all-MiniLM-L6-v2; if either cannot be had, the toy texts and the tiny encoder.
+
+    Args:
+        dataset: Name of the set.
+        load: By which it is loaded; by default `bilevel_lite.data.load`.
 
     Raises:
         ImportError: without transformers.
     """
     place = str(next(iter(local()), SMALL))
     try:
-        data.load("trec")
+        (load or data.load)(dataset)
         text.encoder(place)
     except (DataError, text.EncoderError):
         return TOY, "tiny"
-    return "trec", place
+    return dataset, place

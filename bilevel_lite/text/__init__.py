@@ -9,8 +9,9 @@ table. Needs the extra ``text`` (transformers); `import bilevel_lite` does not.
 
 from bilevel_lite.text.classifier import POOLINGS, Logits, TextClassifier
 from bilevel_lite.text.encoders import Encoder, EncoderError, encoder, tiny, transformers
+from bilevel_lite.text.masked import MaskedTexts, MaskedWords, hide
 
 __all__ = [
-    "POOLINGS", "Encoder", "EncoderError", "Logits", "TextClassifier", "encoder", "tiny",
-    "transformers",
+    "POOLINGS", "Encoder", "EncoderError", "Logits", "MaskedTexts", "MaskedWords", "TextClassifier",
+    "encoder", "hide", "tiny", "transformers",
 ]  # fmt: skip

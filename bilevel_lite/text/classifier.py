@@ -241,13 +241,24 @@ class TextClassifier(nn.Module):
         Raises:
             ValueError: if x is neither, or of positions that are not remembered.
         """
+        out, mask = self._outputs(x)
+        return self.head(self._pooled(out, mask))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return the last layer's vector of each token, shape (n, L, width), of ids or positions.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        return self._outputs(x)[0].last_hidden_state
+
+    def _outputs(self, x: Tensor) -> tuple[Any, Tensor]:
         ids, mask = self._read(x)
         if ids is not None:
-            out = self._run(self.encoder, mask, input_ids=ids)
-        else:
-            self._refuse_dropout()
-            out = self._run(self._halves[1], mask, inputs_embeds=self._activations(x, mask))
-        return self.head(self._pooled(out, mask))
+            return self._run(self.encoder, mask, input_ids=ids), mask
+        self._refuse_dropout()
+        activations = self._activations(x, mask)
+        return self._run(self._halves[1], mask, inputs_embeds=activations), mask
 
     def mask(self, batch: Any) -> Tensor:
         """True where a token stands, bool, shape (n, L): for ``WeightedRisk(mask=...)``.

@@ -361,9 +361,11 @@ class _Words:
     """A tokenizer without a file: lower-case words and signs, each to an id by its checksum."""
 
     pad_token_id, cls, sep, model_max_length = 0, 1, 2, 128
+    all_special_ids = (0, 1, 2)
 
     def __init__(self, size: int):
         self.size = size
+        self.mask_token_id = size - 1  # a word may share it, as any two may share an id
 
     def __len__(self) -> int:
         return self.size

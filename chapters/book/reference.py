@@ -35,10 +35,14 @@ GROUPS = {
     ],
     "Data and models": [
         "data.load", "data.available", "data.split", "data.corrupt_labels", "data.pair_flips",
-        "data.crop_and_flip", "data.majority", "data.standardise", "data.Batches", "models.build",
-        "models.linear", "models.mlp", "models.lenet", "models.resnet18", "models.resnet32",
+        "data.crop_and_flip", "data.jpeg", "data.majority", "data.standardise", "data.Batches",
+        "models.build", "models.linear", "models.mlp", "models.lenet", "models.resnet18",
+        "models.resnet32",
     ],
-    "Text": ["text.encoder", "text.tiny", "text.TextClassifier", "text.Logits"],
+    "Text": [
+        "text.encoder", "text.tiny", "text.TextClassifier", "text.Logits", "text.hide",
+        "text.MaskedWords",
+    ],
     "Long horizons": [
         "updates.Update", "updates.SGD", "updates.Adam", "updates.AdamW",
         "schedules.forward_schedule", "schedules.SignSteps", "population.evolve",

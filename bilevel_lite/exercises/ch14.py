@@ -1,0 +1,192 @@
+"""Checks of chapter 14, auxiliary pretraining."""
+
+import torch
+import torch.nn.functional as F
+
+from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers
+from bilevel_lite.tasks.pretraining import macro_f1
+
+IGNORED = -100
+
+
+@exercise("14.A")
+def check_nothing_shared(answer):
+    """Nothing shared: nothing arrives."""
+    (value,) = numbers(answer, 1)
+    if abs(value) > 1e-9:
+        raise Wrong("v has no part in u: H is block-diagonal, and b is zero there. Put this into "
+                    "(14.3), in which there is no S any more.")  # fmt: skip
+
+
+@exercise("14.B")
+def check_sign(answer):
+    """d Phi / dc = c grad M^T H^-1 grad M."""
+    (sign,) = numbers(answer, 1)
+    near(
+        sign, 1, "The sign",
+        [(-1, "two minus signs: that of b = -c grad M, and that of the hypergradient."),
+         (0, "the texts do not matter: a^T H^-1 a is positive whatever a is.")],
+        "Put b = -c grad M into - grad M^T H^-1 b.", 1e-9,
+    )  # fmt: skip
+
+
+@exercise("14.1")
+def check_masked(masked_losses):
+    """By a loop over texts and hidden places."""
+    generator = torch.Generator().manual_seed(141)
+    for n, slots, words in ((4, 3, 5), (3, 5, 4)):
+        z = draw(generator, n, slots, words)
+        y = torch.randint(words, (n, slots), generator=generator)
+        counts = torch.arange(n) % slots + 1  # 1, 2, ...: of different lengths
+        y[torch.arange(slots) >= counts[:, None]] = IGNORED
+        rows = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(n, slots)
+        truth = torch.stack([
+            sum(F.cross_entropy(z[i, q], y[i, q]) for q in range(int(counts[i]))) / counts[i]
+            for i in range(n)
+        ])  # fmt: skip
+        zero = F.cross_entropy(z.flatten(0, 1), y.clamp(min=0).flatten(), reduction="none")
+        zero = zero.view(n, slots)
+        got = masked_losses(z.clone(), y.clone())
+        if torch.is_tensor(got) and got.dim() == 0:
+            raise Wrong("Return one loss for each text, shape (n,): the weights need them apart.")
+        compare(
+            got, truth,
+            [("Divide by the text's own number of hidden words, not by that of slots.",
+              rows.sum(1) / slots),
+             ("That is the sum: a text with many hidden words would count more.", rows.sum(1)),
+             ("An empty slot, label -100, has no loss; it is not the word 0.", zero.mean(1)),
+             ("An empty slot has no loss, also in the sum.",
+              zero.sum(1) / counts),
+             ("Divide by each text's number, not by the mean number.",
+              rows.sum(1) / counts.double().mean())],
+            f"With {counts.tolist()} hidden words m", 1e-9,
+        )  # fmt: skip
+
+
+@exercise("14.2")
+def check_cosines(task_weights):
+    """By the definition."""
+    generator = torch.Generator().manual_seed(142)
+    for d, k in ((9, 2), (12, 3)):
+        grads, b, lam = draw(generator, k, d), draw(generator, d), draw(generator, k)
+        shared = torch.zeros(d, dtype=torch.bool)
+        shared[torch.randperm(d, generator=generator)[: d // 2]] = True
+        lr = 0.3
+        cos = F.cosine_similarity(grads[:, shared], b[shared][None], 1)
+        every = F.cosine_similarity(grads, b[None], 1)
+        dots = grads[:, shared] @ b[shared]
+        w = (lam + lr * cos).softmax(0)
+        jacobian = lam.softmax(0).diag() - torch.outer(lam.softmax(0), lam.softmax(0))
+        got = task_weights(lam.clone(), grads.clone(), b.clone(), shared.clone(), lr)
+        compare(
+            got, w,
+            [("The sign is turned: a loss that points with f gains weight.",
+              (lam - lr * cos).softmax(0)),
+             ("Only the shared parameters count: f has no gradient in the words' head, nor M in "
+              "the end task's.", (lam + lr * every).softmax(0)),
+             ("That is the inner product: divide by both lengths.", (lam + lr * dots).softmax(0)),
+             ("Divide by both lengths, not by one.",
+              (lam + lr * dots / grads[:, shared].norm(dim=1)).softmax(0)),
+             ("Divide by both lengths, not by one.",
+              (lam + lr * dots / b[shared].norm()).softmax(0)),
+             ("The lengths are those on the shared parameters.",
+              (lam + lr * dots / grads.norm(dim=1) / b.norm()).softmax(0)),
+             ("That is lam: the weights are its softmax.", lam + lr * cos),
+             ("The step is taken in lam, not in the weights.", lam.softmax(0) + lr * cos),
+             ("TARTAN leaves the softmax's Jacobian out of the step.",
+              (lam + lr * jacobian @ cos).softmax(0))],
+            f"With {k} losses the weights", 1e-9,
+        )  # fmt: skip
+
+
+@exercise("14.3")
+def check_own_judge(own_judge):
+    """On quadratics, whose solution is known: by differences of Phi."""
+    generator = torch.Generator().manual_seed(143)
+    for d, c in ((3, 0.7), (5, 2.0)):
+        A, B = (draw(generator, d, d) for _ in range(2))
+        A, B = A @ A.T + torch.eye(d), B @ B.T + torch.eye(d)
+        p, q = draw(generator, d), draw(generator, d)
+
+        # f = (theta - p)^T A (theta - p) / 2,  M = (theta - q)^T B (theta - q) / 2
+        def at(c, A=A, B=B, p=p, q=q):
+            return torch.linalg.solve(A + c * B, A @ p + c * B @ q)
+
+        def phi(c, A=A, p=p):
+            return 0.5 * (at(c) - p) @ A @ (at(c) - p)
+
+        a, H = B @ (at(c) - q), A + c * B
+        eps = 1e-4
+        seen = (phi(c + eps) - phi(c - eps)) / (2 * eps)
+        truth = c * a @ torch.linalg.solve(H, a)
+        assert abs(float(seen - truth)) < 1e-5 * abs(float(truth))  # this check's own formula
+        compare(
+            torch.as_tensor(own_judge(a.clone(), H.clone(), c), dtype=a.dtype), truth,
+            [("The sign is turned: there are two minus signs.", -truth),
+             ("b = -c grad M: the factor c is missing.", truth / c),
+             ("b is -c grad M, with c once.", truth * c),
+             ("The solve is missing: H^-1 b, not H b.", c * a @ H @ a),
+             ("H^-1 stands in it once: that is H^-1 a, squared.",
+              c * torch.linalg.solve(H, a).square().sum()),
+             ("H is missing: that is one step, not the solution.", c * a @ a)],
+            f"At c = {c:g} d Phi / dc", 1e-8,
+        )  # fmt: skip
+
+
+@exercise("14.4")
+def check_worth(worth):
+    """By the two macro-F1, before and after."""
+    generator = torch.Generator().manual_seed(144)
+    for n, C in ((30, 4), (60, 6)):
+        y = torch.cat([torch.arange(C), torch.randint(C, (n - C,), generator=generator)])
+        guess = torch.where(torch.rand(n, generator=generator) < 0.7, y, (y + 1) % C)
+        i = int((guess != y).nonzero()[0]) if bool((guess != y).any()) else 0
+        guess[i] = (y[i] + 1) % C
+        after = guess.clone()
+        after[i] = y[i]
+        truth = 100 * (macro_f1(after, y) - macro_f1(guess, y))
+
+        def only_mine(g, y=y, i=i):
+            c = int(y[i])
+            both = int((g == c).sum() + (y == c).sum())
+            return 2 * int(((g == y) & (y == c)).sum()) / both
+
+        mine = 100 * (only_mine(after) - only_mine(guess))
+        value = lambda x: torch.tensor(float(x), dtype=torch.float64)  # noqa: E731
+        compare(
+            torch.as_tensor(worth(guess.clone(), y.clone(), i), dtype=torch.float64), value(truth),
+            [("That is what it moves in accuracy.", value(100 / n)),
+             ("Give points, of which 100 are the whole.", value(truth / 100)),
+             ("The class that was guessed before changes, too: one wrong guess less.",
+              value(mine / C)),
+             ("Macro-F1 is the mean over the classes: divide by their number.", value(truth * C)),
+             ("That is the F1 of its own class alone.", value(mine)),
+             ("The sign is turned: after, less before.", value(-truth))],
+            f"Of {n} texts in {C} classes the one text is worth", 1e-9,
+        )  # fmt: skip
+
+
+@exercise("14.5")
+def check_memory(memory):
+    """By a loop over the test texts."""
+    generator = torch.Generator().manual_seed(145)
+    for n, C in ((12, 3), (25, 4)):
+        train = [f"text {k} of the train" for k in range(n)]
+        y = torch.randint(C, (n,), generator=generator)
+        y[: n // 2] = most = int(torch.randint(C, (1,), generator=generator))
+        old = torch.randperm(n, generator=generator)[: n // 3].tolist()
+        test = [f" {train[k]}\n" if k % 2 else train[k] for k in old] + ["quite new", "Text 1"]
+        truth = torch.tensor([*(int(y[k]) for k in old), most, most])
+        got = memory(list(train), y.clone(), list(test))
+        exact = torch.tensor([most if k % 2 else int(y[k]) for k in old] + [most, most])
+        compare(
+            torch.as_tensor(got).double(), truth.double(),
+            [("Blanks at the ends make no other text: strip them.", exact.double()),
+             ("A text that was seen has the label that it had there.",
+              torch.full_like(truth, most).double()),
+             ("A new text gets the most frequent training label, not class 0.",
+              torch.cat([truth[:-2], torch.zeros(2).long()]).double()),
+             ("A new text gets the most frequent training label; nobody knows test labels.",
+              torch.cat([truth[:-2], torch.full((2,), -1)]).double())],
+            "The guesses", 1e-9,
+        )  # fmt: skip

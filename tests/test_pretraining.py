@@ -1,0 +1,586 @@
+"""Texts of four end tasks, masked words, the task that weighs them, its study."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bilevel_lite as bl
+from bilevel_lite import text
+from bilevel_lite.__main__ import main
+from bilevel_lite.algorithms.adaptation import adaptation
+from bilevel_lite.curvature import ggn_vp
+from bilevel_lite.data import DataError, pretraining
+from bilevel_lite.experiment import job, methods
+from bilevel_lite.factors import kfac_factors
+from bilevel_lite.params import flatten, predict
+from bilevel_lite.tasks import pretraining as tasks
+from bilevel_lite.tasks import pretraining_study
+from bilevel_lite.tasks.pretraining import Pretraining
+
+pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+REAL = Path(os.environ.get("BILEVEL_LITE_DATA", "")) / "pretraining"
+real = pytest.mark.skipif(not (REAL / "sciie").is_dir(), reason="no local texts")
+
+
+@pytest.fixture
+def float32():
+    with job.float32():
+        yield
+
+
+# ---------------------------------------------------------------- files
+
+TABLE = {  # classes; training, development, test texts; training texts among the last two
+    "chemprot": (13, (4169, 2427, 3469), (0, 4)),
+    "citation_intent": (6, (1688, 114, 139), (43, 52)),
+    "hyperpartisan": (2, (516, 63, 65), (0, 51)),
+    "sciie": (7, (3219, 455, 974), (0, 0)),
+}
+
+
+@real
+@pytest.mark.parametrize("name", TABLE)
+def test_the_sets_are_those_of_the_table(name):
+    classes, sizes, again = TABLE[name]
+    d = pretraining.load(name, download=False)
+    assert d.source == "" and len(d.classes) == classes
+    parts = (d.train, d.valid, d.test)
+    assert tuple(len(p.texts) for p in parts) == tuple(len(p.y) for p in parts) == sizes
+    assert tuple(int(pretraining.seen(p, d.train).sum()) for p in parts[1:]) == again
+    assert sizes[:2] == tasks.SIZES[name]
+    # train.txt, which is not read, says the same
+    lines = (REAL / name / "train.txt").read_text("utf-8").split("\n")
+    assert [line.strip() for line in lines if line.strip()] == [t.strip() for t in d.train.texts]
+
+
+@real
+def test_of_the_texts_in_two_splits_most_have_one_label():
+    # what chapter 14 and the docstring say
+    for name, split, same in (
+        ("hyperpartisan", "test", 51), ("citation_intent", "test", 46),
+        ("citation_intent", "valid", 40),
+    ):  # fmt: skip
+        d = pretraining.load(name, download=False)
+        known = {}
+        for one, y in zip(d.train.texts, d.train.y.tolist(), strict=True):
+            known.setdefault(one.strip(), set()).add(y)
+        part = getattr(d, split)
+        rows = zip(part.texts, part.y.tolist(), strict=True)
+        assert sum(known.get(one.strip()) == {y} for one, y in rows) == same
+    d = pretraining.load("chemprot", download=False)
+    assert len(d.valid.y.unique()) == len(d.test.y.unique()) == 12
+
+
+def folder(path, **parts):
+    path.mkdir(exist_ok=True)
+    for name in ("train", "dev", "test"):
+        lines = parts.get(name, [{"text": "a b", "label": "x"}, {"text": "c d", "label": "y"}])
+        rows = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (path / f"{name}.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+    return path
+
+
+def test_a_set_of_ones_own_is_read(tmp_path):
+    d = pretraining.read(folder(tmp_path / "own"))
+    assert d.classes == ["x", "y"] and d.valid.y.tolist() == [0, 1] and d.train.texts[1] == "c d"
+    assert d.source == "own, a set of one's own"
+    assert pretraining.seen(d.test, d.train).all()
+    empty = folder(tmp_path / "e", dev=[{"text": " ", "label": "x"}, {"text": "q", "label": "y"}])
+    assert pretraining.read(empty, drop_empty=True).valid.texts == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"train": ["{"]}, "train.jsonl: line 1 is not of the form"),
+        ({"dev": [{"text": "a"}]}, "dev.jsonl: line 1 is not of the form"),
+        ({"dev": [{"text": 3, "label": "x"}]}, "dev.jsonl: the text of line 1 is int"),
+        ({"dev": [{"text": " ", "label": "x"}]}, "dev.jsonl: the text of line 1 is empty; leave"),
+        ({"test": [{"text": "a", "label": "z"}]}, "test.jsonl: line 1 has the label 'z', which no"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, parts, message):
+    with pytest.raises(DataError, match=message):
+        pretraining.read(folder(tmp_path, **parts))
+
+
+def test_files_that_are_not_the_known_ones_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "pretraining").mkdir()
+    folder(tmp_path / "pretraining" / "sciie")
+    monkeypatch.setenv("BILEVEL_LITE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="damaged or not the known file: its content has sha256"):
+        pretraining.load("sciie", download=False)
+    monkeypatch.setenv("BILEVEL_LITE_CACHE", str(tmp_path / "none"))
+    with pytest.raises(DataError, match="no local copy of train.jsonl, and no download"):
+        pretraining.load("chemprot", download=False)
+    with pytest.raises(DataError, match="no host is known for this split; put its train.jsonl"):
+        pretraining.load("hyperpartisan")
+    (tmp_path / "own").mkdir()
+    with pytest.raises(DataError, match=r"train\.jsonl is missing; expected train\.jsonl, dev"):
+        pretraining.read(tmp_path / "own")
+
+
+# ---------------------------------------------------------------- masked words
+
+TEXTS = ["who built the old bridge of lima ?", "where is it ?", "how many gardens has oslo now ?"]
+
+
+def masked(copies=2, share=0.3, layers=1, seed=0, dtype=torch.float32):
+    encoder, draws = text.tiny(), torch.Generator().manual_seed(seed)
+    made = text.hide(encoder, TEXTS, draws, copies, share)
+    model = text.TextClassifier(encoder, 3, layers, generator=draws)
+    first = None
+    if layers != "all":
+        first = len(TEXTS)
+        wide = F.pad(encoder.ids(TEXTS), (0, made.ids.shape[1] - encoder.ids(TEXTS).shape[1]))
+        model.remember(torch.cat([wide, made.ids]))
+    words = text.MaskedWords(model, made, first, draws)
+    return encoder, made, model.to(dtype), words.to(dtype)
+
+
+def test_what_is_hidden_stands_in_the_labels():
+    encoder, made, _, _ = masked(copies=40)
+    ids = encoder.ids(TEXTS).repeat_interleave(40, 0)
+    kept = made.y >= 0
+    assert torch.equal(made.vocabulary[made.y[kept]], ids.gather(1, made.places)[kept])
+    # put back, the texts are whole again; and nothing but these places was touched
+    back = made.ids.clone()
+    for row, (places, y, on) in enumerate(zip(made.places, made.y, kept, strict=True)):
+        back[row, places[on]] = made.vocabulary[y[on]]
+        assert len(set(places[on].tolist())) == int(on.sum())
+    assert torch.equal(back, ids)
+    # 8, 4 and 7 words: 2.4, 1.2 and 2.1 rounded
+    assert kept.sum(1).view(3, 40).unique(dim=1).T.tolist() == [[2, 1, 2]]
+    # every word is hidden now and then, the ends and the padding never
+    hit = (made.ids != ids).view(3, 40, -1).any(1)
+    special = torch.isin(encoder.ids(TEXTS), torch.tensor([0, 1, 2]))
+    assert torch.equal(hit, ~special)
+
+
+def test_the_loss_is_the_mean_over_the_hidden_words():
+    _, made, model, words = masked()
+    risk = bl.WeightedRisk(words, mask=words.mask)
+    theta, x = flatten(words), torch.tensor([0, 2, 5])
+    losses = risk.losses(theta, (x, made.y[x]))
+    for i, loss in zip(x.tolist(), losses, strict=True):
+        tokens = model.tokens(torch.tensor([3 + i]))[0]
+        said = []
+        for place, word in zip(made.places[i].tolist(), made.y[i].tolist(), strict=True):
+            if word >= 0:
+                u = words.norm(F.gelu(words.transform(tokens[place])))
+                said.append(F.cross_entropy(words.decoder @ u + words.bias, torch.tensor(word)))
+        assert torch.allclose(loss, torch.stack(said).mean(), atol=1e-5)
+
+
+def test_remembered_or_not_the_logits_are_the_same():
+    _, made, _, words = masked()
+    again = text.MaskedWords(words.classifier, made, None)
+    again.load_state_dict({**words.state_dict(), "ids": made.ids})
+    assert not any(name.startswith("head") for name, _ in words.named_parameters())
+    x = torch.arange(len(made.ids))
+    assert torch.allclose(words(x), again(x), atol=1e-5)
+    assert torch.equal(words.mask((x, None)), again.mask((x, None)))
+    assert not any(p is words.decoder for p in words.parameters())  # frozen, and no factor
+
+
+def test_the_head_learns_and_the_encoder_stays():
+    _, made, model, words = masked(copies=8)
+    before = flatten(model).clone()
+    uniform = float(torch.log(torch.tensor(float(len(made.vocabulary)))))
+    loss = words.fit(made.y, 400, torch.Generator().manual_seed(0), lr=1e-2)
+    assert loss < 0.6 * uniform and torch.equal(flatten(model), before)
+    with torch.no_grad():
+        risk = bl.WeightedRisk(words)
+        x = torch.arange(len(made.y))
+        kept = (made.y >= 0).sum(1)
+        mean = (risk.losses(flatten(words), (x, made.y)) * kept).sum() / kept.sum()
+    assert abs(float(mean) - loss) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"copies": 0}, "copies: got 0, expected at least 1"),
+        ({"share": 1.0}, "share: got 1.0, expected a number between 0 and 1"),
+    ],
+)
+def test_masks_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        text.hide(text.tiny(), TEXTS, torch.Generator(), **given)
+
+
+def test_without_a_mask_or_words_nothing_can_be_hidden(monkeypatch):
+    encoder = text.tiny()
+    encoder.tokenizer.mask_token_id = None
+    with pytest.raises(ValueError, match=r"encoder: the tokenizer of tiny has no \[MASK\]"):
+        text.hide(encoder, TEXTS, torch.Generator())
+    encoder = text.tiny()
+    monkeypatch.setattr(encoder.tokenizer, "all_special_ids", tuple(range(500)), raising=False)
+    with pytest.raises(ValueError, match="texts: number 0 has no word that could be hidden"):
+        text.hide(encoder, TEXTS, torch.Generator())
+
+
+# ---------------------------------------------------------------- the inner loss
+
+
+def small(kind="network", texts=6, dtype=torch.float64, **given):
+    """The toy task on a few texts, an encoder of 8 numbers a token, in float64."""
+    s = Pretraining.settings(
+        weights=kind, texts=texts, copies=1, head_steps=20, hidden=3, batch_size=4,
+        curvature_batch_size=4, cross_batch_size=4, words_batch_size=4, outer_batch_size=4, **given
+    )  # fmt: skip
+    with job.float32():
+        task = Pretraining.make(s, CPU)
+    for module in (task.model, task.words, task.net):
+        module.to(dtype)
+    task.lam0 = task.lam0.to(dtype)
+    return task.on(kind), s
+
+
+def tangled(slope=True, l2=0.02, free=("output.dense",)):
+    """Two losses on one small encoder of which one matrix trains, both heads too; float64."""
+    encoder = text.tiny(layers=2, width=4, heads=2, words=40)
+    made = text.hide(encoder, TEXTS, torch.Generator().manual_seed(1), 2, 0.3)
+    draws = torch.Generator().manual_seed(0)
+    model = text.TextClassifier(encoder, 3, 1, generator=draws)
+    words = text.MaskedWords(model, made, None, draws).double()
+    for name, p in model.encoder.named_parameters():
+        ours = name.startswith("encoder.layer.1.") and any(part in name for part in free)
+        p.requires_grad_(ours and "attention" not in name)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+    net = net.double()
+
+    def weight(lam, batch, losses):
+        return 2 * predict(net, lam, losses[:, None] / 3).sigmoid().squeeze(1)
+
+    aux = bl.WeightedRisk(words, weight=weight, weight_slope=slope, mask=words.mask)
+    risk = bl.SumOfRisks([bl.WeightedRisk(model, mask=model.mask), aux], l2=l2)
+    f = bl.SumOfRisks([bl.WeightedRisk(model)], model=risk.model)
+    ids, y = encoder.ids(TEXTS), torch.tensor([0, 1, 2])
+    copies = torch.arange(len(made.y))
+    batch = ((ids, y, torch.arange(3)), (copies, made.y, copies))
+    outer = ((ids.flip(0), torch.tensor([1, 1, 0]), torch.arange(3)),)
+    start = 0.5 * torch.randn(7, generator=draws).double()
+    return bl.BilevelProblem(risk, f), start, flatten(risk.model), batch, outer
+
+
+def field(problem, lam, theta, batch, create=False):
+    theta = theta.requires_grad_()
+    g = problem.inner_loss(lam, theta, batch)
+    return torch.autograd.grad(g, theta, create_graph=create)[0]
+
+
+def curvature_of(problem, lam, theta, batch):
+    """The dense Jacobian of the field that inner steps follow, V' in it, by differences."""
+    eps, rows = 1e-6, []
+    for e in torch.eye(len(theta), dtype=theta.dtype):
+        up, down = (field(problem, lam, (theta + k * eps * e).detach(), batch) for k in (1, -1))
+        rows.append((up - down) / (2 * eps))
+    return torch.stack(rows, 1)
+
+
+def test_the_hypergradient_is_that_of_the_field_that_inner_steps_follow():
+    """H and J by differences of the field, at any theta; the solved problem is in the chapter."""
+    problem, lam, theta, batch, outer = tangled(l2=0.05)
+    h = curvature_of(problem, lam, theta, batch)
+    assert torch.allclose(h, h.T, atol=1e-6)  # with V' in it, the field has a potential
+    eps, rows = 1e-6, []
+    for e in torch.eye(len(lam)).double():
+        up, down = (field(problem, lam + k * eps * e, theta, batch) for k in (1, -1))
+        rows.append((up - down) / (2 * eps))
+    here = theta.clone().requires_grad_()
+    (b,) = torch.autograd.grad(problem.outer_loss(lam, here, outer), here)
+    truth = -torch.stack(rows) @ torch.linalg.solve(h, b)
+    at = {"inner_batch": batch, "outer_batch": outer}
+    ours = bl.hypergradient(problem, lam, theta.detach(), solver=bl.Direct(), **at)
+    assert truth.norm() > 1e-5 and (ours - truth).norm() < 1e-4 * truth.norm()
+    # without V' in H it is another one: the test would see it
+    other = bl.hypergradient(
+        tangled(slope=False, l2=0.05)[0], lam, theta.detach(), solver=bl.Direct(), **at
+    )
+    assert (other - truth).norm() > 1e-2 * truth.norm()
+
+
+def test_the_factors_of_the_two_losses_are_those_by_hand():
+    """Empirical Fisher: V_i of each text in B, A over tokens that are no padding, sums of both."""
+    problem, lam, theta, batch, _ = tangled(slope=False, l2=0.0)
+    risk = problem.inner_loss
+    found = kfac_factors(risk, lam, theta, batch, "empirical", bias="joint")
+    name = next(n for n in found if n.endswith("output.dense"))
+    a_sum, b_sum = 0.0, 0.0
+    for term in risk.terms(lam, batch):
+        model, own = term.risk.model, term.read(theta)
+        layer = next(m for n, m in model.named_modules() if n.endswith("1.output.dense"))
+        seen = {}
+        hook = layer.register_forward_hook(
+            lambda m, x, out, seen=seen: seen.update(x=x[0], out=out)
+        )
+        losses = term.risk.losses(own.detach().requires_grad_(), term.batch)
+        hook.remove()
+        sigma = term.risk.weights(lam, term.batch, losses)
+        sigma = torch.ones_like(losses) if sigma is None else sigma
+        (gamma,) = torch.autograd.grad(losses.sum(), seen["out"])
+        real = term.risk.unpadded(term.batch)
+        a = torch.cat([seen["x"], torch.ones_like(seen["x"][..., :1])], -1)[real]
+        a_sum = a_sum + a.T @ a / len(a)
+        rows = gamma[real] * sigma.repeat_interleave(real.sum(1)).sqrt()[:, None]
+        b_sum = b_sum + rows.T @ rows / len(losses)
+    a, b = found[name]
+    assert torch.allclose(a.detach(), (a_sum / 2).detach(), rtol=1e-8)
+    assert torch.allclose(b.detach(), b_sum.detach(), rtol=1e-8)
+
+
+def test_the_ggn_has_every_hidden_word_once_with_its_texts_weight():
+    problem, lam, theta, batch, _ = tangled(l2=0.0)
+    risk, theta = problem.inner_loss, theta.detach()
+    v = torch.randn(len(theta), generator=torch.Generator().manual_seed(3)).double()
+    total, eps = 0.0, 1e-5
+    for term in risk.terms(lam, batch):
+        up, logits, down = (
+            term.risk.outputs(term.read(theta + k * eps * v), term.batch) for k in (1, 0, -1)
+        )
+        along, y, n = (up - down) / (2 * eps), term.batch[1], len(term.batch[1])
+        losses = term.risk.losses(term.read(theta), term.batch)
+        sigma = term.risk.weights(lam, term.batch, losses)
+        slope = term.risk.weight_slopes(lam, term.batch, losses)
+        for i in range(n):
+            z, u, words = (part[i].reshape(-1, *rest) for part, rest in (
+                (logits, logits.shape[-1:]), (along, along.shape[-1:]), (y, ())))  # fmt: skip
+            kept, change = (words >= 0).nonzero().flatten().tolist(), 0.0
+            for k in kept:
+                p = z[k].softmax(0)
+                spread = (p * u[k] ** 2).sum() - (p * u[k]).sum() ** 2
+                total += (1.0 if sigma is None else sigma[i]) * spread / len(kept) / n
+                change += ((p * u[k]).sum() - u[k][words[k]]) / len(kept)
+            total += 0.0 if slope is None else slope[i] * change**2 / n
+    found = v @ ggn_vp(risk, lam, theta, batch, v)
+    assert abs(float(found - total)) < 1e-6 * abs(float(total))
+
+
+# ---------------------------------------------------------------- the task
+
+
+def test_it_starts_where_both_losses_count_alike_and_batches_are_pairs(float32):
+    task, s = small(dtype=torch.float32)
+    (x, y, index), (copy, words, at) = task.batches(s)["inner_batch"].draw()
+    assert torch.equal(copy, at) and torch.equal(words, task.masked[1][copy])
+    assert torch.equal(y, task.train[1][index]) and len(x) == len(copy) == 4
+    ((held, labels, _),) = task.batches(s)["outer_batch"].draw()
+    assert set(held.tolist()) <= set(task.validation[0].tolist()) and len(labels) == 4
+    v = task.V(task.lam0, torch.linspace(1, 6, 9))
+    assert float((v - 1).abs().max()) < 0.5
+    fixed = task.on("fixed")
+    batch = task.batches(s)["inner_batch"].draw()
+    end, aux = fixed.problem.inner_loss.terms(fixed.lam0, batch)
+    mean = sum(t.risk.losses(t.read(fixed.theta0), t.batch).mean() for t in (end, aux))
+    assert torch.allclose(fixed.problem.inner_loss(fixed.lam0, fixed.theta0, batch), mean)
+    alone = task.on("none")
+    assert len(alone.theta0) < len(fixed.theta0) and len(alone.problem.inner_loss.risks) == 1
+    assert not set(task.tuning[0].tolist()) & set(task.validation[0].tolist())
+    on_train = Pretraining.make(Pretraining.settings(outer="train"), CPU)
+    assert torch.equal(on_train.validation[0], on_train.train[0])
+
+
+def test_a_loss_is_measured_against_that_of_a_guess(float32):
+    task, _ = small(dtype=torch.float32)
+    n, lam = len(task.words.bias), torch.randn(len(task.lam0))
+    losses = torch.tensor([0.5, 2.0])
+    by_hand = 2 * predict(task.net, lam, (losses / torch.log(torch.tensor(1.0 * n)))[:, None])
+    assert torch.allclose(task.V(lam, losses), 2 * (by_hand / 2).sigmoid()[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["cosine"])
+def test_cosines_are_those_by_hand(kind):
+    task, s = small(kind)
+    task.lam0 = torch.tensor([0.3, -0.2]).double()
+    method = methods.build(s, task)
+    batches = {r: task.batches(s)[f"{r}_batch"].draw() for r in ("outer", "cross")}
+    h, info = method._hypergradient(batches["outer"], None, batches["cross"])
+    body = [p for p in task.model.encoder.parameters() if p.requires_grad]
+
+    def along(model, batch):
+        logits, y = model(batch[0]), batch[1]
+        rows = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+        kept = (y >= 0).double()
+        losses = rows if y.dim() == 1 else (rows * kept).sum(1) / kept.sum(1)
+        grads = torch.autograd.grad(losses.mean(), body)
+        return torch.cat([g.flatten() for g in grads])
+
+    f = along(task.model, batches["outer"][0])
+    pair = [along(m, b) for m, b in zip((task.model, task.words), batches["cross"], strict=True)]
+    by_hand = torch.stack([-(g @ f) / g.norm() / f.norm() for g in pair])
+    assert torch.allclose(h, by_hand, atol=1e-10) and torch.isfinite(info.outer_loss)
+    w = 2 * task.lam0.softmax(0)
+    g = task.problem.inner_loss(task.lam0, task.theta0, batches["cross"])
+    terms = task.problem.inner_loss.terms(task.lam0, batches["cross"])
+    losses = [t.risk.losses(t.read(task.theta0), t.batch).mean() for t in terms]
+    assert torch.allclose(g, w[0] * losses[0] + w[1] * losses[1])
+    # the way down in -cos: the loss that points with f gains weight
+    step = method.step()
+    assert torch.allclose(method.lam, task.lam0 - 0.1 * step.hypergradient)
+
+
+def test_samas_difference_has_the_derivative_of_adamws_step_and_the_weights_own_slope():
+    task, s = small(method="sama", alpha=1e-4, inner_steps=2)
+    method = methods.build(s, task)
+    method.step()
+    twin = methods.build(s, task)
+    twin.load_state_dict(method.state_dict())
+    twin.lam.copy_(method.lam)
+    twin.theta.copy_(method.theta)
+    lam = method.lam.clone()
+    found = method.step().hypergradient
+    g, f = task.problem.inner_loss, task.problem.outer_loss
+    for _ in range(2):
+        batch = twin._draw("inner")
+        grad = field(task.problem, lam, twin.theta.clone(), batch)
+        # D by differences of the optimiser's own step
+        state = twin.inner_optimizer.state_dict()
+        moved = []
+        for k in (1e-6, -1e-6):
+            theta = twin.theta.clone()
+            optimizer = torch.optim.AdamW([theta], s.inner_lr, (0.9, 0.999), weight_decay=0.0)
+            optimizer.load_state_dict(copy.deepcopy(state))
+            theta.grad = grad + k * grad.abs().clamp(min=1e-9)
+            optimizer.step()
+            moved.append(theta)
+        size = 2e-6 * grad.abs().clamp(min=1e-9)
+        d = (moved[1] - moved[0]) / size
+        known = adaptation(twin.inner_optimizer, twin.theta, grad)
+        twin._move_theta(grad)
+    assert torch.allclose(d, known, rtol=1e-2, atol=1e-3 * float(known.abs().max()))
+    theta, lam = twin.theta.clone(), lam.requires_grad_()
+    here = theta.clone().requires_grad_()
+    (b,) = torch.autograd.grad(f(lam.detach(), here, twin._draw("outer")), here)
+    v, term = (known * b).detach(), g.terms(lam, batch)[1]
+    slopes = term.risk.slopes(term.read(theta), term.batch, term.read(v))
+    losses = term.risk.losses(term.read(theta), term.batch).detach().requires_grad_()
+    value = task.V(lam, losses)
+    (mine,) = torch.autograd.grad((value * slopes).mean(), lam, retain_graph=True)
+    # J v is that; SAMA's difference is of grad_lam g, whose weights see the shifted losses
+    (dv,) = torch.autograd.grad((slopes.detach() * value).sum(), losses, create_graph=True)
+    (more,) = torch.autograd.grad((losses.detach() * dv).mean(), lam)
+    assert torch.allclose(found, -(mine + more), rtol=1e-4, atol=1e-6 * float(found.norm()))
+    assert float((found + mine).norm()) > 1e-2 * float(mine.norm())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "imdb"}, "dataset: got 'imdb', expected .*sciie"),
+        ({"weights": "some"}, "weights: got 'some', expected .*cosine"),
+        ({"outer": "test"}, "outer: got 'test', expected .*held_out"),
+        ({"layers": "0"}, "layers: got '0', expected a number of layers, 'half' or 'all'"),
+        ({"max_length": 2}, "max_length: got 2, expected at least 3"),
+        ({"texts": 121}, "texts: got 121, expected 1 to 120, or 0 for all"),
+        ({"copies": 0}, "copies: got 0, expected at least 1"),
+        ({"masked": 0.0}, "masked: got 0.0, expected a number between 0 and 1"),
+        ({"head_steps": -1}, "head_steps: got -1, expected at least 0"),
+        ({"hidden": 0}, "hidden: got 0, expected at least 1"),
+        ({"tuning_share": 1.0}, "tuning_share: got 1.0, expected between 0 and 1"),
+        ({"tuning_share": 0.01}, "tuning_share: got 0.01, which leaves 40 of toy's 40 development"),
+        ({"outer_batch_size": 21}, "outer_batch_size: got 21, expected 1 to 20, or 0 for all 20"),
+        ({"words_batch_size": 121}, "words_batch_size: got 121, expected 1 to 120"),
+        ({"kept_in": "int8"}, "kept_in: got 'int8', expected .*float16"),
+        ({"weights": "cosine", "method": "sama"}, "method: got 'sama' with weights='cosine'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Pretraining.settings(**given)
+
+
+def test_all_layers_train_without_a_table(float32):
+    s = Pretraining.settings(layers="all", texts=20, copies=1, head_steps=5, batch_size=8,
+                             curvature_batch_size=8, cross_batch_size=8)  # fmt: skip
+    task = Pretraining.make(s, CPU)
+    assert task.words.first is None and task.train[0].dim() == 2
+    method = methods.build(s, task)
+    assert torch.isfinite(method.step().hypergradient).all()
+    names = [name for name, _ in task.words.named_parameters()]
+    assert any("word_embeddings" in name for name in names)  # they train; the decoder is a copy
+    assert torch.equal(
+        task.words.decoder,
+        text.tiny().module.get_input_embeddings().weight[task.words.vocabulary].detach(),
+    )
+
+
+def test_an_encoder_that_is_not_there_is_named(float32):
+    with pytest.raises(ValueError, match="encoder: place: the folder .* holds no model"):
+        Pretraining.make(Pretraining.settings(encoder=str(Path(__file__).parent)), CPU)
+
+
+def test_macro_f1_by_hand():
+    guess, y = torch.tensor([0, 0, 1, 3, 1]), torch.tensor([0, 1, 1, 1, 1])
+    # class 0: 2 / (2 + 1), class 1: 4 / (2 + 4), class 3: guessed once, never true; 2: neither
+    assert abs(tasks.macro_f1(guess, y) - (2 / 3 + 2 / 3 + 0) / 3) < 1e-12
+
+
+@pytest.mark.parametrize("weights", ["network", "cosine", "frozen", "fixed", "none"])
+def test_what_is_not_learned_stays_and_what_is_moves(weights, float32):
+    task, s = small(weights, dtype=torch.float32)
+    method = methods.build(s, task)
+    for _ in range(2):
+        method.step()
+    moved = not torch.equal(method.lam, task.lam0)
+    assert moved == (weights in ("network", "cosine"))
+    row = task.measure(method.lam, method.theta)
+    assert task.judge(method.lam, method.theta) == row["tuning_loss"]
+    assert row["tuning_accuracy"] != row["tuning_f1"]  # macro
+
+
+def test_a_run_from_the_command_line_and_again(tmp_path, capsys):
+    words = ["run", "pretraining", "--device", "cpu", "--set", "outer_steps=4", "texts=30"]
+    words += ["evaluate_every=2", "inner_steps=2", "head_steps=20"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().out
+    for line in ("end task alone", "fixed weights", "V as it was drawn", "network, aid-kfac"):
+        assert line in said
+    assert "one of 60 test texts is 1.67 points of accuracy" in said
+    result = json.loads((tmp_path / "one" / "result.json").read_text("utf-8"))
+    assert result["sizes"]["copies"] == 60 and len(result["weighing"]["weights"]) == 3
+    assert main([*words, "--out", str(tmp_path / "two")]) == 0
+    again = json.loads((tmp_path / "two" / "result.json").read_text("utf-8"))
+    for row in (*result["history"], *again["history"]):
+        del row["seconds"]
+    assert again["history"] == result["history"]
+
+
+def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):
+    rows = {row.name: row for row in pretraining_study.variants("sciie", "")}
+    for name in pretraining_study.SOLVERS:
+        assert rows[name].settings["outer"] == "held_out"
+        assert rows[f"{name}-on-train"].settings["outer"] == "train"
+    searched = {row.name for row in rows.values() if row.space}
+    assert searched == set(rows) - {*pretraining_study.RIVALS, "cosine"}
+    assert {tuple(row.space.items()) for row in rows.values() if row.space} == {
+        tuple(pretraining_study.BOX.items())
+    }
+    words = ["study", "pretraining", "--dataset", "toy", "--encoder", "tiny", "--device", "cpu"]
+    words += ["--at", "outer_lr=0.01", "--outer-steps", "2", "--looks", "1", "--seeds", "1"]
+    words += ["--texts", "40", "--only", "fixed", "kfac-empirical", "kfac-empirical-on-train"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    stored = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
+    figure = Pretraining.draw({"kind": stored["kind"], "runs": [stored]})[""]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "fixed", "kfac-empirical", "kfac-empirical-on-train",
+    ]  # fmt: skip
+
+
+@real
+def test_looking_texts_up_has_the_scores_that_the_chapter_says():
+    found = {}
+    for name in TABLE:
+        d = pretraining.load(name, download=False)
+        most = int(d.train.y.bincount().argmax())
+        known = {one.strip(): int(y) for one, y in zip(d.train.texts, d.train.y, strict=True)}
+        guess = torch.tensor([known.get(one.strip(), most) for one in d.test.texts])
+        right = float((guess == d.test.y).double().mean())
+        found[name] = round(100 * right, 1), round(100 * tasks.macro_f1(guess, d.test.y), 1)
+    assert found["hyperpartisan"] == (90.8, 90.1) and found["citation_intent"] == (61.2, 46.6)
