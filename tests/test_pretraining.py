@@ -206,7 +206,7 @@ def test_the_head_learns_and_the_encoder_stays():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"copies": 0}, "copies: got 0, expected at least 1"),
+        ({"copies": 0}, "copies: got 0, expected an integer of at least 1"),
         ({"share": 1.0}, "share: got 1.0, expected a number between 0 and 1"),
     ],
 )

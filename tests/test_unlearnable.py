@@ -360,7 +360,7 @@ def test_the_generator_is_trained_as_any_lam(float32, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"radius": 0}, "radius: got 0, expected above 0, up to 255"),
+        ({"radius": 0}, "radius: got 0, expected from 1 to 255"),
         ({"radius": 300.0}, "radius: got 300.0"),
         ({"attack": "hope"}, "attack: got 'hope'"),
         ({"noise": "fog"}, "noise: got 'fog'"),

@@ -10,8 +10,8 @@ NOISE = COLORS["corrupted"]
 WHITE = {"mode": "constant", "constant_values": 1.0}
 VICTIMS = {
     "none": (PALETTE[0], "o", "as they are"),
-    "augment": (PALETTE[2], "s", "cropped and flipped"),
-    "jpeg": (NOISE, "^", "recompressed"),
+    "augment": (PALETTE[2], "s", "augmented"),
+    "jpeg": (NOISE, "^", "JPEG"),
 }
 
 
@@ -66,7 +66,8 @@ def live(accuracy):
     ax.axhline(10, color="black", lw=0.8, ls=":")
     ax.set_xticks(range(len(accuracy)), list(accuracy))
     ax.set_ylabel("test accuracy, %")
-    ax.legend(fontsize=7)
+    ax.set_ylim(0, 1.35 * max(max(row[key] for key in VICTIMS) for row in accuracy.values()))
+    ax.legend(fontsize=7, ncols=3, loc="upper center")
     return figure
 
 

@@ -21,6 +21,8 @@ def check_nothing_shared(answer):
 @exercise("14.B")
 def check_sign(answer):
     """d Phi / dc = c grad M^T H^-1 grad M."""
+    if isinstance(answer, bool):
+        raise Wrong("Answer with a number: +1, -1 or 0.")
     (sign,) = numbers(answer, 1)
     near(
         sign, 1, "The sign",
@@ -177,11 +179,17 @@ def check_memory(memory):
         old = torch.randperm(n, generator=generator)[: n // 3].tolist()
         test = [f" {train[k]}\n" if k % 2 else train[k] for k in old] + ["quite new", "Text 1"]
         truth = torch.tensor([*(int(y[k]) for k in old), most, most])
-        got = memory(list(train), y.clone(), list(test))
-        exact = torch.tensor([most if k % 2 else int(y[k]) for k in old] + [most, most])
+        given = [f"{one} \n" if k % 3 == 0 else one for k, one in enumerate(train)]
+        got = memory(list(given), y.clone(), list(test))
+        pairs = zip(old, test, strict=False)  # the old ones come first
+        exact = torch.tensor(
+            [*(int(y[k]) if given[k] == t else most for k, t in pairs), most, most]
+        )
+        half = torch.tensor([*(int(y[k]) if k % 3 else most for k in old), most, most])
         compare(
             torch.as_tensor(got).double(), truth.double(),
             [("Blanks at the ends make no other text: strip them.", exact.double()),
+             ("Strip the training texts, too.", half.double()),
              ("A text that was seen has the label that it had there.",
               torch.full_like(truth, most).double()),
              ("A new text gets the most frequent training label, not class 0.",

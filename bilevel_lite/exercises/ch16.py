@@ -39,6 +39,7 @@ def check_visits(answer):
     near(
         steps, 50, "The outer steps",
         [(5, "an outer step visits one batch of 250; there are ten of them."),
+         (41, "that is the first batch; the last one waits for the end of the fifth pass."),
          (10, "that is one pass."), (1250, "an outer step visits 250 images at once.")],
         "Visits times batches in a pass.", 1e-3,
     )  # fmt: skip
@@ -135,6 +136,8 @@ def check_sign_step(sign_step):
         compare(
             got, truth,
             [("We minimise: against the slope.", limited(lam + step * slope.sign())),
+             ("Where the slope is zero its sign is zero: the pixel stays.",
+              limited(lam - step * torch.where(slope > 0, 1.0, -1.0).to(lam))),
              ("The step is the sign of the slope, of the same size in every pixel.",
               limited(lam - step * slope)),
              ("Pixels leave their range: x + r lam must stay in [0, 1].",
@@ -219,7 +222,8 @@ def check_published(published):
         truth = bits((x + r * lam).clamp(0, 1))[order]
         compare(
             got[0], truth,
-            [("Each image has the noise of another: noise goes where its image goes.",
+            [("Return pixels from 0 to 1: divide by 255.", 255 * truth),
+             ("Each image has the noise of another: noise goes where its image goes.",
               bits((x[order] + r * lam).clamp(0, 1))),
              ("The noise is lam times the radius.", bits((x + lam).clamp(0, 1))[order]),
              ("Eight bits: round to the nearest; cutting off makes every image darker.",
@@ -231,7 +235,7 @@ def check_published(published):
               "and let noise go where its image goes.",
               (255 * (x[order] + r * lam).clamp(0, 1)).floor() / 255),
              ("There is no noise in it.", x[order])],
-            "The images", 1e-9,
+            "The published pixels", 1e-9,
         )  # fmt: skip
         compare(
             torch.as_tensor(got[1]).double(), y[order].double(),

@@ -83,7 +83,8 @@ class PretrainingSettings(Settings):
     )
     head_steps: int = setting(1000, "Adam steps on the masked-word head before the run", least=0)
     words_batch_size: int = setting(
-        8, "masked texts of an inner batch (H and J have as many as of the end task); 0: as texts"
+        8,
+        "masked texts of an inner batch (H and J: as many as of the end task); 0: as training",
     )
     hidden: int = setting(20, "units of V's hidden layer", least=1)
     tuning_share: float = option(

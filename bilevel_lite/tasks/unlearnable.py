@@ -73,7 +73,7 @@ class UnlearnableSettings(Settings):
     model: str = setting("linear", "what the noise is made on", known=tuple(models.MODELS))
     victim: str = setting("", "what is trained on it; empty: the same", known=("", *models.MODELS))
     radius: float = option(
-        "above 0, up to 255", lambda v: 0 < v <= 255, 8.0, help="most that a pixel moves, in 255ths"
+        "from 1 to 255", lambda v: 1 <= v <= 255, 8.0, help="most that a pixel moves, in 255ths"
     )
     attack: str = setting("bilevel", "how the noise is made", known=ATTACKS)
     noise: str = setting("rows", "what lam is: the noise, or weights of a U-Net", known=NOISES)
@@ -249,14 +249,21 @@ class Unlearnable(Supervised, name="unlearnable"):
 
     @torch.no_grad()
     def perturbed(self, lam: Tensor, attack: str) -> Tensor:
-        """Export: the training images with their noise, 8 bits a pixel.
+        """Export: the training images with their noise, in steps of a 255th, within the radius.
 
         Args:
             lam: The noise in units of the radius, or the generator's weights.
             attack: ``"random"`` is a radius up or down at random, and does not look at lam, as does
                 not ``"none"``, the images as they are.
+
+        Raises:
+            ValueError: for another attack, or noise of another shape than the images.
         """
         x, _ = self.train
+        if attack not in ATTACKS:
+            raise ValueError(f"attack: got {attack!r}, expected one of {ATTACKS}")
+        if self.generator is None and lam.shape != x.shape:
+            raise ValueError(f"lam: got shape {tuple(lam.shape)}, expected {tuple(x.shape)}")
         if attack == "none":
             return x
         if attack == "random":
@@ -265,7 +272,8 @@ class Unlearnable(Supervised, name="unlearnable"):
         elif self.generator is not None:
             lam = torch.cat([predict(self.generator, lam, part) for part in x.split(1000)])
         noise = self.radius * lam.clamp(*limits(x, self.radius))
-        return (x + (255 * noise).round() / 255).clamp(0, 1)
+        levels = (255 * noise).round().clamp(-int(self.s.radius), int(self.s.radius))
+        return (x + levels / 255).clamp(0, 1)
 
     def pictures(self, x: Tensor) -> Tensor:
         """Rows as images, (n, channels, height, width)."""
@@ -295,8 +303,6 @@ class Unlearnable(Supervised, name="unlearnable"):
         Raises:
             ValueError: for another attack.
         """
-        if attack not in ATTACKS:
-            raise ValueError(f"attack: got {attack!r}, expected one of {ATTACKS}")
         s, x = self.s, self.perturbed(lam, attack)
         steps, row = s.epochs * (len(x) // s.victim_batch), {}
         for kind in VICTIMS:

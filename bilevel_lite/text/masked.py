@@ -5,7 +5,7 @@ r"""Masked words: what a text must say at places that are hidden from the encode
 
 h_it is the last layer's vector at place t of the text in which the words at the hidden places stand
 as [MASK]. E, the decoder, is the encoder's own frozen embeddings, of the words that can be asked
-for alone; an encoder that was not kept with its masked-word head needs u and c trained first,
+for alone. A masked-word head that was kept with the encoder is not read: u and c are trained first,
 `MaskedWords.fit`.
 """
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bilevel_lite.refuse import at_least
 from bilevel_lite.text.classifier import TextClassifier
 from bilevel_lite.text.encoders import Encoder
 
@@ -59,7 +60,7 @@ def hide(
         texts: n of them.
         generator: CPU generator of the places.
         copies: How often each text is hidden, with other places.
-        share: Of the tokens, the two at the ends aside, rounded, at least 1.
+        share: Of the tokens that are not special ([CLS], [UNK], padding ...), rounded, at least 1.
 
     Returns:
         `MaskedTexts` of n * copies texts; its vocabulary are the tokens of these texts.
@@ -79,8 +80,7 @@ def hide(
             f"encoder: the tokenizer of {encoder.name} has no [MASK] token, so no word can be "
             "hidden; take an encoder that was pretrained with masked words, such as a BERT"
         )
-    if not copies >= 1:
-        raise ValueError(f"copies: got {copies}, expected at least 1")
+    at_least("copies", copies, 1)
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, expected a number between 0 and 1")
     ids = encoder.ids(texts)
@@ -193,6 +193,7 @@ class MaskedWords(nn.Module):
 
         Cost: one forward pass on every copy, then nothing but the head.
         """
+        at_least("steps", steps, 1)
         with torch.no_grad():
             parts = []
             for x in torch.arange(len(y), device=y.device).split(64):

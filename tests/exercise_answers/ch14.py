@@ -78,7 +78,8 @@ def worth(guess, y, i, variant=""):
 
 def memory(train, y, test, variant=""):
     strip = (lambda one: one) if variant == "exact" else str.strip
-    known = {strip(one): int(label) for one, label in zip(train, y, strict=True)}
+    given = (lambda one: one) if variant in ("exact", "test only") else str.strip
+    known = {given(one): int(label) for one, label in zip(train, y, strict=True)}
     most = {"zero": 0, "none": -1}.get(variant, int(y.bincount().argmax()))
     if variant == "most":
         return torch.full((len(test),), most)
@@ -111,5 +112,5 @@ WRONG = {
     ),
     "14.3": variants(own_judge, "sign", "no c", "c twice", "H", "square", "one step"),
     "14.4": variants(worth, "accuracy", "share", "own", "sum", "alone", "sign"),
-    "14.5": variants(memory, "exact", "zero", "none", "most"),
+    "14.5": variants(memory, "exact", "test only", "zero", "none", "most"),
 }  # fmt: skip
