@@ -82,7 +82,7 @@ METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHO
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11160),
     "methods": ([*METHODS.values()], 920),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1300),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1320),
     "meta-learning": ([PACKAGE / "meta.py"], 335),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 660),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3090),

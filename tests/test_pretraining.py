@@ -16,6 +16,7 @@ from bilevel_lite.algorithms.adaptation import adaptation
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import DataError, pretraining
 from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment.comparing import fresh
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.tasks import pretraining as tasks
@@ -584,3 +585,32 @@ def test_looking_texts_up_has_the_scores_that_the_chapter_says():
         right = float((guess == d.test.y).double().mean())
         found[name] = round(100 * right, 1), round(100 * tasks.macro_f1(guess, d.test.y), 1)
     assert found["hyperpartisan"] == (90.8, 90.1) and found["citation_intent"] == (61.2, 46.6)
+
+
+def test_what_chapter_14_says_of_the_stored_study():
+    rows = fresh("pretraining_citation_intent")
+    assert len(rows) == 10 and all(
+        [r["seed"] for r in row["runs"]] == [1, 2] for row in rows.values()
+    )
+
+    def less(one, other, at):
+        pairs = zip(rows[one]["runs"], rows[other]["runs"], strict=True)
+        return [100 * (a[at]["test_f1"] - b[at]["test_f1"]) for a, b in pairs]
+
+    kfac = "kfac-empirical"
+    for other, chosen, end in (
+        ("fixed", (1.9, -1.7), (-3.3, -5.8)), ("frozen", (-1.9, 0.2), (-0.5, -0.5)),
+        (f"{kfac}-on-train", (-5.3, 1.7), (2.5, 1.2)),
+    ):  # fmt: skip
+        assert less(kfac, other, "best") == pytest.approx(chosen, abs=0.06)
+        assert less(kfac, other, "last") == pytest.approx(end, abs=0.06)
+    learned = [name for name in rows if name not in ("none", "fixed", "frozen", "cosine")]
+    ends = [100 * run["last"]["test_f1"] for name in learned for run in rows[name]["runs"]]
+    assert 52 < min(ends) < max(ends) < 65.5
+    plain = [100 * run["last"]["test_f1"] for run in rows["none"]["runs"]]
+    assert all(61.5 < value < 62.5 for value in plain)
+    runs = [run for row in rows.values() for run in row["runs"]]
+    falls = [
+        100 * (r[at]["test_f1"] - r[at]["test_new_f1"]) for r in runs for at in ("best", "last")
+    ]
+    assert 3 < min(falls) < max(falls) < 22

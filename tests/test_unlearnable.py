@@ -492,6 +492,10 @@ def test_what_chapter_16_says_of_the_stored_study():
     steps = {name: row["runs"][0]["history"][-1]["iteration"] / 10 for name, row in rows.items()}
     visits = {"cg-3-25": 5, "kfac-25": 7, "identity-25": 8, "em-25": 9, "bome-25": 20}
     assert all(round(steps[name]) == count for name, count in visits.items())
-    for kind, points in (("none", 15.2), ("augment", 13.8), ("jpeg", 3.0)):  # at 8/255, seed 1
-        left = found["clean"][kind][0] - found["em-8"][kind][0]
-        assert left == pytest.approx(points, abs=0.06)
+    for kind, points in (("none", 16.0), ("augment", 9.0), ("jpeg", 1.9)):
+        assert lost("em-8", kind) == pytest.approx(points, abs=0.06)
+    for name in ("generator-em-25", "generator-kfac-25"):
+        assert lost(name) < 2
+    ends = {name: [run["last"]["inner_loss"] for run in row["runs"]] for name, row in rows.items()}
+    for name, at in (("kfac-25", (1.9, 0.1)), ("identity-25", (1.3, 0.1)), ("bome-25", (2.3, 2.3))):
+        assert ends[name] == pytest.approx(at, abs=0.06)
