@@ -535,6 +535,7 @@ def update_graph(
         zeros = torch.zeros_like
         return zeros(lam) if jp is None else jp, zeros(theta) if hp is None else hp
 
+    back.reads_lam = grad_lam is not None
     return q.detach(), back
 
 

@@ -130,10 +130,10 @@ def unrolled_hypergradient(
     Raises:
         TypeError: if ``lam`` or ``theta0`` is not a floating-point tensor, or a batch is none.
         ValueError: if ``steps`` or ``truncate`` is below 1, ``lr`` is not positive or comes with
-            ``update``, ``mode`` is unknown, ``truncate`` or ``keep_graphs`` comes in forward mode,
-            a batch was changed in place before the way back, a step writes into its arguments or is
-            another one when it is done again, or the descent or its derivative grows beyond
-            the largest number.
+            ``update``, neither the inner loss nor the step depends on ``lam``, ``mode`` is unknown,
+            ``truncate`` or ``keep_graphs`` comes in forward mode, a batch was changed in place
+            before the way back, a step writes into its arguments or is another one when it is done
+            again, or the descent or its derivative grows beyond the largest number.
 
     Cost: reverse, T gradients and 2 per differentiated step; forward, 2 per step and entry of
     lam; 1 for f. Source: Franceschi et al. (2017), both modes; Shaban et al. (2019), truncation.
@@ -214,7 +214,7 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
     outer_loss, h, w = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(trail)
     info = UnrollInfo(theta, outer_loss, len(trail) * _numbers(theta, state), cost)
-    bars = [w, *map(torch.zeros_like, state)]
+    bars, touched = [w, *map(torch.zeros_like, state)], False
     while trail:
         t, g, theta, state, batch, as_drawn, q, back = trail.pop()
         require_as_drawn("inner_batch", batch, as_drawn)
@@ -224,6 +224,8 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
         by_step, w, q_bar, *bars = step.pull_back(bars)
         jq, hq = back(q_bar)
         h, bars = h + by_step + jq, [w + hq, *bars]
+        touched = touched or back.reads_lam or step.reads_lam
+    _require_touched(touched)
     return h, info
 
 
@@ -231,6 +233,7 @@ def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
     state, need_lam = _started(update, theta), not update.reads_lam
     columns, cost = [None for _ in basis], 0.0  # d (theta_t, u_t) / d lam_j; None: still zero
+    touched = False
     for t in range(steps):
         q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam)
         _stepped(update, theta, state, q, lam, t)  # refuses what is no function of its arguments
@@ -241,8 +244,10 @@ def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
             if z is not None or along.reads_lam:
                 q_dot, cost = along(e, z), cost + COST["hvp"]
             columns[j] = _nothing_yet(column, step.push_forward([e, z, q_dot, *zu]))
+        touched = touched or along.reads_lam or step.reads_lam
         cost += COST["gradient"] if cost == spent else 0
         theta, state = step.out
+    _require_touched(touched)
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     by_theta = [b.new_zeros(()) if c is None else dot(c[0], b) for c in columns]
     h = direct + torch.stack(by_theta).view_as(lam).to(lam)
@@ -252,6 +257,11 @@ def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
 
 def _nothing_yet(before: Any, column: list[Tensor]) -> list[Tensor] | None:
     return None if before is None and not any(bool(c.any()) for c in column) else column
+
+
+def _require_touched(touched: bool) -> None:
+    if not touched:
+        raise ValueError("lam: neither inner_loss nor update depends on it")
 
 
 def _numbers(theta: Tensor, state: tuple[Tensor, ...]) -> int:
@@ -305,7 +315,7 @@ class _Step:
             new, news = update.step(at[1], tuple(at[3:]), at[2], at[0], t)
         self.at, self.ends = at, [new, *news]
         self.out = new.detach(), tuple(u.detach() for u in news)
-        self.linear = None
+        self.linear, self.reads_lam = None, False
 
     def _grad(self, outs, inputs, bars, **kwargs):
         pairs = [
@@ -320,6 +330,7 @@ class _Step:
     def pull_back(self, bars: list[Tensor]) -> list[Tensor]:
         """From weights on theta' and u' to those on lam, theta, q and u."""
         pulled = self._grad(self.ends, self.at, bars)
+        self.reads_lam = pulled[0] is not None
         return [
             torch.zeros_like(x) if p is None else p for p, x in zip(pulled, self.at, strict=True)
         ]
@@ -334,5 +345,6 @@ class _Step:
             with torch.enable_grad():
                 self.linear = self._grad(self.ends, self.at, bars, create_graph=True), bars
         pulled, bars = self.linear
+        self.reads_lam = pulled[0] is not None
         pushed = self._grad(pulled, bars, along, retain_graph=True)
         return [torch.zeros_like(b) if p is None else p for p, b in zip(pushed, bars, strict=True)]

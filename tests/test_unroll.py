@@ -241,6 +241,20 @@ def test_bad_updates_are_refused(problem, message, mode):
         bl.unrolled_hypergradient(*at, **given)
 
 
+class Plain(updates.Update):
+    def step(self, theta, state, q, lam, t):
+        return theta - 0.1 * q, state
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_lam_that_reaches_nothing_is_refused(problem, mode):
+    given = {"mode": mode, "inner_batch": problem["batch"], "update": Plain()}
+    at = problem["lam"], problem["theta"], T
+    with pytest.raises(ValueError, match="lam: neither inner_loss nor update depends on it"):
+        bl.unrolled_hypergradient(problem["plain"], *at, **given)
+    assert bl.unrolled_hypergradient(problem["weighted"], *at, **given).any()
+
+
 @pytest.mark.parametrize(
     "name, make",
     [
