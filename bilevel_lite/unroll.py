@@ -232,7 +232,7 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
 def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
     state, need_lam = _started(update, theta), not update.reads_lam
-    columns, cost = [None for _ in basis], 0.0  # d (theta_t, u_t) / d lam_j; None: still zero
+    columns, cost = [None for _ in basis], 0  # d (theta_t, u_t) / d lam_j; None: still zero
     touched = False
     for t in range(steps):
         q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam)
