@@ -112,12 +112,16 @@ def functional_hypergradient(
     with torch.enable_grad():
         beyond = beyond.detach().requires_grad_()
         outer = _losses("outer_loss", outer_loss, lam, beyond, outer_batch).mean()
-        pull = _slope("outer_loss", outer, beyond, retain_graph=True)
-        (direct,) = torch.autograd.grad(outer, lam, allow_unused=True)
+        pull = _slope(outer, beyond)
         within = within.detach().requires_grad_()
         losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
-        slope = _slope("inner_loss", losses.sum(), within, create_graph=True)
-        curvature = torch.stack([_slope_of(s, within) for s in slope.unbind(1)], 1)
+        slope = _slope(losses.sum(), within, create_graph=True)
+        for name, found in (("outer_loss", pull), ("inner_loss", slope)):
+            if found is None:
+                raise ValueError(f"{name}: does not depend on the predictions")
+        (direct,) = torch.autograd.grad(outer, lam, allow_unused=True)
+        rows = [_slope(s.sum(), within) for s in slope.unbind(1)]  # None: linear in them
+        curvature = torch.stack([torch.zeros_like(within) if r is None else r for r in rows], 1)
         system = torch.einsum("nck,nce,nel->kl", near, curvature, near) / len(near)
         system = system + damping * torch.eye(len(system)).to(system)
         right = torch.einsum("nck,nc->k", far, pull)
@@ -142,23 +146,13 @@ def functional_hypergradient(
     return h.detach(), v.detach()
 
 
-def _slope(name, value, predictions, **kwargs):
-    slope = None
-    if value.requires_grad:
-        (slope,) = torch.autograd.grad(value, predictions, allow_unused=True, **kwargs)
-    if slope is None:
-        raise ValueError(f"{name}: does not depend on the predictions")
-    return slope
-
-
-def _slope_of(slope, predictions):
-    """A column of Omega; zeros where the loss is linear in the predictions."""
-    column = None
-    if slope.requires_grad:
-        (column,) = torch.autograd.grad(
-            slope.sum(), predictions, retain_graph=True, allow_unused=True
-        )
-    return torch.zeros_like(predictions) if column is None else column
+def _slope(value, predictions, **kwargs):
+    """The gradient of a number in the predictions, None where it does not depend on them."""
+    if not value.requires_grad:
+        return None
+    return torch.autograd.grad(value, predictions, retain_graph=True, allow_unused=True, **kwargs)[
+        0
+    ]
 
 
 def _losses(name, loss, lam, h, batch):

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.options import check, fraction, whole
-from bilevel_lite.refuse import require_finite
+from bilevel_lite.refuse import at_least, require_finite
 
 __all__ = ["Member", "Teacher", "evolve", "rescale"]
 
@@ -80,13 +79,6 @@ class Teacher(nn.Module):
                 parameter -= self.lr * slope
 
 
-@dataclass
-class _Plan:
-    rounds: int = whole(help="steps of each member")
-    every: int = whole(default=1, help="rounds between two selections")
-    truncation: float = fraction(default=0.2, help="the part that is replaced")
-
-
 def evolve(
     members: list[Member],
     step: Callable[[Member], Member],
@@ -133,7 +125,10 @@ def evolve(
         >>> round(float(best[0].lam), 2)
         1.03
     """
-    check(_Plan(rounds, every, truncation))
+    at_least("rounds", rounds, 1)
+    at_least("every", every, 1)
+    if not 0 <= truncation <= 0.5:
+        raise ValueError(f"truncation: got {truncation}, expected a number from 0 to 0.5")
     worst = max(1, round(truncation * len(members))) if truncation > 0 else 0
     if len(members) < 2 or 2 * worst > len(members):
         raise ValueError(

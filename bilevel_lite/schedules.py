@@ -17,7 +17,7 @@ from bilevel_lite.refuse import at_least, require_finite, require_variable
 from bilevel_lite.unroll import UnrollInfo, unrolled_hypergradient
 from bilevel_lite.updates import SGD, window
 
-__all__ = ["SignSteps", "forward_schedule"]
+__all__ = ["RATES", "SignSteps", "forward_schedule"]
 
 RATES = ("lr", "momentum", "weight_decay")
 Schedule = Tensor | float

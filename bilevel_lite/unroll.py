@@ -202,11 +202,11 @@ def _batch_at(inner_batch: Any, problem: BilevelProblem) -> Callable[[int], Any]
 
 def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at, outer_batch):
     trail = deque(maxlen=steps if truncate is None else min(truncate, steps))
-    state, need_lam = _started(update, theta), not update.reads_lam
+    state = _started(update, theta)
     for t in range(steps):
         g, batch = SameDraws(problem.inner_loss), batch_at(t)
         if keep and t >= steps - trail.maxlen:
-            q, back = update_graph(g, lam, theta, batch, need_lam)
+            q, back = update_graph(g, lam, theta, batch, need_lam=False)
         else:
             (_, q), back = theta_gradient(g, lam, theta, batch, "inner_loss"), None
         trail.append((t, g, theta, state, batch, versions(batch), q if keep else None, back))
@@ -219,7 +219,7 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
         t, g, theta, state, batch, as_drawn, q, back = trail.pop()
         require_as_drawn("inner_batch", batch, as_drawn)
         if back is None:
-            q, back = update_graph(g, lam, theta, batch, need_lam)
+            q, back = update_graph(g, lam, theta, batch, need_lam=False)
         step = _Step(update, theta, state, q, lam, t)
         by_step, w, q_bar, *bars = step.pull_back(bars)
         jq, hq = back(q_bar)
@@ -231,11 +231,11 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
 
 def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
-    state, need_lam = _started(update, theta), not update.reads_lam
+    state = _started(update, theta)
     columns, cost = [None for _ in basis], 0  # d (theta_t, u_t) / d lam_j; None: still zero
     touched = False
     for t in range(steps):
-        q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam)
+        q, along = update_operator(problem.inner_loss, lam, theta, batch_at(t), need_lam=False)
         _stepped(update, theta, state, q, lam, t)  # refuses what is no function of its arguments
         step, spent = _Step(update, theta, state, q, lam, t), cost
         for j, (e, column) in enumerate(zip(basis, columns, strict=True)):
@@ -261,7 +261,7 @@ def _nothing_yet(before: Any, column: list[Tensor]) -> list[Tensor] | None:
 
 def _require_touched(touched: bool) -> None:
     if not touched:
-        raise ValueError("lam: neither inner_loss nor update depends on it")
+        raise ValueError("inner_loss: does not depend on lam, and the step does not, either")
 
 
 def _numbers(theta: Tensor, state: tuple[Tensor, ...]) -> int:

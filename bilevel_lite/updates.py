@@ -44,8 +44,6 @@ class Update:
         tensor(0.0420)
     """
 
-    reads_lam = True  # that it may; False lets a loss without lam be refused
-
     def start(self, theta: Tensor) -> State:
         """Return u_0, a tuple of tensors like ``theta``; here the empty one."""
         return ()
@@ -65,11 +63,6 @@ class _Known(Update):
 
     def __post_init__(self):
         options.check(self)
-
-    @property
-    def reads_lam(self) -> bool:
-        """Whether one of them is a function."""
-        return any(callable(getattr(self, name)) for name in options.options_of(self))
 
     def at(self, name: str, lam: Tensor, t: int) -> Any:
         """Return the hyperparameter ``name`` at step t."""

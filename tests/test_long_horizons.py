@@ -364,7 +364,8 @@ def test_the_teacher_descends_on_the_loss_of_its_mutant():
     "count, change, message",
     [
         (1, {}, "members: got 1"),
-        (4, {"truncation": 0.7}, "at most half of them"),
+        (3, {"truncation": 0.5}, "at most half of them"),
+        (4, {"truncation": 0.7}, "truncation: got 0.7, expected a number from 0 to 0.5"),
         (4, {"truncation": 1.0}, "truncation: got 1.0"),
         (4, {"rounds": 0}, "rounds: got 0"),
         (4, {"every": 0}, "every: got 0"),

@@ -90,7 +90,7 @@ def by_torch(problem, lam, theta, update, batch, first=0):
 @pytest.mark.parametrize("of", ["weighted", "plain"])
 def test_every_mode_is_one_graph_through_everything(problem, name, of):
     update, at = UPDATES[name], (problem[of], problem["lam"], problem["theta"])
-    if of == "plain" and not update.reads_lam:
+    if of == "plain" and name in ("SGD", "momentum", "Adam"):  # nothing reads lam
         with pytest.raises(ValueError, match="inner_loss: does not depend on lam"):
             bl.unrolled_hypergradient(*at, T, inner_batch=problem["batch"], update=update)
         return
@@ -250,7 +250,9 @@ class Plain(updates.Update):
 def test_a_lam_that_reaches_nothing_is_refused(problem, mode):
     given = {"mode": mode, "inner_batch": problem["batch"], "update": Plain()}
     at = problem["lam"], problem["theta"], T
-    with pytest.raises(ValueError, match="lam: neither inner_loss nor update depends on it"):
+    with pytest.raises(
+        ValueError, match="inner_loss: does not depend on lam, and the step does not"
+    ):
         bl.unrolled_hypergradient(problem["plain"], *at, **given)
     assert bl.unrolled_hypergradient(problem["weighted"], *at, **given).any()
 

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from bilevel_lite import data
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.refuse import at_least
+from bilevel_lite.schedules import RATES
 from bilevel_lite.updates import window
 
 __all__ = ["SHAPES", "Trainings"]
 
-RATES = ("lr", "momentum", "weight_decay")
 SHAPES = ("constant", "linear", "free")
 
 
