@@ -15,7 +15,7 @@ from bilevel_lite.__main__ import main
 from bilevel_lite.algorithms.adaptation import adaptation
 from bilevel_lite.curvature import ggn_vp
 from bilevel_lite.data import DataError, pretraining
-from bilevel_lite.experiment import job, methods
+from bilevel_lite.experiment import job
 from bilevel_lite.experiment.comparing import fresh
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import flatten, predict
@@ -400,7 +400,7 @@ def test_a_loss_is_measured_against_that_of_a_guess(float32):
 def test_cosines_are_those_by_hand(kind):
     task, s = small(kind)
     task.lam0 = torch.tensor([0.3, -0.2]).double()
-    method = methods.build(s, task)
+    method = task.method(s)
     batches = {r: task.batches(s)[f"{r}_batch"].draw() for r in ("outer", "cross")}
     h, info = method._hypergradient(batches["outer"], None, batches["cross"])
     body = [p for p in task.model.encoder.parameters() if p.requires_grad]
@@ -429,9 +429,9 @@ def test_cosines_are_those_by_hand(kind):
 
 def test_samas_difference_has_the_derivative_of_adamws_step_and_the_weights_own_slope():
     task, s = small(method="sama", alpha=1e-4, inner_steps=2)
-    method = methods.build(s, task)
+    method = task.method(s)
     method.step()
-    twin = methods.build(s, task)
+    twin = task.method(s)
     twin.load_state_dict(method.state_dict())
     twin.lam.copy_(method.lam)
     twin.theta.copy_(method.theta)
@@ -502,7 +502,7 @@ def test_all_layers_train_without_a_table(float32):
                              curvature_batch_size=8, cross_batch_size=8)  # fmt: skip
     task = Pretraining.make(s, CPU)
     assert task.words.first is None and task.train[0].dim() == 2
-    method = methods.build(s, task)
+    method = task.method(s)
     assert torch.isfinite(method.step().hypergradient).all()
     names = [name for name, _ in task.words.named_parameters()]
     assert any("word_embeddings" in name for name in names)  # they train; the decoder is a copy
@@ -526,7 +526,7 @@ def test_macro_f1_by_hand():
 @pytest.mark.parametrize("weights", ["network", "cosine", "frozen", "fixed", "none"])
 def test_what_is_not_learned_stays_and_what_is_moves(weights, float32):
     task, s = small(weights, dtype=torch.float32)
-    method = methods.build(s, task)
+    method = task.method(s)
     for _ in range(2):
         method.step()
     moved = not torch.equal(method.lam, task.lam0)

@@ -124,7 +124,7 @@ def plain(
 
     Cost: inner_steps + about 0.1 gradients an outer iteration.
     """
-    method = methods.build(replace(s, **{**dict.fromkeys(methods.OWN), **PLAIN}), task)
+    method = task.method(replace(s, **{**dict.fromkeys(methods.OWN), **PLAIN}))
     rows = []
     for step in range(1, s.outer_steps + 1):
         task.refresh(method.theta)

@@ -30,6 +30,7 @@ from bilevel_lite import data, text
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.data.batches import Batches
 from bilevel_lite.data.pretraining import seen
+from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, plain
 from bilevel_lite.experiment.task import Column
@@ -37,13 +38,14 @@ from bilevel_lite.options import option
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
+from bilevel_lite.solvers import Identity
 from bilevel_lite.tasks.long_tail import network
-from bilevel_lite.tasks.pretraining_parts import Together, cosines, macro_f1, prepared
+from bilevel_lite.tasks.pretraining_parts import Cosines, Together, macro_f1, prepared
 from bilevel_lite.tasks.pretraining_study import RIVALS
 from bilevel_lite.tasks.text_cleaning import CHUNK, PRECISIONS
 from bilevel_lite.tasks.text_variants import INNER_LR, TOY
 
-__all__ = ["METRIC", "SIZES", "Pretraining", "PretrainingSettings", "cosines", "macro_f1"]
+__all__ = ["METRIC", "SIZES", "Pretraining", "PretrainingSettings", "macro_f1"]
 
 # training and development texts; each set has its own test texts
 SIZES = {
@@ -298,11 +300,12 @@ class Pretraining(Supervised, name="pretraining"):
         """Leave lam as it is where it is not learned."""
         return lam if self.kind in LEARNED else self.lam0
 
-    def attach(self, method: Method, s: Any) -> None:
-        """Let cosines take the hypergradient's place where they move lam."""
-        super().attach(method, s)
-        if self.kind == "cosine":
-            method._hypergradient = partial(cosines, self, method)  # type: ignore[attr-defined]
+    def method(self, s: Any) -> Method:
+        """That of the settings; cosines where they move lam."""
+        if self.kind != "cosine":
+            return super().method(s)
+        options = {"solver": lambda s: Identity(1.0), "inner_steps": methods.STEPS}
+        return methods.build(s, self, methods.Recipe(Cosines, options=options))
 
     # -- for the log and the result
 

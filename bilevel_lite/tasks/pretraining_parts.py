@@ -17,7 +17,7 @@ from bilevel_lite.risk import SumOfRisks
 from bilevel_lite.tasks.text_cleaning import PRECISIONS
 from bilevel_lite.tasks.text_variants import TOY
 
-__all__ = ["Together", "cosines", "macro_f1", "prepared"]
+__all__ = ["Cosines", "Together", "macro_f1", "prepared"]
 
 
 def macro_f1(guess: Tensor, y: Tensor) -> float:
@@ -54,26 +54,27 @@ class Together:
             self.samplers[int(k)].load_state_dict(own)
 
 
-def cosines(task: Any, method: AID, outer: Any, curvature: Any, cross: Any, **_: Any):
-    r"""In the hypergradient's place: h_j = - cos(grad L_j, grad f), on the parameters both share.
+class Cosines(AID):
+    r"""AID with h_j = - cos(grad L_j, grad f) on the parameters that both share, for no solver.
 
     META-TARTAN's heuristic: a loss whose gradient points where f's does gets more weight. No
     curvature, one step looked ahead, and the length of the gradients left out. L_j are unweighted
     means; f's gradient is taken through the end task's own head (TARTAN keeps another for it).
 
-    Cost: 3 gradients.
+    Cost of a step: inner_steps + 3 gradients.
     Source: Dery et al. (2022), arXiv 2109.07437, algorithm 1.
     """
-    inner, theta = task.problem.inner_loss, method.theta
-    value, b = method._f_theta(outer)
-    h = torch.zeros_like(method.lam)
-    shared = _shared(inner).to(theta.device)
-    for j, term in enumerate(inner.terms(method.lam, cross)):
-        at = theta.clone().requires_grad_()
-        (g,) = torch.autograd.grad(term.risk.losses(term.read(at), term.batch).mean(), at)
-        h[j] = -F.cosine_similarity(g[shared], b[shared], 0)
-        method._spend("gradient", cross)
-    return h, SimpleNamespace(outer_loss=value, solve=None)
+
+    def _hypergradient(self, outer, curvature, cross, theta=None, lam=None, **how):
+        value, b = self._f_theta(outer)
+        inner, h = self.problem.inner_loss, torch.zeros_like(self.lam)
+        shared = _shared(inner).to(self.theta.device)
+        for j, term in enumerate(inner.terms(self.lam, cross)):
+            at = self.theta.clone().requires_grad_()
+            (g,) = torch.autograd.grad(term.risk.losses(term.read(at), term.batch).mean(), at)
+            h[j] = -F.cosine_similarity(g[shared], b[shared], 0)
+            self._spend("gradient", cross)
+        return h, SimpleNamespace(outer_loss=value, solve=None)
 
 
 def _shared(risk: SumOfRisks) -> Tensor:
