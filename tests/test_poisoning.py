@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from together import stopped_and_resumed
 
 import bilevel_lite as bl
 from bilevel_lite import data
@@ -261,31 +262,11 @@ def test_wrong_settings_are_refused(given, message):
         Poisoning.settings(**given)
 
 
-def timeless(folder):
-    result = json.loads((folder / "result.json").read_text("utf-8"))
-    for row in [result["best"], *result["history"]]:
-        del row["seconds"]
-    return {k: v for k, v in result.items() if k not in ("provenance", "sha256")}
-
-
 def test_a_run_is_resumed_and_shown(tmp_path, monkeypatch, capsys):
     words = ["run", "poisoning", "--method", "aid-kfac", "--device", "cpu", "--seed", "1"]
     words += ["--set", "outer_steps=6", "evaluate_every=2", "epochs=3", "examples=400"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    assert "clean + aid-kfac" in capsys.readouterr().out
-    step = bl.AID.step
-
-    def stops(self):
-        if self.iteration == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(bl.AID, "step", stops)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 130
-    monkeypatch.setattr(bl.AID, "step", step)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 0
-    assert "resuming" in capsys.readouterr().out
-    assert timeless(tmp_path / "cut") == (whole := timeless(tmp_path / "whole"))
+    whole, shown = stopped_and_resumed(words, tmp_path, monkeypatch, capsys, bl.AID, at=3)
+    assert "clean + aid-kfac" in shown
     assert whole["sizes"] == {"train": 400, "poison": 12, "test": 360}
     assert set(whole["baselines"]) == {"clean", "flip", "noise"}
     assert 0 <= whole["defender"]["trimmed_caught"] <= 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from together import stopped_and_resumed
 
 import bilevel_lite as bl
 from bilevel_lite import text
@@ -22,6 +23,7 @@ from bilevel_lite.params import flatten, predict
 from bilevel_lite.tasks import pretraining as tasks
 from bilevel_lite.tasks import pretraining_study
 from bilevel_lite.tasks.pretraining import Pretraining
+from bilevel_lite.tasks.pretraining_parts import Cosines
 
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -536,7 +538,7 @@ def test_what_is_not_learned_stays_and_what_is_moves(weights, float32):
     assert row["tuning_accuracy"] != row["tuning_f1"]  # macro
 
 
-def test_a_run_from_the_command_line_and_again(tmp_path, capsys):
+def test_a_run_from_the_command_line(tmp_path, capsys):
     words = ["run", "pretraining", "--device", "cpu", "--set", "outer_steps=4", "texts=30"]
     words += ["evaluate_every=2", "inner_steps=2", "head_steps=20"]
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
@@ -546,11 +548,15 @@ def test_a_run_from_the_command_line_and_again(tmp_path, capsys):
     assert "one of 60 test texts is 1.67 points of accuracy" in said
     result = json.loads((tmp_path / "one" / "result.json").read_text("utf-8"))
     assert result["sizes"]["copies"] == 60 and len(result["weighing"]["weights"]) == 3
-    assert main([*words, "--out", str(tmp_path / "two")]) == 0
-    again = json.loads((tmp_path / "two" / "result.json").read_text("utf-8"))
-    for row in (*result["history"], *again["history"]):
-        del row["seconds"]
-    assert again["history"] == result["history"]
+
+
+@pytest.mark.parametrize("weights, method", [("network", bl.SAMA), ("cosine", Cosines)])
+def test_a_run_is_resumed_to_the_last_digit(weights, method, tmp_path, monkeypatch, capsys):
+    words = ["run", "pretraining", "--device", "cpu", "--seed", "1", "--set", f"weights={weights}"]
+    words += ["outer_steps=4", "texts=30", "evaluate_every=2", "inner_steps=2", "head_steps=20"]
+    words += ["--method", "sama"] if weights == "network" else []
+    whole, shown = stopped_and_resumed(words, tmp_path, monkeypatch, capsys, method, at=3)
+    assert "end task alone" in shown and len(whole["history"]) == 2
 
 
 def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):

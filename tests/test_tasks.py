@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import stranger  # registers its task
 import torch
+from together import stopped_and_resumed, timeless
 
 import bilevel_lite as bl
 import bilevel_lite.tasks  # registers those of the book
@@ -21,14 +22,6 @@ CPU = torch.device("cpu")
 def float32():
     with job.float32():
         yield
-
-
-def timeless(folder):
-    """The numbers of a finished run."""
-    result = json.loads((folder / "result.json").read_text())
-    for row in [result["best"], *result["history"]]:
-        del row["seconds"]
-    return {k: v for k, v in result.items() if k not in ("provenance", "sha256")}
 
 
 def test_a_strangers_task_is_short_and_known_by_its_name(capsys):
@@ -69,22 +62,8 @@ def test_stopped_and_resumed_it_gives_the_same_numbers(name, tmp_path, monkeypat
     words = ["run", name, "--method", "soba", "--device", "cpu", "--seed", "1"]
     words += ["--set", "outer_steps=9", "evaluate_every=2", "--set", "batch_size=25"]
     words += ["outer_batch_size=40", "outer_lr=0.1", "inner_lr=0.05", "step=0.05"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    step = bl.SOBA.step
-
-    def stops(self):
-        if self.iteration == 5:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(bl.SOBA, "step", stops)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 130
-    monkeypatch.setattr(bl.SOBA, "step", step)
-    capsys.readouterr()
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 0
-    assert "resuming" in capsys.readouterr().out
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    assert [row["iteration"] for row in timeless(tmp_path / "cut")["history"]] == [2, 4, 6, 8, 9]
+    whole, _ = stopped_and_resumed(words, tmp_path, monkeypatch, capsys, bl.SOBA, at=5)
+    assert [row["iteration"] for row in whole["history"]] == [2, 4, 6, 8, 9]
     assert (tmp_path / "whole" / "figure.png").stat().st_size > 5_000
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     assert "holds the finished run" in capsys.readouterr().out

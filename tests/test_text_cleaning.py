@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from together import timeless
 
 import bilevel_lite as bl
 from bilevel_lite.__main__ import main
@@ -335,13 +336,6 @@ def test_an_encoder_that_is_not_there_is_said_as_typed(tmp_path, capsys):
     words = ["run", "text_cleaning", "--layers", "3", "--out", str(tmp_path / "two")]
     assert main([*words, "--device", "cpu"]) == 1
     assert "layers: got 3, expected 1 to 2, or 'all'" in capsys.readouterr().err
-
-
-def timeless(path):
-    result = json.loads((path / "result.json").read_text())
-    for row in [result["best"], *result["history"]]:
-        del row["seconds"]
-    return {k: v for k, v in result.items() if k not in ("provenance", "sha256", "memory")}
 
 
 @pytest.mark.parametrize("method", ["aid-kfac", "sama"])

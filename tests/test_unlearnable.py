@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from together import stopped_and_resumed
 
 import bilevel_lite as bl
 from bilevel_lite import data
@@ -390,34 +391,13 @@ def test_wrong_settings_are_refused(given, message):
 # -- runs and the study
 
 
-def timeless(folder):
-    result = json.loads((folder / "result.json").read_text("utf-8"))
-    for row in [result["best"], *result["history"]]:
-        del row["seconds"]
-    return {k: v for k, v in result.items() if k not in ("provenance", "sha256")}
-
-
 @pytest.mark.parametrize("attack", ["min-min", "bilevel"])
 def test_a_run_is_resumed_and_shown(attack, tmp_path, monkeypatch, capsys):
     words = ["run", "unlearnable", "--method", "aid-kfac", "--device", "cpu", "--seed", "1"]
     words += ["--set", "outer_steps=6", "evaluate_every=2", "epochs=3", "images=400"]
     words += [f"attack={attack}", "look_steps=5"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
-    shown = capsys.readouterr().out
+    whole, shown = stopped_and_resumed(words, tmp_path, monkeypatch, capsys, bl.AID, at=3)
     assert ("aid-kfac " in shown) == (attack == "bilevel") and "chance is 10 %" in shown
-    step = bl.AID.step
-
-    def stops(self):
-        if self.iteration == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(bl.AID, "step", stops)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 130
-    monkeypatch.setattr(bl.AID, "step", step)
-    assert main([*words, "--out", str(tmp_path / "cut")]) == 0
-    assert "resuming" in capsys.readouterr().out
-    assert timeless(tmp_path / "cut") == (whole := timeless(tmp_path / "whole"))
     assert whole["sizes"] == {"train": 400, "test": 360}
     assert set(whole["baselines"]) == {"clean", "random"}
     assert set(whole["victims"]) == {"none", "augment", "jpeg", "train", "probe"}
