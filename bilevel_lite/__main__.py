@@ -212,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
         "--width", type=int, metavar="N", help="of unlearnable: of the U-Net (default: 4)"
     )
     same.add_argument(
-        "--images", type=int, metavar="N", help="of unlearnable: training images (2,500)"
+        "--images", type=int, metavar="N", help="of unlearnable: training images (default: 2,500)"
     )
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())

@@ -80,6 +80,30 @@ def test_of_the_texts_in_two_splits_most_have_one_label():
     assert len(d.valid.y.unique()) == len(d.test.y.unique()) == 12
 
 
+@real
+def test_what_chapter_14_says_of_the_texts():
+    def known(part):
+        return {one.strip() for one in part.texts}
+
+    d = pretraining.load("citation_intent", download=False)
+    assert len(known(d.train)) == 1270
+    new = [k for k, old in enumerate(pretraining.seen(d.test, d.train).tolist()) if not old]
+    assert len(new) == 87 and sum(d.test.texts[k].strip() in known(d.valid) for k in new) == 2
+    assert sorted(d.test.y[new].bincount().tolist())[:3] == [3, 3, 3]
+    for seed, held in ((1, 21), (2, 18)):  # f's texts that g has seen
+        first, _ = bl.data.split(114, (57, 57), torch.Generator().manual_seed(seed))
+        assert int(pretraining.seen(d.valid, d.train)[first].sum()) == held
+    guess = torch.full_like(d.test.y, int(d.train.y.bincount().argmax()))
+    assert float((guess == d.test.y).double().mean()) == pytest.approx(0.511, abs=1e-3)
+    assert tasks.macro_f1(guess, d.test.y) == pytest.approx(0.113, abs=1e-3)
+    d = pretraining.load("hyperpartisan", download=False)
+    new = [k for k, old in enumerate(pretraining.seen(d.test, d.train).tolist()) if not old]
+    assert len(new) == 14 and sum(d.test.texts[k].strip() in known(d.valid) for k in new) == 7
+    assert float((d.test.y == d.train.y.mode().values).double().mean()) == pytest.approx(
+        0.58, abs=0.01
+    )
+
+
 def folder(path, **parts):
     path.mkdir(exist_ok=True)
     for name in ("train", "dev", "test"):

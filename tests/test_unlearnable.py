@@ -479,3 +479,12 @@ def test_what_chapter_16_says_of_the_stored_study():
     ends = {name: [run["last"]["inner_loss"] for run in row["runs"]] for name, row in rows.items()}
     for name, at in (("kfac-25", (1.9, 0.1)), ("identity-25", (1.3, 0.1)), ("bome-25", (2.3, 2.3))):
         assert ends[name] == pytest.approx(at, abs=0.06)
+
+
+def test_a_sign_step_goes_down_by_its_size_in_every_number():
+    p, still = (torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0])) for _ in range(2))
+    optimizer = methods.Sign([p, still], lr=0.25)
+    p.grad = torch.tensor([4.0, -1e-6, 0.0])
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.tensor([0.75, 2.25, 3.0]))
+    assert torch.equal(still.detach(), torch.tensor([1.0, 2.0, 3.0]))

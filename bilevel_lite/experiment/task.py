@@ -25,9 +25,14 @@ from bilevel_lite.experiment import settings as declared
 from bilevel_lite.options import check
 from bilevel_lite.problem import BilevelProblem
 
-__all__ = ["TASKS", "Column", "Task", "find", "owner"]
+__all__ = ["TASKS", "Column", "Task", "as_text", "find", "owner"]
 
 TASKS: dict[str, type["Task"]] = {}  # filled by the subclasses themselves
+
+
+def as_text(lines: list[str], source: str) -> str:
+    """A table's lines as text, under them what is to be said of the data."""
+    return "\n".join([*lines, *([f"data: {source}"] if source else [])])
 
 
 class Column(NamedTuple):
@@ -81,6 +86,7 @@ class Task:
     defaults: ClassVar[dict[str, Any]] = {}  # of settings, where the task has others
     criterion: ClassVar[str] = "criterion"  # the measure that chooses the iterate: lower is better
     columns: ClassVar[tuple[Column, ...]] = ()  # of a search's table; the first one sorts it
+    figures: ClassVar[str] = ""  # the module of the task's own figures, imported to draw one
     dropped: ClassVar[tuple[str, ...]] = ()  # measures that the thin log of a search leaves out
 
     def __init_subclass__(cls, name: str = "", **rest: Any):
@@ -207,7 +213,7 @@ class Task:
         for name, row in rows.items():
             numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float)]
             lines.append(f"{name:<20} {', '.join(numbers)}")
-        return "\n".join([*lines, *([f"data: {result['source']}"] if result["source"] else [])])
+        return as_text(lines, result["source"])
 
     @classmethod
     def draw(cls, stored: dict) -> dict[str, Any]:
@@ -218,12 +224,18 @@ class Task:
                 name.
 
         Returns:
-            Figures, by what follows the result's name in that of the file. By default the criterion
-            against gradients and seconds: of a search the first seed of each method, by name, else
-            a line for each seed.
+            Figures, by what follows the result's name in that of the file: of runs that of
+            ``draw_runs``, of a study that of ``draw_study`` in the task's `figures`, if it has
+            them. Else the criterion against gradients and seconds: of a search the first seed of
+            each method, by name, else a line for each seed.
         """
         from bilevel_lite.plotting import STYLE, figure, plt
 
+        if cls.figures:
+            drawers = {f"{cls.name}_study": "draw_study", cls.name: "draw_runs"}
+            own = getattr(import_module(cls.figures), drawers.get(stored["kind"], ""), None)
+            if own is not None:
+                return {"": own(stored)}
         lines = []
         for run in stored["runs"]:
             for row in run["results"] if "results" in run else [{"runs": [run]}]:

@@ -27,7 +27,7 @@ from bilevel_lite.experiment.supervised import (
     train,
     train_minibatch,
 )
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
@@ -266,9 +266,7 @@ class Hypercleaning(Supervised, name="hyperclean"):
                 f"corrupted or clean, told by the weight: AUC {best['auc']:.4f}, precision at the "
                 f"noise rate {best['precision']:.4f}"
             )
-        if result["source"]:
-            lines.append(f"data: {result['source']}")
-        return "\n".join(lines)
+        return as_text(lines, result["source"])
 
     @classmethod
     def draw(cls, stored: dict) -> dict[str, Any]:

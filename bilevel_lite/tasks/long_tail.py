@@ -36,7 +36,7 @@ from bilevel_lite.experiment.supervised import (
     plain,
     refresh_batchnorm,
 )
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
@@ -142,6 +142,7 @@ class LongTail(Supervised, name="long_tail"):
     transform: Callable | None = None
 
     Settings: ClassVar[type] = LongTailSettings
+    figures: ClassVar[str] = "bilevel_lite.tasks.long_tail_figures"
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "fisher": "empirical", "damping": 1e-3,
         "outer_optimizer": "adam", "outer_lr": 0.01,
@@ -359,18 +360,7 @@ class LongTail(Supervised, name="long_tail"):
                 for i in at
             )
             lines.append(told)
-        return "\n".join([*lines, *([f"data: {result['source']}"] if result["source"] else [])])
-
-    @classmethod
-    def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs, or of the study of the weights."""
-        from bilevel_lite.tasks import long_tail_figures as figures
-
-        if stored["kind"] == f"{cls.name}_study":
-            return {"": figures.draw_study(stored)}
-        if stored["kind"] == cls.name:
-            return {"": figures.draw_runs(stored)}
-        return super().draw(stored)
+        return as_text(lines, result["source"])
 
 
 def _cut(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bilevel_lite import data, models
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, descend, evaluate
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
@@ -193,6 +193,7 @@ class Poisoning(Supervised, name="poisoning"):
     s: PoisoningSettings
 
     Settings: ClassVar[type] = PoisoningSettings
+    figures: ClassVar[str] = "bilevel_lite.tasks.poisoning_figures"
     defaults: ClassVar[dict[str, Any]] = {
         "inner_steps": 10, "outer_lr": 10.0, "damping": 0.01, "evaluate_every": 20,
     }  # fmt: skip
@@ -421,13 +422,4 @@ class Poisoning(Supervised, name="poisoning"):
             f"{s['model']} on {s['dataset']}, seed {s['seed']}: {sizes['train']} clean and "
             f"{sizes['poison']} poisoned rows, {sizes['test']} test rows"
         )
-        return "\n".join([*lines, *([f"data: {result['source']}"] if result["source"] else [])])
-
-    @classmethod
-    def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs, or of the study: points lost, by attack and defence."""
-        if stored["kind"] != "poisoning_study":
-            return super().draw(stored)
-        from bilevel_lite.tasks.poisoning_figures import draw_study
-
-        return {"": draw_study(stored)}
+        return as_text(lines, result["source"])

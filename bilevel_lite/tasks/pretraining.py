@@ -33,7 +33,7 @@ from bilevel_lite.data.pretraining import seen
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, plain
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
@@ -128,6 +128,7 @@ class Pretraining(Supervised, name="pretraining"):
     kind: str = "network"
 
     Settings: ClassVar[type] = PretrainingSettings
+    figures: ClassVar[str] = "bilevel_lite.tasks.pretraining_figures"
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "fisher": "empirical", "damping": 1e-2, "inner_optimizer": "adamw",
         "outer_optimizer": "adam", "outer_lr": 0.01, "outer_steps": 60, "batch_size": 16,
@@ -408,13 +409,4 @@ class Pretraining(Supervised, name="pretraining"):
             f"{result['history'][-1]['iteration']}; one of {sizes['test']} test texts is "
             f"{result['points']['test']} points of accuracy; {sizes['new']} are no training texts"
         )
-        return "\n".join([*lines, f"data: {s['dataset']}; {result['source']}"])
-
-    @classmethod
-    def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs, or of the study: F1 by what weighs the masked texts."""
-        from bilevel_lite.tasks import pretraining_figures
-
-        if stored["kind"] == f"{cls.name}_study":
-            return {"": pretraining_figures.draw_study(stored)}
-        return super().draw(stored)
+        return as_text(lines, f"{s['dataset']}; {result['source']}")

@@ -12,9 +12,8 @@ from bilevel_lite import data, text
 from bilevel_lite.algorithms.aid import AID
 from bilevel_lite.algorithms.method import draw
 from bilevel_lite.data.pretraining import EndTask, toy
-from bilevel_lite.experiment.folder import RunError
 from bilevel_lite.risk import SumOfRisks
-from bilevel_lite.tasks.text_cleaning import PRECISIONS
+from bilevel_lite.tasks.text_cleaning import PRECISIONS, encoder_of, trained
 from bilevel_lite.tasks.text_variants import TOY
 
 __all__ = ["Cosines", "Together", "macro_f1", "prepared"]
@@ -97,17 +96,11 @@ def prepared(
     part = sets.train
     kept = part._replace(texts=[part.texts[i] for i in rows], y=part.y[list(rows)])
     sets = sets._replace(train=kept)
-    try:
-        encoder = text.encoder(place or None, length)
-    except text.EncoderError as error:
-        raise ValueError(f"encoder: {error}") from error
-    except ImportError as error:
-        raise RunError(str(error)) from error
+    encoder = encoder_of(place, length)
     splits, draws = (sets.train, sets.valid, sets.test), torch.Generator().manual_seed(0)
     strings = [one for split in splits for one in split.texts]
     hidden = text.hide(encoder, sets.train.texts, draws, copies, masked)
-    many = {"half": max(1, encoder.layers // 2), "all": "all"}.get(layers, layers)
-    many = many if many == "all" else int(many)
+    many = trained(encoder, layers)
     model = text.TextClassifier(encoder, len(sets.classes), many, "mean", draws).to(device)
     ids = encoder.ids(strings)
     if many == "all":

@@ -170,6 +170,7 @@ class Study:
         datasets: Of the task.
         also: Settings that are the same for all its rows.
         also_on_gpu: What of ``also`` is another one on a GPU.
+        own_batches: Whether the task's own batch sizes are taken, not those of hypercleaning.
     """
 
     asks: str
@@ -182,6 +183,7 @@ class Study:
     datasets: tuple[str, ...] = tuple(SIZES)
     also: dict = field(default_factory=dict)
     also_on_gpu: dict = field(default_factory=dict)
+    own_batches: bool = False
 
 
 STUDIES = {
@@ -229,6 +231,7 @@ STUDIES = {
         },
         on_gpu={"victim": "resnet18", "width": 16, "images": 10_000, "final_budget": 10_000},
         kind=unlearnable_study.Unlearnable,
+        own_batches=True,
     ),
     "long_tail": Study(
         "how to weigh the examples of long-tailed classes: plain training, focal loss, "
@@ -241,6 +244,7 @@ STUDIES = {
         # 100 epochs of 123 batches, as the paper has them
         on_gpu={"model": "resnet32", "search_steps": 600, "outer_steps": 1230, "looks": 50},
         kind=long_tail.LongTail,
+        own_batches=True,
         datasets=tuple(long_tail.SIZES),
     ),
     "pretraining": Study(
@@ -387,8 +391,7 @@ def run(
     if one.cross:
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
-    own_batches = one.kind in (long_tail.LongTail, unlearnable_study.Unlearnable)
-    usual = {} if own_batches else MINIBATCHES.get(dataset, {})
+    usual = {} if one.own_batches else MINIBATCHES.get(dataset, {})
     base = {**usual, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:

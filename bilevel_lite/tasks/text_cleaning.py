@@ -35,7 +35,7 @@ from bilevel_lite.data.wrench import TIES, Texts, WeakTexts, toy
 from bilevel_lite.experiment.folder import RunError
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, evaluate, plain
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
@@ -119,6 +119,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
     learned: bool = True
 
     Settings: ClassVar[type] = TextCleaningSettings
+    figures: ClassVar[str] = "bilevel_lite.tasks.text_figures"
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "fisher": "empirical", "damping": 1e-3, "inner_optimizer": "adamw",
         "outer_momentum": 0.9, "outer_steps": 150, "batch_size": 32, "outer_batch_size": 32,
@@ -384,20 +385,28 @@ class TextCleaning(Supervised, name="text_cleaning"):
             lines.append(
                 f"  {row['weight']:.3f} {row['given']} (true {row['true']}): {row['text']}"
             )
-        return "\n".join([*lines, f"data: {s['dataset']}; {result['source']}"])
+        return as_text(lines, f"{s['dataset']}; {result['source']}")
 
-    @classmethod
-    def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs (of several methods: their memory) or of the study of the solvers."""
-        from bilevel_lite.tasks import text_figures
 
-        if stored["kind"] == f"{cls.name}_study":
-            return {"": text_figures.draw_study(stored)}
-        if stored["kind"] == cls.name:
-            if len({run["settings"]["method"] for run in stored["runs"]}) > 1:
-                return {"": text_figures.draw_memory(stored["runs"])}
-            return {"": text_figures.draw_runs(stored)}
-        return super().draw(stored)
+def encoder_of(place: str, length: int) -> text.Encoder:
+    """The encoder of a run's settings.
+
+    Raises:
+        ValueError: as it says itself, naming the setting.
+        RunError: without transformers.
+    """
+    try:
+        return text.encoder(place or None, length)
+    except text.EncoderError as error:
+        raise ValueError(f"encoder: {error}") from error
+    except ImportError as error:
+        raise RunError(str(error)) from error
+
+
+def trained(encoder: text.Encoder, layers: str) -> int | str:
+    """How many of the last layers the setting means: a number, or "all"."""
+    many = {"half": max(1, encoder.layers // 2)}.get(layers, layers)
+    return many if many == "all" else int(many)
 
 
 @lru_cache(maxsize=1)
@@ -414,12 +423,7 @@ def _prepared(
     all_ = sets.train
     some = all_._replace(texts=[all_.texts[i] for i in rows], y=all_.y[list(rows)])
     sets = sets._replace(train=some)
-    try:
-        encoder = text.encoder(place or None, length)
-    except text.EncoderError as error:
-        raise ValueError(f"encoder: {error}") from error
-    except ImportError as error:
-        raise RunError(str(error)) from error
+    encoder = encoder_of(place, length)
     ordered, cut = [], 0
     for name in ("train", "valid", "test"):
         part: Texts = getattr(sets, name)
@@ -428,8 +432,7 @@ def _prepared(
         ordered.append(part._replace(texts=[part.texts[i] for i in order], y=part.y[order]))
         cut += int((lengths > encoder.max_length).sum())
     sets = sets._replace(train=ordered[0], valid=ordered[1], test=ordered[2])
-    many = {"half": max(1, encoder.layers // 2), "all": "all"}.get(layers, layers)
-    many = many if many == "all" else int(many)
+    many = trained(encoder, layers)
     with torch.random.fork_rng(devices=[]):
         model = text.TextClassifier(encoder, len(sets.classes), many, pooling).to(device)
     ids = encoder.ids([one for part in ordered for one in part.texts])

@@ -23,11 +23,14 @@ def draw_runs(result: dict):
     """Draw runs: test accuracy against time and gradients, and the learned weights.
 
     Args:
-        result: ``{"runs": [...]}``, the results of one or more seeds of one method.
+        result: ``{"runs": [...]}``, the results of one or more seeds of one method; of several
+            methods their memory is drawn.
 
     Returns:
         The figure. The histogram is that of the first run.
     """
+    if len({run["settings"]["method"] for run in result["runs"]}) > 1:
+        return draw_memory(result["runs"])
     first = result["runs"][0]
     with mpl.rc_context(STYLE):
         fig, axes = figure(3, height=2.9)

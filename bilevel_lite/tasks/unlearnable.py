@@ -30,7 +30,7 @@ from bilevel_lite.algorithms.bome import BOME
 from bilevel_lite.experiment import methods
 from bilevel_lite.experiment.settings import Settings, require_batches, setting
 from bilevel_lite.experiment.supervised import Supervised, descend, evaluate
-from bilevel_lite.experiment.task import Column
+from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.options import option
 from bilevel_lite.params import flatten, predict
 from bilevel_lite.problem import BilevelProblem
@@ -111,6 +111,7 @@ class Unlearnable(Supervised, name="unlearnable"):
     s: UnlearnableSettings
 
     Settings: ClassVar[type] = UnlearnableSettings
+    figures: ClassVar[str] = "bilevel_lite.tasks.unlearnable_figures"
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "inner_steps": 10, "damping": 0.1, "evaluate_every": 50,
     }  # fmt: skip
@@ -365,13 +366,4 @@ class Unlearnable(Supervised, name="unlearnable"):
             f"{s['victim'] or s['model']}; {s['dataset']}, seed {s['seed']}: {sizes['train']} "
             f"training and {sizes['test']} test images; chance is 10 %"
         )
-        return "\n".join([*lines, *([f"data: {result['source']}"] if result["source"] else [])])
-
-    @classmethod
-    def draw(cls, stored: dict) -> dict[str, Any]:
-        """The figure of runs, or of the study: test accuracy, by noise and victim."""
-        if stored["kind"] != "unlearnable_study":
-            return super().draw(stored)
-        from bilevel_lite.tasks.unlearnable_figures import draw_study
-
-        return {"": draw_study(stored)}
+        return as_text(lines, result["source"])

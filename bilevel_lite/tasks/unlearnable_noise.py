@@ -33,7 +33,7 @@ def worst_wrong(logits: Tensor, y: Tensor) -> Tensor:
 
     The loss of the wrong label that the model believes in least. The C - 1 wrong labels share at
     most probability 1, so that one of them has at most 1 / (C - 1), and the value is log(C - 1) or
-    more. It is reached where p_y = 0 and all wrong labels are as likely.
+    more. It is approached as p_y goes to 0 with all wrong labels as likely.
     """
     others = logits.scatter(1, y[:, None], torch.inf)
     return (logits.logsumexp(1) - others.amin(1)).mean()
