@@ -220,6 +220,9 @@ def test_the_head_learns_and_the_encoder_stays():
     _, made, model, words = masked(copies=8)
     before = flatten(model).clone()
     uniform = float(torch.log(torch.tensor(float(len(made.vocabulary)))))
+    words.fit(made.y, 1, torch.Generator().manual_seed(0), lr=1e-12)
+    counts = made.y[made.y >= 0].bincount(minlength=len(words.bias)) + 1.0
+    assert torch.allclose(words.bias, (counts / counts.sum()).log().to(words.bias))  # how often
     loss = words.fit(made.y, 400, torch.Generator().manual_seed(0), lr=1e-2)
     assert loss < 0.6 * uniform and torch.equal(flatten(model), before)
     with torch.no_grad():

@@ -217,6 +217,12 @@ def test_jpeg_keeps_what_is_coarse():
     assert torch.allclose(255 * fine, (255 * fine).round(), atol=1e-4)
 
 
+def test_jpeg_leaves_every_flat_grey_as_it_is():
+    greys = torch.arange(256) / 255
+    flat = greys[:, None, None, None].expand(-1, 1, 8, 8)
+    assert torch.equal((255 * data.jpeg(flat, 95)).round(), (255 * flat).round())
+
+
 @pytest.mark.parametrize(
     ("x", "quality", "message"),
     [
@@ -251,6 +257,28 @@ def test_a_step_moves_the_rows_of_its_batch(method, float32):
     assert method == "bome" or (run.lam.abs().sum(1) > 0).all()
     assert run.lam.abs().sum() > 0
     assert (run.lam >= low).all() and (run.lam <= high).all()
+
+
+def test_the_state_of_rows_is_a_copy_and_goes_on_from_there(float32):
+    s = Unlearnable.settings(method="aid-identity", inner_steps=2)
+    task = Unlearnable.make(s, CPU)
+    run, twin = task.method(s), task.method(s)
+    run.step()
+    state, lam = run.state_dict(), run.lam.clone()
+    run.step()
+    assert torch.equal(state["lam"], lam) and not torch.equal(run.lam, lam)
+    twin.load_state_dict(state)
+    twin.step()
+    assert torch.equal(twin.lam, run.lam) and torch.equal(twin.theta, run.theta)
+
+
+def test_published_noise_is_as_large_as_lam_says(float32):
+    s = Unlearnable.settings(radius=200, images=100, victim_batch=50, batch_size=100)
+    task = Unlearnable.make(s, CPU)
+    black = task.train[0] == 0
+    for share in (0.25, 0.5, 1.0):
+        noise = task.perturbed(torch.full_like(task.train[0], share), "bilevel") - task.train[0]
+        assert torch.allclose(noise[black], torch.tensor(share * 200 / 255))
 
 
 def test_rows_are_the_method_on_all_of_lam(float32):

@@ -263,12 +263,12 @@ class Pretraining(Supervised, name="pretraining"):
     def shares(self, lam: Tensor) -> Tensor:
         """The weights of end task and masked words, shape (2,), where each has one.
 
-        Fixed: lam, 1 for both. Moved by cosines: 2 softmax(lam), in which the normaliser is held
-        still, so that lam_j changes weight j alone (TARTAN leaves the softmax's Jacobian out).
+        Fixed: lam, 1 for both. Moved by cosines: 2 softmax(lam); as in TARTAN the cosines move lam
+        without the softmax's Jacobian.
         """
         if self.kind != "cosine":
             return lam.expand(2)
-        return 2 * (lam - lam.logsumexp(0).detach()).exp()
+        return 2 * lam.softmax(0)
 
     # -- for the method
 

@@ -164,9 +164,9 @@ class Rows:
         raise AttributeError(name)
 
     def state_dict(self) -> dict:
-        """All rows, the method's state and the places of the samplers."""
+        """All rows, the method's state and the places of the samplers, as copies."""
         parts = {name: getattr(self, name).state_dict() for name in ("method", "sampler", "inner")}
-        return {"lam": self.lam, **parts}
+        return {"lam": self.lam.clone(), **parts}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned."""
