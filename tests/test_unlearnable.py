@@ -218,9 +218,10 @@ def test_jpeg_keeps_what_is_coarse():
 
 
 def test_jpeg_leaves_every_flat_grey_as_it_is():
-    greys = torch.arange(256) / 255
-    flat = greys[:, None, None, None].expand(-1, 1, 8, 8)
-    assert torch.equal((255 * data.jpeg(flat, 95)).round(), (255 * flat).round())
+    for off in (-0.4, 0.0, 0.4):  # to the nearest of 256 levels
+        levels = torch.arange(1, 255)
+        flat = ((levels + off) / 255)[:, None, None, None].expand(-1, 1, 8, 8)
+        assert torch.equal((255 * data.jpeg(flat, 95)).round()[:, 0, 0, 0], levels.float())
 
 
 @pytest.mark.parametrize(
