@@ -19,7 +19,7 @@ J^T C J a term, times its coefficient.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.options import check, one_of, whole
+from bilevel_lite.parallel import Part, apart, part_of
 from bilevel_lite.params import dot
 from bilevel_lite.products import hvp_operator
 from bilevel_lite.refuse import NotFinite
@@ -411,6 +412,10 @@ class Probes:
                 f"samples: got {self.samples} with fisher={self.fisher!r}, which draws none"
             )
 
+    def on(self, part: Part | None) -> "Probes":
+        """The same probes, drawn for a whole batch of which part of the rows is here."""
+        return self if part is None else replace(self, generator=_Sliced(self.generator, part))
+
     def of(self, side: OutputSide, look: bool = True) -> list[Tensor]:
         """The columns, each like the outputs.
 
@@ -477,7 +482,8 @@ def _exact_columns(outputs, p):
 
 def _draw(outputs, p, generator):
     """One draw of the loss's gradient under the model's own predictive distribution."""
-    take = generator.take if isinstance(generator, Drawn) else partial(_numbers, generator)
+    kept = isinstance(generator, Drawn | _Sliced)
+    take = generator.take if kept else partial(_numbers, generator)
     drawn = take(outputs, p is not None)
     if p is None:
         return drawn
@@ -531,6 +537,18 @@ class Drawn:
         for kept, labels in self.kept:
             kept.copy_(_numbers(self.generator, kept, labels))
         self.next = 0
+
+
+@dataclass
+class _Sliced:
+    """A generator's numbers for a whole batch, of which those of the rows here are taken."""
+
+    generator: torch.Generator | None
+    part: Part
+
+    def take(self, like: Tensor, labels: bool) -> Tensor:
+        whole = like.new_empty(self.part.n, *like.shape[1:])
+        return _numbers(self.generator, whole, labels)[self.part.before :][: len(like)]
 
 
 def _dots(s: Tensor, u: Tensor) -> Tensor:
@@ -605,6 +623,7 @@ class GGN(Operator):
 
     @differentiating
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
+        risk, group = apart(risk)
         require_risk(risk, type(self).__name__)
         theta = theta.detach().requires_grad_()
 
@@ -623,7 +642,9 @@ class GGN(Operator):
             OutputMap(term, theta, outputs, output_side(term, lam, outputs))
             for term, outputs in zip(terms, made, strict=True)
         ]
-        self.l2 = risk.l2
+        self.l2, self.rows = risk.l2, None
+        if group is not None:
+            self.rows = part_of(group, len(self.parts[0].outputs), {}, theta)
         self._act_on(theta)
 
     def middle(self, part: "OutputMap", u: Tensor) -> Tensor:
@@ -635,7 +656,7 @@ class GGN(Operator):
         out = 2 * self.l2 * v
         for part in self.parts:
             out = out + part.term.coefficient * part.vjp(self.middle(part, part.jvp(v)))
-        return out
+        return out if self.rows is None else self.rows.total(out, "theta")
 
 
 @dataclass
@@ -711,7 +732,7 @@ class _ProbeFisher(GGN):
     def __init__(self, risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: Any):
         super().__init__(risk, lam, theta, batch)
         for part in self.parts:
-            part.probes = self.how.of(part.side)
+            part.probes = self.how.on(self.rows).of(part.side)
 
     def middle(self, part: OutputMap, u: Tensor) -> Tensor:
         """C u of one term, like its outputs."""

@@ -22,7 +22,16 @@ from bilevel_lite.blocks import Block, block_operator
 from bilevel_lite.curvature import Operator, Probes
 from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
-from bilevel_lite.kronecker import Spectrum, eigenbasis_inverse, in_basis, spectra
+from bilevel_lite.kronecker import (
+    Columns,
+    Factor,
+    Matrix,
+    Spectrum,
+    eigenbasis_inverse,
+    in_basis,
+    spectra,
+)
+from bilevel_lite.parallel import Group, dealt
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
 
@@ -114,9 +123,11 @@ def _corrected(
         if layer.weight is not None:
             x = tape.input_columns(own)
             part = c * eigenvalue_correction(x, gs, a.vectors, b.vectors, tape.n)
+            part = part if done.part is None else done.part.total(part)
             weight = part if weight is None else weight + part
         if layer.bias is not None and not layer.joint:
             part = c * eigenvalue_correction(None, gs, None, b.vectors, tape.n)
+            part = part if done.part is None else done.part.total(part)
             bias = part if bias is None else bias + part
     return weight, bias
 
@@ -132,7 +143,8 @@ class EKFAC(KFAC):
         samples: Draws per example for ``"mc"``.
         ema: Average of A and B, and so of the basis, as in `KFAC`; E is of the current batch alone.
         every: Build basis and eigenvalues on every ``every``-th call.
-        bias, rest, fixed_batch, generator, seed: See `KFAC`.
+        bias, rest, fixed_batch, generator, seed, group: See `KFAC`.
+        split_inverses: With a group, each process diagonalises some of the factors for all.
 
     Raises:
         ValueError, TypeError: as `KFAC`.
@@ -156,15 +168,21 @@ class EKFAC(KFAC):
     damping_rule: str = field(default="exact", init=False)
 
     _keeps_gradients = True
+    _sums_parts = False  # but the bases
 
     def _layer_factors(self, done, layers):
         pairs = super()._layer_factors(done, layers)
-        made = iter(spectra([f for pair in pairs for f in pair]))
-        del pairs
+        factors = [f for pair in pairs for f in pair]
+        split = done.part is not None and self.split_inverses
+        made = iter(_shared_spectra(factors, done.part.group) if split else spectra(factors))
+        del pairs, factors
         return [
             (a, b, *_corrected(done, layer, a, b))
             for layer, a, b in zip(layers, made, made, strict=True)
         ]
+
+    def _away(self, layers, group):  # nothing is left to factor
+        return set()
 
     def _block(self, layer, factors, tau, group=None):
         """V -> U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T for one layer."""
@@ -178,6 +196,30 @@ class EKFAC(KFAC):
             )
         except ValueError as error:
             raise ValueError(f"{error} (layer {layer.name!r})") from None
+
+
+def _shared_spectra(factors: list[Factor | None], group: Group) -> list[Spectrum | None]:
+    """`bilevel_lite.kronecker.spectra`, each by one process, who sends it to the others."""
+    owners = dealt([0 if f is None else f.dim**3 for f in factors], group.size)
+    mine = [f if owner == group.rank else None for f, owner in zip(factors, owners, strict=True)]
+    made = spectra(mine)
+    for k, (f, owner) in enumerate(zip(factors, owners, strict=True)):
+        if f is None:
+            continue
+        like, rank = _shape(f)
+        whole = like.new_empty(1 + f.dim, rank)
+        if made[k] is not None:
+            whole = torch.cat([made[k].values[None], made[k].vectors])
+        values, vectors = group.broadcast(whole, owner, "factors").split([1, f.dim])
+        made[k] = Spectrum(values[0], vectors)
+    return made
+
+
+def _shape(f: Factor) -> tuple[Tensor, int]:
+    """A tensor of the factor's kind, and how many eigenpairs it has."""
+    if isinstance(f, Columns):
+        return f.columns, f.columns.shape[1]
+    return (f.matrix, f.dim) if isinstance(f, Matrix) else (f.vectors, len(f.values))
 
 
 def ekfac_operator(

@@ -13,6 +13,7 @@ where one batch was cut into terms with c_k = n_k / n. Positions that the risk's
 are left out of A; B needs no mask, since no gradient arrives there.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from bilevel_lite.curvature import OutputSide, Probes, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
+from bilevel_lite.parallel import Group, Part, Sharded, apart, part_of
 from bilevel_lite.params import unflatten
 from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
@@ -63,20 +65,39 @@ class Pass:
 
     def a(self, layer: Layer, dual: bool) -> Factor:
         """Factor A of one layer in this term, from its inputs, padding left out."""
-        x = self.tape.input_columns(layer)
-        mask = self.term.risk.unpadded(self.term.batch)
-        places = self.tape.places_of(layer)
-        # a head on pooled texts has (n,): its columns are texts, also where its width is T
-        if mask is not None and places[: mask.dim()] == mask.shape:
-            real = mask.reshape(*mask.shape, *[1] * (len(places) - mask.dim()))
-            x = x[:, real.expand(places).flatten()]
+        x, real = self.tape.input_columns(layer), _real(self.term, self.tape, layer)
+        x = x if real is None else x[:, real]
         rows = x.shape[1]  # none, where a layer was called without examples: then A is zero
         return accumulate(None, x, 1 / max(1, rows), dual and 0 < rows < NARROW * len(x))
 
 
+def _real(term: Term, tape: Tape, layer: Layer) -> Tensor | None:
+    """Which of a layer's columns are no padding, bool; None if all."""
+    mask, places = term.risk.unpadded(term.batch), tape.places_of(layer)
+    # a head on pooled texts has (n,): its columns are texts, also where its width is T
+    if mask is None or places[: mask.dim()] != mask.shape:
+        return None
+    real = mask.reshape(*mask.shape, *[1] * (len(places) - mask.dim()))
+    return real.expand(places).flatten()
+
+
+def _part(group: Group, term: Term, tape: Tape) -> Part:
+    """How many examples there are in all, and columns of each layer's A and B."""
+    columns = {}
+    for layer in tape.layers:
+        real, places = _real(term, tape, layer), math.prod(tape.places_of(layer))
+        columns[layer.name, "a"] = places if real is None else int(real.sum())
+        columns[layer.name, "b"] = places
+    return part_of(group, tape.n, columns, tape.theta)
+
+
 @dataclass
 class Estimate:
-    """What the passes estimate; layers and rest by their places in theta."""
+    """What the passes estimate; layers and rest by their places in theta.
+
+    Where processes share the batch, ``part`` says which rows are here: A, B and the diagonals are
+    those of the whole batch, in all processes, and what is read from a pass is of these rows.
+    """
 
     passes: list[Pass]
     layers: list[Layer]
@@ -84,6 +105,7 @@ class Estimate:
     rest: dict[str, slice]
     diagonal: dict[str, Tensor]
     dual: bool
+    part: Part | None = None
 
     @property
     def probes(self) -> int:
@@ -95,11 +117,35 @@ class Estimate:
         if layer.weight is None:
             return None
         parts = [(p.term.coefficient, p.a(own, self.dual)) for p, own in self.uses[layer.name]]
-        return _combined(parts, mean=True)
+        made = _combined(parts, mean=True)
+        if self.part is None:
+            return made
+        columns = self.part.columns[layer.name, "a"]
+        total = max(1, sum(columns))
+        return self._whole(made, columns[self.part.group.rank] / total, 1 / total, columns)
 
     def b(self, layer: Layer) -> Factor:
         """Factor B of one layer."""
-        return _combined([(p.term.coefficient, p.b[o.name]) for p, o in self.uses[layer.name]])
+        parts = [(p.term.coefficient, p.b[o.name]) for p, o in self.uses[layer.name]]
+        made = _combined(parts)
+        if self.part is None:
+            return made
+        columns = [self.probes * k for k in self.part.columns[layer.name, "b"]]
+        return self._whole(made, self.part.share, 1 / self.part.n, columns)
+
+    def _whole(self, own: Factor, share: float, scale: float, columns: list[int]) -> Factor:
+        """A factor of the whole batch: its columns gathered where they are few, else summed.
+
+        Args:
+            own: That of the rows here.
+            share: Its weight in the sum.
+            scale: Of the columns in the whole.
+            columns: How many each process has.
+        """
+        if self.dual and 0 < sum(columns) < NARROW * own.dim:
+            mine = own.columns if isinstance(own, Columns) else own.dense()[:, :0]
+            return Columns(self.part.group.gather(mine.T, "factors", columns).T, scale)
+        return Matrix(self.part.group.sum(share * own.dense(), "factors"))
 
     def only(self, layer: Layer) -> tuple[Pass, Layer] | None:
         """The one pass that has this layer, and the layer as it knows it; None if several do."""
@@ -128,7 +174,7 @@ def _scaled(f: Factor, c: float) -> Factor:
 
 @way_out()
 def estimate(
-    risk: WeightedRisk | SumOfRisks,
+    risk: WeightedRisk | SumOfRisks | Sharded,
     lam: Tensor,
     theta: Tensor,
     batch: Any,
@@ -143,11 +189,11 @@ def estimate(
     """One forward pass a term, one backward pass a probe; see `kfac_factors` for the arguments.
 
     Args:
-        risk: The risk.
+        risk: The risk; `Sharded`, if processes share the batch.
         lam: Outer variable.
         theta: Inner variable.
         batch: (x, y, ...).
-        how: Which probes.
+        how: Which probes; drawn for the whole batch.
         bias: ``"joint"`` or ``"separate"``.
         rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
         dual: Keep factors of low rank as columns.
@@ -161,16 +207,20 @@ def estimate(
     Cost: half a gradient a term, and half a gradient a probe; one more backward pass with ``true``
     (none under ``"empirical"``, whose probe is the losses' gradient, weighted); `Tape.verify`.
     """
+    risk, group = apart(risk)
     require_risk(risk, "KFAC")
     require_bias(bias)
     require_rest(rest)
+    part = None
     terms = same_terms(risk, lam.detach(), batch)
     passes = []
     for term in terms:
         tape = Tape(term.risk, term.read(theta.detach()), term.batch, bias)
         look = look or not tape.settled()  # what is NaN proves nothing
         side = output_side(term, lam, tape.outputs, look)
-        probes = how.of(side, look)
+        if group is not None:  # a sum of risks, of several terms, is never shared
+            part = _part(group, term, tape)
+        probes = how.on(part).of(side, look)
         own = None
         if true:
             own = tape.backward(term.risk.output_gradient(side.outputs, side.y), keep=True)
@@ -188,7 +238,9 @@ def estimate(
         for name, d in (one.diagonal or {}).items():
             whole = names[_global(one.term, one.tape.places[name][0]).start]
             diagonal[whole] = diagonal.get(whole, 0.0) + one.term.coefficient * d
-    return Estimate(passes, layers, uses, places, diagonal, dual)
+    if part is not None:
+        diagonal = {name: part.total(d) for name, d in diagonal.items()}
+    return Estimate(passes, layers, uses, places, diagonal, dual, part)
 
 
 def _verify(one: Pass, by_example: bool) -> None:

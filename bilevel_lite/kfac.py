@@ -54,6 +54,7 @@ from bilevel_lite.options import (
     positive,
     whole,
 )
+from bilevel_lite.parallel import Group, Sharded, apart, dealt
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
@@ -119,6 +120,7 @@ class PreparedKFAC(Prepared):
         unseen: What nobody has looked at yet: the passes' output sides, the factorisations.
 
     Attributes:
+        parts: The processes that each make a part of v; None if all is made here.
         looks: Set it to False to leave `look` to whoever solves. What failed is NaN until then.
         failed: Whether the last solve did, bool, shape (); None if there is nothing to look at.
     """
@@ -128,6 +130,8 @@ class PreparedKFAC(Prepared):
         once=False, unseen=(),
     ):  # fmt: skip
         super().__init__(solver, problem, lam, theta, batch, shared=False)
+        split = solver.split_inverses and solver._sums_parts
+        self.parts = apart(problem.inner_loss)[1] if split else None
         self.blocks, self.own, self.info = blocks, own, info
         self.cost, self.once, self.unseen = solver.last_cost, once, unseen
         self.slopes = self.of = None  # < grad l_i, v >, and v if it was formed
@@ -142,7 +146,8 @@ class PreparedKFAC(Prepared):
             return super()._solve(b, want_v)
         if self.blocks is None:
             raise ValueError("prepare: once=True serves one solve, and this is the second")
-        v = torch.empty_like(b) if want_v or self.own is None else None
+        made = want_v or self.own is None or self.parts is not None
+        v = torch.empty_like(b) if made else None
         if self.own is not None:
             (one,) = self.own.passes
             self.slopes = one.tape.outputs.new_empty(one.tape.n)
@@ -163,8 +168,11 @@ class PreparedKFAC(Prepared):
         b, v = self.solved
         if self.own is not None:
             self.slopes.zero_()
+        if self.parts is not None:
+            self.blocks = list(self.blocks)
+            _sum_parts(self.blocks, b, v, self.parts)
         for block in self.blocks:
-            if v is not None:
+            if v is not None and not (self.parts and isinstance(block, Block)):
                 block(b, v)
             if self.own is not None:
                 self.slopes += block.slopes(self.own, b, v)
@@ -196,7 +204,18 @@ class PreparedKFAC(Prepared):
             return super()._cross(v)
         (one,) = self.own.passes
         at = self.lam, self.theta, [one.term], [self.slopes], [one.side.outputs]
-        return cross_from_slopes(*at), f"{type(self.solver).__name__}'s own pass"
+        own, route = cross_from_slopes(*at), f"{type(self.solver).__name__}'s own pass"
+        shared = isinstance(self.loss, Sharded)
+        return self.loss.total(own, self.batch, "lam") if shared else own, route
+
+
+def _sum_parts(blocks: list, b: Tensor, v: Tensor, group: Group) -> None:
+    """Write into v what the processes have each made: every layer's part comes from one."""
+    v.zero_()
+    for block in blocks:
+        if isinstance(block, Block):
+            block(b, v)
+    v.copy_(group.sum(v, "v"))
 
 
 @dataclass
@@ -255,6 +274,12 @@ class KFAC(Solver):
             with ``ema``, under a mask, or where several terms of a sum have the layer.
         generator: CPU generator for the draws; by default one with ``seed``, kept between calls.
         seed: Seed of that generator.
+        group: The processes that share each batch, where the inner loss does not say it
+            (`bilevel_lite.parallel.Sharded`). A, B and the diagonals are those of the whole batch:
+            columns are gathered where they are fewer than a factor's dimension, else the factors
+            are summed. The draws are those of one process.
+        split_inverses: With a group, each process factors some of the layers, chosen by their
+            size, and sends the others its part of v.
 
     Raises:
         ValueError: for an option out of range; in `solve`, for a singular block, a negative weight,
@@ -294,8 +319,11 @@ class KFAC(Solver):
     fixed_batch: bool = flag(default=False)
     generator: torch.Generator | None = instance(torch.Generator, "a torch.Generator", default=None)
     seed: int = whole(default=0, least=0)
+    group: Group | None = instance(Group, "a bilevel_lite.parallel.Group", default=None)
+    split_inverses: bool = flag(default=False)
 
     _keeps_gradients = False
+    _sums_parts = True  # what ``split_inverses`` shares out is v, in parts
 
     def __post_init__(self):
         super().__post_init__()
@@ -340,9 +368,10 @@ class KFAC(Solver):
         Raises:
             TypeError, ValueError: as the class says.
         """
-        risk, memory = require_risk(problem.inner_loss, type(self).__name__), self._memory
+        loss, risk, group = self._shared(problem.inner_loss)
+        problem, memory = BilevelProblem(loss, problem.outer_loss), self._memory
         at, own = (self, problem, lam, theta, batch), None
-        if self._kept(risk):
+        if self._kept(risk, group):
             self._require_known(risk, theta)
             info, self.last_cost = self._staleness(theta), 0.0
             memory.age += 1
@@ -351,7 +380,7 @@ class KFAC(Solver):
         cross = cross and isinstance(risk, WeightedRisk) and has_slopes(risk)
         # nothing may be kept, or diagonalised, before it was looked at
         look = looked_at(theta) or self.every > 1 or self.ema > 0 or self.damping_rule == "exact"
-        done = self._estimate(risk, lam, theta, batch, cross and known_code(risk.model), look)
+        done = self._estimate(loss, lam, theta, batch, cross and known_code(risk.model), look)
         if done.passes[0].own is not None and not done.passes[0].tape.unlike:
             own = done
         blocks, group = self._build(risk, done, keep=own is not None)
@@ -366,13 +395,21 @@ class KFAC(Solver):
         unseen = unseen if group is None else (*unseen, group)
         return PreparedKFAC(*at, blocks if once else list(blocks), own, info, once, unseen)
 
-    def _estimate(self, risk, lam, theta, batch, true: bool = False, look=True) -> Estimate:
+    def _shared(self, loss: Any) -> tuple[Any, WeightedRisk | SumOfRisks, Group | None]:
+        """The loss, `Sharded` if processes share its batch; the risk that is evaluated here."""
+        if self.group is not None and not isinstance(loss, Sharded):
+            loss = Sharded(require_risk(loss, type(self).__name__), self.group)
+        risk, group = apart(loss)
+        return loss, require_risk(risk, type(self).__name__), group
+
+    def _estimate(self, loss, lam, theta, batch, true: bool = False, look=True) -> Estimate:
         """One pass for factors and diagonals (``true``: and for J v)."""
+        risk = apart(loss)[0]
         if self.ema:
             self._require_known(risk, theta)
         tau = self.damping + 2 * risk.l2
         done = estimate(
-            risk, lam, theta, batch, self._probes(), self.bias, self.rest,
+            loss, lam, theta, batch, self._probes(), self.bias, self.rest,
             dual=tau > 0 and self.ema == 0, keep=self._keeps_gradients, true=true, look=look,
         )  # fmt: skip
         self._memory.without = tuple(done.rest)
@@ -392,7 +429,8 @@ class KFAC(Solver):
             def factors(name):
                 return self._new(done, [name], keep)[name]
 
-        return self._made(like, risk, done.layers, factors, done.rest, diagonal)
+        group = None if done.part is None else done.part.group
+        return self._made(like, risk, done.layers, factors, done.rest, diagonal, group)
 
     def _parts(self, done: Estimate) -> list[list[str]]:
         """Names of layers whose factors are made together: all or, on a CPU, each by itself."""
@@ -420,15 +458,16 @@ class KFAC(Solver):
         memory.parameters = _parameters(risk)
 
     def _made(
-        self, like: Tensor, risk, layers: list[Layer], factors, rest, diagonal
+        self, like: Tensor, risk, layers: list[Layer], factors, rest, diagonal, processes=None
     ) -> tuple[Iterable[Block | DiagonalBlock], Factorisations | None]:
         """The blocks: as a stream, or all of them and how their factorisations came out."""
+        away = self._away(layers, processes)
         if not batched(like):
-            return self._blocks(risk, layers, factors, rest, diagonal), None
+            return self._blocks(risk, layers, factors, rest, diagonal, away), None
         if self.damping_rule == "exact":
             factors = _diagonalised({layer.name: factors(layer.name) for layer in layers}).pop
         group = Factorisations()
-        blocks = list(self._blocks(risk, layers, factors, rest, diagonal, group))
+        blocks = list(self._blocks(risk, layers, factors, rest, diagonal, away, group))
         if not group.wanted:
             return blocks, None
         group.run()
@@ -441,13 +480,18 @@ class KFAC(Solver):
         factors: Callable[[str], tuple],
         rest: dict[str, slice],
         diagonal: dict[str, Tensor],
+        away: set[str],
         group: Factorisations | None = None,
     ) -> Iterator[Block | DiagonalBlock]:
         tau = self.damping + 2 * risk.l2
         for layer in layers:
             if group is not None:
                 group.name = layer.name
-            yield self._block(layer, factors(layer.name), tau, group)
+            own = factors(layer.name)
+            if layer.name in away:
+                yield Block(layer, torch.zeros_like, torch.zeros_like)
+            else:
+                yield self._block(layer, own, tau, group)
         for name, place in rest.items():
             if self.rest == "drop":
                 yield DiagonalBlock(name, place, None)
@@ -460,9 +504,18 @@ class KFAC(Solver):
                 )
             yield DiagonalBlock(name, place, 1 / (tau if d is None else d + tau))
 
+    def _away(self, layers: list[Layer], group: Group | None) -> set[str]:
+        """The layers whose inverses another process makes."""
+        if group is None or not self.split_inverses:
+            return set()
+        owners = dealt([sum(d**3 for d in _dims(layer)) for layer in layers], group.size)
+        pairs = zip(layers, owners, strict=True)
+        return {layer.name for layer, owner in pairs if owner != group.rank}
+
     def _input_factor(self, done: Estimate, layer: Layer) -> Factor | None:
         found = done.only(layer)
-        if layer.weight is None or not self.fixed_batch or self.ema or found is None:
+        alone = done.part is None and found is not None
+        if layer.weight is None or not self.fixed_batch or self.ema or not alone:
             return done.a(layer)
         one, own = found
         if one.term.risk.mask is not None:  # A is of the mask too, and that may change
@@ -500,13 +553,13 @@ class KFAC(Solver):
         """
         if not self.ema:
             return 0.0
-        risk = require_risk(loss, type(self).__name__)
-        self._remember(risk, self._estimate(risk, lam, theta, batch), keep=False)
+        loss, risk, _ = self._shared(loss)
+        self._remember(risk, self._estimate(loss, lam, theta, batch), keep=False)
         return self.last_cost
 
     # -- remembering
 
-    def _kept(self, risk: WeightedRisk | SumOfRisks) -> bool:
+    def _kept(self, risk: WeightedRisk | SumOfRisks, group: Group | None) -> bool:
         """True if there are blocks that are still to be used."""
         memory = self._memory
         if memory.theta is None or memory.age >= self.every:
@@ -517,7 +570,8 @@ class KFAC(Solver):
             memory.damped = damped
             layers, rest = layers_of(risk, self.bias, set(memory.factors))
             factors = memory.factors.__getitem__
-            blocks, group = self._made(memory.theta, risk, layers, factors, rest, memory.diagonal)
+            made = self._made(memory.theta, risk, layers, factors, rest, memory.diagonal, group)
+            blocks, group = made
             memory.blocks = list(blocks)
             if group is not None:
                 group.require_sound()
@@ -577,6 +631,12 @@ class KFAC(Solver):
             dict(state["diagonal"]), without=tuple(state["without_block"]),
         )  # fmt: skip
         self.last_cost = 0.0
+
+
+def _dims(layer: Layer) -> tuple[int, int]:
+    """d1 and d2, up to the bias."""
+    weight = layer.module.weight
+    return len(weight), weight[0].numel()
 
 
 def _diagonalised(factors: dict[str, tuple]) -> dict[str, tuple]:

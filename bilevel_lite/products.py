@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.exact import exactly
+from bilevel_lite.parallel import Sharded
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
@@ -356,6 +357,9 @@ def cross_and_route(
     """`cross_vp`, and a line that says how it was computed: the one place that decides it."""
     if mode not in ("auto", "double_backward"):
         raise ValueError(f"mode: got {mode!r}, expected 'auto' or 'double_backward'")
+    if isinstance(loss, Sharded) and has_slopes(loss.loss):  # each its own rows, then the sum
+        own, route = cross_and_route(loss.loss, lam, theta, batch, v, mode)
+        return loss.total(own, batch, "lam"), route
     if mode == "double_backward" or not has_slopes(loss):
         return _cross_twice(loss, lam, theta, batch, v), "double backward"
     terms = same_terms(loss, lam.detach(), batch)

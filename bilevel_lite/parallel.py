@@ -1,0 +1,409 @@
+r"""Several processes, one problem: each holds lam and theta whole, and its own rows of every batch.
+
+    g(lam, theta) = sum over r of (n_r / n) g_r(lam, theta)
+
+Two operators carry a loss, and all its derivatives, from one process to several. Copy takes what
+is the same everywhere to where each process goes on with it alone; Sum adds what each has made.
+They are transposes of each other, which is all that reverse mode needs to know, twice as once:
+
+    g = S( (n_r / n) g_r(C lam, C theta) ),      C^T = S,      S^T = C
+    grad g = S( (n_r / n) grad g_r ),            H v = S( (n_r / n) H_r v )
+
+What is linear in the loss (H v, J v, A, B, E) may also be made by each process alone, and summed.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bilevel_lite.problem import BilevelProblem, Loss
+
+__all__ = [
+    "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
+    "shard", "sharded",
+]  # fmt: skip
+
+
+class ProcessLost(ConnectionError):
+    """Another process is gone, or did not answer in time: nothing more can be summed."""
+
+
+@dataclass
+class Traffic:
+    """What was sent for one purpose.
+
+    Attributes:
+        calls: How often every process waited for all others.
+        bytes: Size of what one process gave or was given, before any algorithm of the network.
+        seconds: Spent in these calls, on a CPU; they hold the waiting for whoever is slower.
+    """
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Group:
+    """The processes that share a problem, and a count of what they tell each other.
+
+    Args:
+        processes: A ``torch.distributed`` process group; by default all processes.
+
+    Attributes:
+        rank: Which of them this is, from 0.
+        size: How many there are.
+        traffic: Purpose -> `Traffic`: ``"value"``, ``"theta"``, ``"lam"``, ``"factors"``, ...
+
+    Raises:
+        RuntimeError: if there is no process group yet.
+        ProcessLost: in every method, if a process is gone or silent for too long.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> store = dist.HashStore()  # here one process; torchrun makes several
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> group = bl.parallel.Group()
+        >>> group.sum(torch.ones(3), "theta"), group.traffic["theta"].bytes
+        (tensor([1., 1., 1.]), 12)
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, processes: Any = None):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "group: there is no process group; start with torchrun, or call "
+                "torch.distributed.init_process_group first"
+            )
+        self.processes = processes
+        self.rank, self.size = dist.get_rank(processes), dist.get_world_size(processes)
+        self.traffic: dict[str, Traffic] = {}
+
+    def sum(self, x: Tensor, what: str) -> Tensor:
+        """Return the sum of everybody's x, the same to the last bit for all."""
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        with self._counted(what, out):
+            dist.all_reduce(out, group=self.processes)
+        return out
+
+    def gather(self, x: Tensor, what: str, rows: list[int] | None = None) -> Tensor:
+        """Return everybody's rows, one below the other in the order of the processes.
+
+        Args:
+            x: This process's, shape (its rows, ...).
+            what: The purpose.
+            rows: How many each has; by default as many as here.
+        """
+        rows = [len(x)] * self.size if rows is None else rows
+        most = max(rows)  # gloo gathers equal shapes only
+        own = x.new_zeros(most, *x.shape[1:])
+        own[: len(x)] = x.detach()
+        parts = [torch.empty_like(own) for _ in rows]
+        with self._counted(what, own, self.size):
+            dist.all_gather(parts, own, group=self.processes)
+        return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+    def broadcast(self, x: Tensor, source: int, what: str) -> Tensor:
+        """Return what process ``source`` gives; all must give a tensor of that shape."""
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        with self._counted(what, out):
+            dist.broadcast(out, self._global(source), group=self.processes)
+        return out
+
+    def tell(self, value: Any = None) -> Any:
+        """Return what process 0 says: anything that can be pickled. Not counted."""
+        box = [value]
+        with self._lost():
+            dist.broadcast_object_list(box, self._global(0), group=self.processes)
+        return box[0]
+
+    def first(self, function: Callable[[], Any]) -> Any:
+        """Call a function in process 0 and tell all what it returned; or what it raised.
+
+        Raises:
+            Exception: as the function, in every process.
+        """
+        said = None
+        if self.rank == 0:
+            try:
+                said = function(), None
+            except Exception as error:
+                said = None, error
+        value, error = self.tell(said)
+        if error is not None:
+            raise error
+        return value
+
+    def _global(self, rank: int) -> int:
+        return rank if self.processes is None else dist.get_global_rank(self.processes, rank)
+
+    def require_same(self, **tensors: Tensor) -> None:
+        """Refuse to go on where the processes no longer hold the same numbers.
+
+        Raises:
+            RuntimeError: naming the tensor that is not the same everywhere.
+        """
+        for name, x in tensors.items():
+            flat = x.detach().reshape(-1).double()
+            along = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
+            marks = self.gather(torch.stack([flat.sum(), flat @ along])[None], "check")
+            if not torch.equal(marks, marks[:1].expand_as(marks)):
+                raise RuntimeError(
+                    f"{name}: is not the same in all {self.size} processes; they must start from "
+                    "the same seed, and draw nothing that is not drawn for the whole batch"
+                )
+
+    @contextmanager
+    def _counted(self, what: str, x: Tensor, times: int = 1) -> Iterator[None]:
+        before = time.perf_counter()
+        with self._lost():
+            yield
+        one = self.traffic.setdefault(what, Traffic())
+        one.calls += 1
+        one.bytes += times * x.numel() * x.element_size()
+        one.seconds += time.perf_counter() - before
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what gloo and NCCL raise
+            raise ProcessLost(
+                f"process {self.rank} of {self.size}: another one is gone, or did not answer in "
+                f"time ({str(error).splitlines()[0][:120]})"
+            ) from error
+
+
+# ------------------------------------------------------------------ the loss
+
+
+class _Copy(torch.autograd.Function):
+    """C: what all hold, to where each goes on alone."""
+
+    @staticmethod
+    def forward(ctx, x, group, what):
+        ctx.group, ctx.what = group, what
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return _Sum.apply(slope, ctx.group, ctx.what), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """S: the sum of what each has made, which all then hold."""
+
+    @staticmethod
+    def forward(ctx, x, group, what):
+        ctx.group, ctx.what = group, what
+        return group.sum(x, what)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return _Copy.apply(slope, ctx.group, ctx.what), None, None
+
+
+class Sharded:
+    r"""A loss of which each process has a part of the batch: called in all of them, like any loss.
+
+        g(lam, theta) = sum over r of (n_r / n) loss(lam, theta, batch_r)
+
+    Value, gradient and every product are those of the whole batch, the same in all processes, so
+    all solvers, methods and checks take it as they take the loss itself.
+
+    Args:
+        loss: A mean over the examples of its batch, plus what does not depend on the batch. n_r is
+            the number of rows of the batch's first tensor; a batch without rows counts as one.
+        group: The processes.
+
+    Raises:
+        TypeError: if the loss cannot be called, is sharded already, or has several batches.
+
+    Cost: that of the loss on this process's rows; two numbers are sent for a value, theta's for a
+    gradient in theta or a product H v, lam's for one in lam or J v.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> store = dist.HashStore()  # here one process; torchrun makes several
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> mine = torch.tensor([[1.0], [3.0]])  # this process's rows
+        >>> loss = bl.parallel.Sharded(
+        ...     lambda lam, theta, x: ((x - theta) ** 2).mean(), bl.parallel.Group()
+        ... )
+        >>> loss(None, torch.zeros(1), mine)
+        tensor(5.)
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, loss: Loss, group: Group):
+        if not callable(loss):
+            raise TypeError(f"loss: got {type(loss).__name__}, expected (lam, theta, batch) -> ()")
+        if isinstance(loss, Sharded):
+            raise TypeError("loss: is sharded already")
+        if hasattr(loss, "risks"):
+            raise TypeError(
+                "loss: a sum of risks has a batch for each of them, and cannot be shared among "
+                "processes; run it in one"
+            )
+        if not isinstance(group, Group):
+            raise TypeError(f"group: got {group!r}, expected a bilevel_lite.parallel.Group")
+        self.loss, self.group = loss, group
+
+    def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
+        """Evaluate it; every process must."""
+        lam, theta = self._copy(lam, "lam"), self._copy(theta, "theta")
+        value, n = self.loss(lam, theta, batch), _rows(batch)
+        if not isinstance(value, Tensor) or value.dim():
+            return value  # refused by whoever asked, in words of its own
+        total = _Sum.apply(torch.stack([n * value, value.new_tensor(n)]), self.group, "value")
+        return total[0] / total[1]
+
+    def _copy(self, x: Any, what: str) -> Any:
+        return _Copy.apply(x, self.group, what) if isinstance(x, Tensor) else x
+
+    def total(self, x: Tensor, batch: Any, what: str) -> Tensor:
+        """sum over r of (n_r / n) x_r, for what is linear in the loss."""
+        n = _rows(batch)
+        total = self.group.sum(torch.cat([n * x.reshape(-1), x.new_tensor([n])]), what)
+        return (total[:-1] / total[-1]).view_as(x)
+
+
+def sharded(problem: BilevelProblem, group: Group) -> BilevelProblem:
+    """Both losses of a problem, `Sharded`."""
+    losses = problem.inner_loss, problem.outer_loss
+    return BilevelProblem(*(Sharded(loss, group) for loss in losses))
+
+
+def apart(loss: Any) -> tuple[Any, Group | None]:
+    """The loss that a process evaluates alone, and the processes that share it, if any."""
+    return (loss.loss, loss.group) if isinstance(loss, Sharded) else (loss, None)
+
+
+@dataclass
+class Part:
+    """Which rows of a batch are here, where several processes share one.
+
+    Attributes:
+        group: The processes.
+        rows: The examples of each process.
+        columns: Whatever else was counted, by name: for each process.
+    """
+
+    group: Group
+    rows: list[int]
+    columns: dict[Hashable, list[int]]
+
+    @property
+    def n(self) -> int:
+        """Examples in all."""
+        return sum(self.rows)
+
+    @property
+    def before(self) -> int:
+        """Examples in the processes before this one."""
+        return sum(self.rows[: self.group.rank])
+
+    @property
+    def share(self) -> float:
+        """n_r / n."""
+        return self.rows[self.group.rank] / self.n
+
+    def total(self, x: Tensor, what: str = "factors") -> Tensor:
+        """sum over r of (n_r / n) x_r."""
+        return self.group.sum(self.share * x, what)
+
+
+def part_of(group: Group, n: int, columns: dict[Hashable, int], like: Tensor) -> Part:
+    """Tell each other how many examples, and columns of whatever is named, there are."""
+    own = torch.tensor([[n, *columns.values()]], device=like.device)
+    rows, *rest = group.gather(own, "counts").T.tolist()
+    return Part(group, rows, dict(zip(columns, rest, strict=True)))
+
+
+def dealt(costs: list[float], size: int) -> list[int]:
+    """Who does which of some jobs: the dearest first, each to whoever has the least so far."""
+    load, owners = [0.0] * size, [0] * len(costs)
+    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[k] = load.index(min(load))
+        load[owners[k]] += costs[k]
+    return owners
+
+
+# ------------------------------------------------------------------ the batch
+
+
+def _rows(batch: Any) -> int:
+    first = next(_tensors(batch), None)
+    return len(first) if first is not None and first.dim() else 1
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, tuple | list | dict):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(part)
+
+
+def shard(batch: Any, group: Group) -> Any:
+    """This process's rows of a batch that all have: n r // R to n (r + 1) // R of every tensor.
+
+    Args:
+        batch: A tensor, or tuples, lists and dicts of tensors, with the same number of rows. What
+            is no tensor stays.
+        group: The R processes.
+
+    Raises:
+        ValueError: if there are fewer rows than processes, or not the same number everywhere.
+    """
+    n, r, size = _rows(batch), group.rank, group.size
+    lengths = {len(x) if x.dim() else 0 for x in _tensors(batch)}
+    if lengths - {n}:
+        raise ValueError(
+            f"batch: its tensors have {sorted(lengths)} rows; expected the same number in each"
+        )
+    if lengths and n < size:
+        raise ValueError(f"batch: has {n} rows, fewer than the {size} processes that share it")
+    mine = slice(n * r // size, n * (r + 1) // size)
+
+    def own(part):
+        if isinstance(part, Tensor):
+            return part[mine]
+        if isinstance(part, dict):
+            return {key: own(value) for key, value in part.items()}
+        return type(part)(map(own, part)) if isinstance(part, tuple | list) else part
+
+    return own(batch)
+
+
+@dataclass
+class Shards:
+    """A sampler of which each process takes its rows: all draw the same batch of one permutation.
+
+    Every process must hold a sampler with the same generator. Each draws the whole batch, augments
+    it where that is asked for, and keeps its part: so the batches are those of one process.
+
+    Args:
+        sampler: Anything with a ``draw()`` method and a state, such as `bilevel_lite.data.Batches`.
+        group: The processes.
+    """
+
+    sampler: Any
+    group: Group
+
+    def draw(self) -> Any:
+        """This process's rows of the next batch."""
+        return shard(self.sampler.draw(), self.group)
+
+    def state_dict(self) -> dict:
+        """Return the sampler's state, the same in all processes."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
+        self.sampler.load_state_dict(state)

@@ -1,0 +1,218 @@
+"""What several processes compute, and one alone: run as a script in each process.
+
+python tests/several.py FOLDER CASE...     with RANK, WORLD_SIZE, ... as torchrun sets them
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import bilevel_lite as bl
+from bilevel_lite import curvature, products
+from bilevel_lite.parallel import Group, Shards, shard, sharded
+
+LIMIT = 240  # seconds
+
+
+def problem(kind, n=23, seed=0):
+    """A weighted risk, where it is taken, and a batch of n examples: 23 is not shared evenly."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    mask, shape, classes = None, (5,), 3
+    if kind == "mlp":
+        model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3))
+    elif kind == "conv":
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),
+            nn.Linear(64, 3),
+        )  # fmt: skip
+        shape = (2, 4, 4)
+    else:  # tokens, of which some are padding
+        model = nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.Tanh(), Pooled(), Head())
+        shape = (6, 5)
+        mask = lambda batch: batch[0][..., 0] < 1.0  # noqa: E731
+    model = model.double().eval()
+    x, y = rand(n, *shape), torch.randint(classes, (n,), generator=g)
+    index = torch.randperm(n, generator=g)
+    theta = 0.3 * rand(bl.flatten(model).numel())
+    inner = bl.WeightedRisk(
+        model, weight=lambda lam, batch: lam[batch[2]].sigmoid(), l2=0.02, mask=mask
+    )
+    outer = bl.WeightedRisk(model, mask=mask)
+    return bl.BilevelProblem(inner, outer), rand(n), theta, (x, y, index)
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+class Head(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 3)
+
+
+SOLVERS = {
+    "direct": lambda: bl.Direct(damping=0.1),
+    "cg": lambda: bl.CG(4, damping=1.0),
+    "cg ggn": lambda: bl.CG(4, damping=0.1, curvature="ggn"),
+    "cg normal": lambda: bl.CGNormal(3),
+    "neumann": lambda: bl.Neumann(4, 0.2),
+    "identity": lambda: bl.Identity(0.3),
+    "pcg": lambda: bl.CG(3, damping=1.0, precondition=bl.KFAC(0.1)),
+    "richardson": lambda: bl.KFACRichardson(2, bl.KFAC(0.3)),
+    "kfac mc": lambda: bl.KFAC(0.1, seed=3),
+    "kfac mc 3": lambda: bl.KFAC(0.1, samples=3, damping_rule="exact"),
+    "kfac exact": lambda: bl.KFAC(0.1, "exact", bias="separate"),
+    "kfac empirical": lambda: bl.KFAC(0.1, "empirical"),
+    "kfac ema": lambda: bl.KFAC(0.1, ema=0.5, every=2),
+    "kfac split": lambda: bl.KFAC(0.1, split_inverses=True),
+    "kfac split kept": lambda: bl.KFAC(0.1, split_inverses=True, every=2),
+    "ekfac": lambda: bl.EKFAC(0.1, "exact"),
+    "ekfac split": lambda: bl.EKFAC(0.1, split_inverses=True, bias="separate"),
+}
+
+
+def hypergradients(group):
+    """Every solver on every model, twice each: what is remembered counts."""
+    out = {}
+    for kind in ("mlp", "conv", "tokens"):
+        problem_, lam, theta, batch = problem(kind)
+        for name, make in SOLVERS.items():
+            solver = make()
+            for k, point in enumerate((theta, 0.9 * theta)):
+                made = problem_ if group is None else sharded(problem_, group)
+                mine = batch if group is None else shard(batch, group)
+                at = made, lam, point, mine, mine
+                h, info = bl.hypergradient(*at, solver=solver, return_info=True)
+                out[f"{kind}, {name}, {k}"] = torch.cat([h, info.v, info.b])
+                out[f"{kind}, {name}, {k}: residual"] = torch.as_tensor(info.solve.residual)
+    return out
+
+
+def small_batches(group):
+    """Factors in their columns and as matrices: few examples, and many."""
+    out = {}
+    for n in (7, 60):
+        problem_, lam, theta, batch = problem("mlp", n)
+        loss, mine = problem_.inner_loss, batch
+        if group is not None:
+            loss, mine = sharded(problem_, group).inner_loss, shard(batch, group)
+        draws = torch.Generator().manual_seed(1)
+        factors = bl.kfac.kfac_factors(loss, lam, theta, mine, generator=draws)
+        for name, made in factors.items():
+            out[f"{n}, {name}, A"], out[f"{n}, {name}, B"] = made
+        fisher = curvature.Fisher(loss, lam, theta, mine, generator=torch.Generator())
+        out[f"{n}, Fisher"] = fisher @ theta
+        out[f"{n}, H"] = products.hvp(loss, lam, theta, mine, theta)
+        for mode in ("auto", "double_backward"):
+            out[f"{n}, J {mode}"] = products.cross_vp(loss, lam, theta, mine, theta, mode)
+        if group is None:
+            solver, given = bl.KFAC(0.1), problem_
+        else:  # a loss of one process, its own rows, and the group on the solver
+            solver, given = bl.KFAC(0.1, group=group), problem_
+        out[f"{n}, group= on the solver"] = solver.solve(given, lam, theta, mine, theta)[0]
+    return out
+
+
+def unrolled(group):
+    """A plain loss with lam everywhere, through ten steps of descent, both modes."""
+    _, lam, theta, batch = problem("mlp")
+
+    def g(lam, theta, batch):
+        w = theta[:15].view(3, 5) * (1 + lam[:5])
+        return (batch[0] @ w.T - lam[5:8]).pow(4).mean() + 0.1 * (theta**2).sum()
+
+    problem_ = bl.BilevelProblem(g, lambda lam, theta, batch: (batch[0] @ theta[:5]).cos().mean())
+    if group is not None:
+        problem_, batch = sharded(problem_, group), shard(batch, group)
+    how = dict(inner_batch=batch, outer_batch=batch, steps=10, lr=0.05)
+    return {
+        mode: bl.unrolled_hypergradient(problem_, 0.1 * lam, theta, mode=mode, **how)
+        for mode in ("reverse", "forward")
+    }
+
+
+METHODS = {
+    "AID": lambda *at, **b: bl.AID(*at, bl.KFAC(0.1), inner_steps=2, **b),
+    "AmIGO": lambda *at, **b: bl.AmIGO(*at, inner_steps=2, linear_lr=0.1, **b),
+    "SOBA": lambda *at, **b: bl.SOBA(*at, linear_lr=0.1, **b),
+    "SAMA": lambda *at, **b: bl.SAMA(*at, inner_steps=2, **b),
+    "F2SA": lambda *at, **b: bl.F2SA(*at, **b),
+    "MRBO": lambda *at, **b: bl.MRBO(*at, solver=bl.KFAC(0.1), **b),
+}
+
+
+def methods(group):
+    """Six methods for six iterations on batches of one permutation."""
+    out = {}
+    for name, make in METHODS.items():
+        problem_, lam, theta, (x, y, _) = problem("mlp")
+        samplers = {
+            role: bl.data.Batches(x, y, size, torch.Generator().manual_seed(size))
+            for role, size in (("inner_batch", 6), ("outer_batch", 9))
+        }
+        if group is not None:
+            problem_ = sharded(problem_, group)
+            samplers = {role: Shards(one, group) for role, one in samplers.items()}
+        method = make(problem_, lam, theta, inner_lr=0.1, outer_lr=0.3, **samplers)
+        for _ in range(6):
+            method.step()
+        out[name] = torch.cat([method.lam, method.theta])
+    return out
+
+
+CASES = {f.__name__: f for f in (hypergradients, small_batches, unrolled, methods)}
+
+
+def launch(size, words, timeout=LIMIT, **more):
+    """Start processes that find each other; return each one's exit code, output and errors."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            **os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", **more,
+        }  # fmt: skip
+        started = []
+        for rank in range(size):
+            files = [open(Path(folder) / f"{rank}.{name}", "w+") for name in ("out", "err")]
+            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = subprocess.Popen(words, env=own, stdout=files[0], stderr=files[1])
+            started.append((process, files))
+        done = []
+        for process, files in started:
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = "timeout"
+            for file in files:
+                file.seek(0)
+            done.append((code, *(file.read() for file in files)))
+        return done
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def main(folder, *names):
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    group = Group()
+    for name in names:
+        torch.save(CASES[name](group), Path(folder) / f"{name}-{group.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
