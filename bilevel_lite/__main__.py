@@ -1,6 +1,7 @@
 """Command line: ``python -m bilevel_lite run TASK ...``, ``hyperclean --dataset mnist ...``."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
 from bilevel_lite.experiment.methods import METHODS, OWN
+from bilevel_lite.experiment.processes import processes
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
+from bilevel_lite.parallel import ProcessLost
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_comparison, hypercleaning, studies
 
@@ -386,7 +389,8 @@ def _run(task: str, method: str | None, seed: int, out: str, device: str | None,
     kind = find(task)
     given = {"seed": seed, **({"method": method} if method else {})}
     s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"] or [])})
-    job.run(kind, s, out, device)
+    with processes(device) as (group, own):
+        job.run(kind, s, out, own, group)
 
 
 def _search(options: dict) -> None:
@@ -497,7 +501,13 @@ def main(arguments: list[str] | None = None) -> int:
     elif rest:
         known.error(f"unrecognized arguments: {' '.join(rest)}")
     command, names = options.pop("command"), set(options)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
+        if several and command != "run":
+            raise ValueError(
+                f"{command} runs in one process; start it on each machine, with --storage where a "
+                "search shares its trials. torchrun is for `run`"
+            )
         if command == "hyperclean":
             _hyperclean(options)
         elif command == "study":
@@ -522,7 +532,11 @@ def main(arguments: list[str] | None = None) -> int:
         name, colon, rest = str(error).partition(": ")
         if colon and name in names:  # as it was typed
             error = f"--{name.replace('_', '-')}: {rest}"
-        print(f"error: {error}", file=sys.stderr)
+        where = f"process {os.environ.get('RANK')}: " if several else ""
+        print(f"{where}error: {error}", file=sys.stderr)
+        return 1
+    except ProcessLost as lost:
+        print(f"error: {lost}; the same command resumes from the last checkpoint", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(stopped)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bilevel_lite.problem import BilevelProblem, Loss
+from bilevel_lite.problem import BilevelProblem, Loss, Rows
 
 __all__ = [
     "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
@@ -114,6 +114,14 @@ class Group:
         with self._counted(what, out):
             dist.broadcast(out, self._global(source), group=self.processes)
         return out
+
+    def sent(self, iterations: int) -> dict[str, dict[str, float]]:
+        """By purpose, the calls and bytes of one iteration on average."""
+        each = max(1, iterations)
+        return {
+            what: {"calls": one.calls / each, "bytes": one.bytes / each}
+            for what, one in self.traffic.items()
+        }
 
     def tell(self, value: Any = None) -> Any:
         """Return what process 0 says: anything that can be pickled. Not counted."""
@@ -378,7 +386,11 @@ def shard(batch: Any, group: Group) -> Any:
             return {key: own(value) for key, value in part.items()}
         return type(part)(map(own, part)) if isinstance(part, tuple | list) else part
 
-    return own(batch)
+    part = own(batch)
+    if type(part) is tuple:
+        part = Rows(part)
+        part.whole = n
+    return part
 
 
 @dataclass
@@ -395,6 +407,11 @@ class Shards:
 
     sampler: Any
     group: Group
+
+    @property
+    def kind(self) -> str:
+        """The sampler's, whose state this is: another number of processes may go on with it."""
+        return type(self.sampler).__name__
 
     def draw(self) -> Any:
         """This process's rows of the next batch."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
-__all__ = ["BilevelProblem", "Loss", "NotFinite", "evaluate", "examples"]
+__all__ = ["BilevelProblem", "Loss", "NotFinite", "Rows", "evaluate", "examples"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -91,8 +91,20 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
     return value
 
 
+class Rows(tuple):
+    """A batch of which only some rows are here (`bilevel_lite.parallel.shard`).
+
+    Attributes:
+        whole: How many there are in all; costs are counted by these.
+    """
+
+    whole: int
+
+
 def examples(batch: Any) -> int | None:
     """Number of examples: rows of the first tensor of a tuple, list or dict; None for others."""
+    if isinstance(batch, Rows):
+        return batch.whole
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     if not isinstance(parts, tuple | list) or not parts:
         return None

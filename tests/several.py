@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -58,7 +59,6 @@ class Head(nn.Linear):
 
 
 SOLVERS = {
-    "direct": lambda: bl.Direct(damping=0.1),
     "cg": lambda: bl.CG(4, damping=1.0),
     "cg ggn": lambda: bl.CG(4, damping=0.1, curvature="ggn"),
     "cg normal": lambda: bl.CGNormal(3),
@@ -167,7 +167,46 @@ def methods(group):
     return out
 
 
-CASES = {f.__name__: f for f in (hypergradients, small_batches, unrolled, methods)}
+def apart_and_said(group):
+    """What is not the same everywhere is found; a whole batch can be told from a part."""
+    theta = torch.arange(4.0)
+    if group is None:
+        return {"same": torch.tensor(1.0), "found": torch.tensor(1.0), "told": torch.arange(3.0)}
+    group.require_same(theta=theta)
+    theta[2] += 1e-12 * group.rank
+    try:
+        group.require_same(theta=theta)
+        found = 0.0
+    except RuntimeError as error:
+        found = float(str(error).startswith("theta: is not the same in all"))
+    try:
+        group.first(lambda: [][1])  # in process 0 alone
+        found = 0.0
+    except IndexError:
+        pass
+    told = group.tell(torch.arange(3.0) if group.rank == 0 else None)
+    return {"same": torch.tensor(1.0), "found": torch.tensor(found), "told": told}
+
+
+CASES = {f.__name__: f for f in (hypergradients, small_batches, unrolled, methods, apart_and_said)}
+
+
+def lost(how, *words):
+    """Run a command; in process 1 the sixth step never ends, or ends the process."""
+    from bilevel_lite.__main__ import main as command
+
+    step = bl.AID.step
+
+    def until(self):
+        if self.iteration == 5 and os.environ["RANK"] == "1":
+            time.sleep(60) if how == "silent" else os._exit(9)
+        return step(self)
+
+    bl.AID.step = until
+    code = command(list(words))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launch(size, words, timeout=LIMIT, **more):
@@ -189,7 +228,7 @@ def launch(size, words, timeout=LIMIT, **more):
                 code = process.wait(timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
-                code = "timeout"
+                code = "killed"
             for file in files:
                 file.seek(0)
             done.append((code, *(file.read() for file in files)))
@@ -215,4 +254,4 @@ def main(folder, *names):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    lost(*sys.argv[2:]) if sys.argv[1] == "lost" else main(*sys.argv[1:])

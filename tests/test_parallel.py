@@ -1,11 +1,22 @@
 """Several processes compute what one does, to rounding; and say so when one of them is lost."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import several
 import torch
+import torch.distributed as dist
+
+import bilevel_lite as bl
+from bilevel_lite.__main__ import main
+from bilevel_lite.experiment import job
+from bilevel_lite.experiment.task import find
+from bilevel_lite.parallel import Group, Sharded, dealt, shard
+from bilevel_lite.products import theta_gradient
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,3 +54,163 @@ def test_all_hold_the_same_to_the_last_bit(name, together):
     first, *others = together[name]
     for other in others:
         assert all(torch.equal(first[key], other[key]) for key in first)
+
+
+# ------------------------------------------------------------------ runs
+
+RUN = (
+    "run hyperclean --method aid-kfac --device cpu --set dataset=digits model=mlp inner_steps=3 "
+    "outer_steps=12 evaluate_every=4 baselines=0 batch_size=99 curvature_batch_size=99"
+).split()
+PYTHON = [sys.executable, "-m", "bilevel_lite"]
+
+
+def numbers(folder):
+    """The log, without what no two runs share."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """A run by two processes: its folder, and what they printed."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    return folder, several.launch(2, [*PYTHON, *RUN, "--out", str(folder)])
+
+
+def test_a_run_by_two_processes_is_that_of_one(by_two, tmp_path):
+    folder, ((code, said, _), (other, silent, _)) = by_two
+    assert (code, other) == (0, 0)
+    assert "aid-kfac on digits" in said
+    assert not silent
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    for mine, theirs in zip(numbers(folder), numbers(tmp_path), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)  # float32, twelve iterations
+    result = json.loads((folder / "result.json").read_text())
+    assert result["processes"]["number"] == 2
+    assert "processes" not in json.loads((tmp_path / "result.json").read_text())
+
+
+def test_bytes_and_waits_are_those_of_the_equations(by_two):
+    each = json.loads((by_two[0] / "result.json").read_text())["processes"]["each_iteration"]
+    d, layers = 64 * 256 + 256 + 256 * 10 + 10, 2
+    assert each["value"] == {"calls": 4, "bytes": 4 * 8}  # three inner steps and f
+    assert each["theta"]["calls"] == 4
+    assert each["theta"]["bytes"] == 4 * 4 * d
+    assert each["lam"]["calls"] == 1
+    assert each["factors"]["calls"] == 2 * layers
+    # 99 examples: B of the first layer and A of the second are gathered by their columns, of which
+    # gloo wants as many from each (50 of 99); A of the first and B of the second are summed
+    assert each["factors"]["bytes"] == 4 * (2 * 50 * (256 + 257) + 65**2 + 10**2)
+
+
+@pytest.mark.parametrize("how", ["gone", "silent"])
+def test_where_one_is_lost_the_others_say_so_and_the_run_resumes(how, by_two, tmp_path):
+    words = [sys.executable, str(HERE / "several.py"), "lost", how, *RUN, "--out", str(tmp_path)]
+    wait = {"BILEVEL_LITE_WAIT": "20"} if how == "silent" else {}
+    (code, _, errors), (other, _, _) = several.launch(2, words, **wait)
+    assert code == 1
+    assert other == (9 if how == "gone" else 1)
+    assert "error: process 0 of 2: another one is gone, or did not answer in time" in errors
+    assert "the same command resumes from the last checkpoint" in errors
+    assert [row["iteration"] for row in numbers(tmp_path)] == [4]
+    (code, said, _), _ = several.launch(2, [*PYTHON, *RUN, "--out", str(tmp_path)])
+    assert code == 0
+    assert "after iteration 4" in said
+    assert numbers(tmp_path) == numbers(by_two[0])
+
+
+def test_torchrun_starts_it_and_one_process_takes_it_up(by_two, tmp_path):
+    short = [*RUN, "--out", str(tmp_path)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    run += ["--master-addr", "127.0.0.1", "--master-port", several.free_port()]
+    stop = [*run, str(HERE / "several.py"), "lost", "gone", *short]
+    done = subprocess.run(stop, capture_output=True, text=True, timeout=several.LIMIT, check=False)
+    assert done.returncode == 1
+    assert main(short) == 0
+    for mine, theirs in zip(numbers(tmp_path), numbers(by_two[0]), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.fixture
+def group():
+    """A group of one, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Group()
+    dist.destroy_process_group()
+
+
+def test_a_group_needs_processes():
+    with pytest.raises(RuntimeError, match="group: there is no process group; start with torchrun"):
+        Group()
+
+
+def test_losses_that_cannot_be_shared_are_refused(group):
+    risk = bl.WeightedRisk(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="loss: is sharded already"):
+        Sharded(Sharded(risk, group), group)
+    with pytest.raises(TypeError, match="loss: a sum of risks has a batch for each"):
+        Sharded(bl.SumOfRisks([risk, risk]), group)
+    with pytest.raises(TypeError, match=r"loss: got int, expected \(lam, theta, batch\)"):
+        Sharded(3, group)
+    with pytest.raises(TypeError, match="group: got 2, expected a bilevel_lite.parallel.Group"):
+        Sharded(risk, 2)
+    with pytest.raises(TypeError, match="group: got 2, expected a bilevel_lite.parallel.Group"):
+        bl.KFAC(group=2)
+
+
+def test_a_loss_that_is_no_scalar_is_refused_in_the_usual_words(group):
+    loss = Sharded(lambda lam, theta, batch: theta, group)
+    with pytest.raises(ValueError, match=r"returned shape \(3,\), expected a scalar"):
+        theta_gradient(loss, torch.zeros(1), torch.zeros(3), None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2)), "batch: has 2 rows, fewer than the 3 processes"),
+        ((torch.zeros(5, 3), torch.zeros(4)), r"batch: its tensors have \[4, 5\] rows"),
+        ({"x": torch.zeros(5), "scale": torch.tensor(1.0)}, r"batch: its tensors have \[0, 5\]"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        shard(batch, SimpleNamespace(rank=0, size=3))
+
+
+def test_the_rows_of_all_are_the_batch():
+    batch = {"x": torch.arange(10).view(5, 2), "rest": (torch.arange(5), "word", None)}
+    parts = [shard(batch, SimpleNamespace(rank=r, size=3)) for r in range(3)]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert torch.equal(torch.cat([part["rest"][0] for part in parts]), batch["rest"][0])
+    assert all(part["rest"][1:] == ("word", None) for part in parts)
+
+
+def test_jobs_are_dealt_by_their_cost():
+    assert dealt([1, 8, 3, 3, 2], 2) == [0, 0, 1, 1, 1]
+    assert dealt([], 2) == []
+
+
+def test_what_one_process_must_run_is_refused(group, monkeypatch, capsys, tmp_path):
+    kind = find("pretraining")
+    with pytest.raises(ValueError, match="task: pretraining has iterations of its own"):
+        job.run(kind, kind.settings(), str(tmp_path / "a"), "cpu", group)
+    kind = find("hyperclean")
+    s = kind.settings(dataset="digits", model="mlp", method="aid-cg", batchnorm="batch")
+    monkeypatch.setattr(kind, "uses_batches", True)
+    with pytest.raises(ValueError, match="batchnorm: 'batch' is of a batch's own statistics"):
+        job.run(kind, s, str(tmp_path / "b"), "cpu", group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["study", "solvers", "--out", str(tmp_path / "c")]) == 1
+    assert "error: study runs in one process" in capsys.readouterr().err
+
+
+def test_a_wait_that_is_no_number_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("BILEVEL_LITE_WAIT", "soon")
+    assert main([*RUN, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "BILEVEL_LITE_WAIT: got 'soon', expected a positive number of seconds" in said

@@ -41,7 +41,7 @@ class Resumable:
             "lam": self.lam.clone(),
             "theta": self.theta.clone(),
             "values": {name: keep(getattr(self, name)) for name in self._values()},
-            "kinds": {name: type(part).__name__ for name, part in parts.items()},
+            "kinds": {name: _kind(part) for name, part in parts.items()},
             # a solver replaces what it remembers, all others may change it in place
             "parts": {
                 name: (keep if name == "solver" else copied)(_state_of(part))
@@ -67,7 +67,7 @@ class Resumable:
                     f"state: {variable} has shape {tuple(there.shape)}, expected "
                     f"{tuple(here.shape)} (and is {there.dtype}, expected {here.dtype})"
                 )
-        here = {key: type(part).__name__ for key, part in parts.items()}
+        here = {key: _kind(part) for key, part in parts.items()}
         there = state["kinds"]
         for key in sorted(set(here) | set(there)):
             if here.get(key) != there.get(key):
@@ -88,6 +88,10 @@ class Resumable:
 def has_state(part: Any) -> bool:
     """True for what is resumed by a state of its own, False for a value."""
     return hasattr(part, "state_dict") or isinstance(part, torch.Generator)
+
+
+def _kind(part: Any) -> str:
+    return getattr(part, "kind", type(part).__name__)
 
 
 def _state_of(part: Any) -> Any:

@@ -72,7 +72,7 @@ class RunFolder:
         else:
             self._write("config.json", _json(self.config))
         self.state = self._read_checkpoint()
-        if self.state is None and (self.path / "result.json").exists():
+        if self.state is None and self.finished:
             return  # finished and thinned: the log is whole
         kept = self.state["log_bytes"] if self.state else 0
         log = self.path / "log.jsonl"
@@ -81,6 +81,11 @@ class RunFolder:
             raise RunError(f"{log} is shorter than its checkpoint says: it was changed; start anew")
         with self._writing("written"), open(log, "ab") as file:
             file.truncate(kept)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it holds a result."""
+        return (self.path / "result.json").exists()
 
     def _compare(self, there: dict):
         if there.get("format") != FORMAT:
@@ -324,11 +329,14 @@ class Clock:
     Args:
         seconds: To start from.
         device: Where the work runs.
+        waits: Whether it waits for other processes, so that processor time would not do.
     """
 
-    def __init__(self, seconds: float = 0.0, device: torch.device | str = "cpu"):
+    def __init__(
+        self, seconds: float = 0.0, device: torch.device | str = "cpu", waits: bool = False
+    ):
         self.seconds, self._since, self._device = seconds, None, torch.device(device)
-        alone = self._device.type != "cuda" and torch.get_num_threads() == 1
+        alone = self._device.type != "cuda" and torch.get_num_threads() == 1 and not waits
         self._now = time.process_time if alone else time.perf_counter
 
     def _wait(self):

@@ -2,20 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
+from bilevel_lite.experiment.processes import SharedFolder
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import Task
+from bilevel_lite.parallel import Group
 from bilevel_lite.session import no_tf32, pick_device, progress
 
 __all__ = ["float32", "no_memory", "run", "run_job"]
 
 
-def run(kind: type[Task], s: Any, out: str, device: str | None = None) -> dict:
+def run(
+    kind: type[Task], s: Any, out: str, device: str | None = None, group: Group | None = None
+) -> dict:
     """Run a task; write log, checkpoints, result and figure to ``out``, and print the table.
 
     Args:
@@ -24,23 +29,31 @@ def run(kind: type[Task], s: Any, out: str, device: str | None = None) -> dict:
         out: The output folder. If it holds an unfinished run with the same settings, that run is
             resumed; if it holds a finished one, its result is shown again.
         device: Such as ``"cpu"``; CUDA if there, by default.
+        group: The processes that run it together, each with its part of every batch: the numbers
+            are those of one process, to rounding.
 
     Returns:
         The result, as written to ``result.json``.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or a task that only one process can run.
+        ProcessLost: if another process is gone; what was last written is kept.
         DataError: if the data cannot be had.
         RunError: if the folder cannot be used, or the device is out of memory.
     """
     place = pick_device(device)
-    with float32(), RunFolder(out, kind.config(s)) as folder:
-        if (folder.path / "result.json").exists():
+    if group is not None and kind.method is not Task.method:
+        raise ValueError(f"task: {kind.name} has iterations of its own, which one process runs")
+    opened = RunFolder if group is None else partial(SharedFolder, group=group)
+    with float32(), opened(out, kind.config(s)) as folder:
+        if folder.finished:
             result = folder.read_result()
             print(f"{folder.path} holds the finished run:")
         else:
-            result = run_job(s, place, folder, kind.make(s, place))
-        if s.baselines:
+            task = kind.make(s, place)
+            task.group = group
+            result = run_job(s, place, folder, task)
+        if s.baselines and (group is None or group.rank == 0):
             _draw(kind, result, folder.path)
     print(kind.table(result))
     return result
@@ -93,7 +106,12 @@ def run_job(
                 "checkpoint.pt to start anew"
             ) from error
         print(f"resuming {folder.path} after iteration {method.iteration}")
-    clock = Clock(state["seconds"], device)
+    group = task.group
+    clock = Clock(state["seconds"], device, waits=group is not None)
+    if group is not None:
+        group.require_same(lam=method.lam, theta=method.theta)
+        group.traffic.clear()
+    begun = method.iteration
 
     def save():
         mine = {"seconds": clock.seconds, "method": method.state_dict()}
@@ -116,8 +134,12 @@ def run_job(
             info = method.step()
         last = info.iteration == s.outer_steps or 0 < s.budget <= info.gradients
         stopped = "" if last else stop()
+        if group is not None:  # one of them decides
+            last, stopped = group.tell((last, stopped))
         if info.iteration % s.evaluate_every == 0 or last:
             task.refresh(method.theta)
+            if group is not None:
+                group.require_same(lam=method.lam, theta=method.theta)
             row = {
                 "iteration": info.iteration,
                 "seconds": clock.seconds,
@@ -157,6 +179,11 @@ def run_job(
         "history": folder.rows(),
         "provenance": provenance(device, s.seed, clock.seconds),
     }
+    if group is not None:
+        result["processes"] = {
+            "number": group.size,
+            "each_iteration": group.sent(method.iteration - begun),
+        }
     folder.finish(result)
     return result
 

@@ -12,6 +12,7 @@ from bilevel_lite.algorithms.method import Method
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.options import Option
+from bilevel_lite.parallel import Group, Shards, shard, sharded
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
 __all__ = ["METHODS", "OWN", "Recipe", "Sign", "build", "inner_optimizer", "inner_scheduler"]
@@ -83,6 +84,8 @@ def _averaged(s: Any) -> KFAC:
 def _tables(s: Any, task: Any) -> dict:
     """SABA's fixed minibatches."""
     g, f = task.fixed_batches(s)
+    if task.group is not None:
+        g, f = ([shard(batch, task.group) for batch in batches] for batches in (g, f))
     generator = torch.Generator().manual_seed(s.seed)
     return {"inner_batches": g, "outer_batches": f, "generator": generator}
 
@@ -143,7 +146,10 @@ def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
     """
     if s.method not in METHODS:
         raise ValueError(f"method: got {s.method!r}, expected one of {sorted(METHODS)}")
-    recipe, roles = recipe or METHODS[s.method], task.batches(s)
+    recipe, roles, problem = recipe or METHODS[s.method], task.batches(s), task.problem
+    if task.group is not None:
+        problem = sharded(problem, task.group)
+        roles = {name: _shared(batch, task.group) for name, batch in roles.items()}
     options = {name: v(s) if callable(v) else v for name, v in recipe.options.items()}
     options |= _own(recipe, s)
     options |= {"outer_lr": s.outer_lr, "projection": task.project}
@@ -165,9 +171,14 @@ def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
         options |= {name: roles[name] for name in (f"{role}_batch" for role in recipe.cls.roles)}
     else:
         options |= recipe.more(s, task)
-    method = recipe.cls(task.problem, task.lam0, task.theta0, **options)
+    method = recipe.cls(problem, task.lam0, task.theta0, **options)
     task.attach(method, s)
     return method
+
+
+def _shared(batch: Any, group: Group) -> Any:
+    """This process's part of a batch, or of whatever a sampler draws."""
+    return Shards(batch, group) if hasattr(batch, "draw") else shard(batch, group)
 
 
 class Sign(torch.optim.Optimizer):

@@ -86,6 +86,11 @@ class Supervised(Task):
         """
         if not self.uses_batches:
             return
+        if self.group is not None:
+            raise ValueError(
+                "batchnorm: 'batch' is of a batch's own statistics, and a process has only a part "
+                "of it; expected 'refresh' or 'frozen'"
+            )
         if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1 | alg.SAMA):
             raise ValueError(
                 f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "

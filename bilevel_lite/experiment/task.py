@@ -86,6 +86,7 @@ class Task:
     defaults: ClassVar[dict[str, Any]] = {}  # of settings, where the task has others
     criterion: ClassVar[str] = "criterion"  # the measure that chooses the iterate: lower is better
     columns: ClassVar[tuple[Column, ...]] = ()  # of a search's table; the first one sorts it
+    group = None  # the processes that share each batch (`bilevel_lite.parallel.Group`)
     figures: ClassVar[str] = ""  # the module of the task's own figures, imported to draw one
     dropped: ClassVar[tuple[str, ...]] = ()  # measures that the thin log of a search leaves out
 
