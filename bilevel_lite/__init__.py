@@ -10,7 +10,7 @@ One module for each choice made in that line; see the table in the README.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from bilevel_lite import updates
+from bilevel_lite import parallel, updates
 from bilevel_lite.algorithms import (
     AID,
     BOME,
@@ -45,6 +45,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import bilevel_lite` costs little more than `import torch`.
 _LAZY = (
     "data", "drawings", "exercises", "experiment", "meta", "models", "plotting", "tasks", "text",
+    "workers",
 )  # fmt: skip
 if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name exists
     from bilevel_lite import (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # to a type checker `__getattr__` would say that every name e
         plotting,
         tasks,
         text,
+        workers,
     )
 else:
 
@@ -105,6 +107,7 @@ __all__ = [
     "hypergradient",
     "meta",
     "models",
+    "parallel",
     "plotting",
     "progress",
     "setup",
@@ -113,6 +116,7 @@ __all__ = [
     "unflatten",
     "unrolled_hypergradient",
     "updates",
+    "workers",
 ]
 
 

@@ -69,8 +69,8 @@ class Group:
         >>> store = dist.HashStore()  # here one process; torchrun makes several
         >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> group = bl.parallel.Group()
-        >>> group.sum(torch.ones(3), "theta"), group.traffic["theta"].bytes
-        (tensor([1., 1., 1.]), 12)
+        >>> group.sum(torch.ones(3), "theta"), group.traffic["theta"].calls
+        (tensor([1., 1., 1.]), 1)
         >>> dist.destroy_process_group()
     """
 

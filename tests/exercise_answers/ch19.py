@@ -1,0 +1,77 @@
+"""Answers to the exercises of chapter 19: right ones, and the mistakes that students make."""
+
+import torch
+
+
+def pooled(parts, variant=""):
+    n = sum(k for k, *_ in parts)
+    mean = sum(k * m for k, m, _ in parts) / n
+    if variant == "equal means":
+        mean = sum(m for _, m, _ in parts) / len(parts)
+    second = sum(k * (c + torch.outer(m, m)) for k, m, c in parts) / n
+    cov = {
+        "within": sum(k * c for k, _, c in parts) / n,
+        "equal": sum(c for *_, c in parts) / len(parts),
+        "second": second,
+    }.get(variant, second - torch.outer(mean, mean))
+    cov = cov * n / (n - 1) if variant == "unbiased" else cov
+    return mean if variant == "one" else (mean, cov)
+
+
+def seconds(d, columns, Q, latency, rate, variant=""):
+    size = 1 if variant == "numbers" else 4
+    piece = d**2 if variant == "whole" else d**2 / Q
+    rounds = {"once": Q - 1, "Q": 2 * Q}.get(variant, 2 * (Q - 1))
+    wait = 0.0 if variant == "no latency" else latency
+    summed = rounds * (wait + size * piece / rate)
+    own = {"shared": columns / Q, "all": columns * Q}.get(variant, columns)
+    bytes_ = 1 if variant == "gathered numbers" else 4
+    times = 2 if variant == "twice" else 1
+    return summed, times * (Q - 1) * (latency + bytes_ * d * own / rate)
+
+
+def transpose(slopes, variant=""):
+    if variant == "own":
+        return [one[p] for p, one in enumerate(slopes)]
+    if variant == "sum over parts":
+        return [one.sum(0) for one in slopes]
+    total = sum(slopes)
+    total = total / len(slopes) if variant == "mean" else total
+    return list(total.flip(0) if variant == "order" else total)
+
+
+def rows(parts, lam, variant=""):
+    out, n = torch.zeros_like(lam), sum(len(i) for i, _ in parts)
+    sigma = lam.sigmoid()
+    for index, slopes in parts:
+        by = {"own": len(index), "means": len(index) * len(parts), "sum": 1}.get(variant, n)
+        if variant == "last":
+            out[index] = slopes / by
+        else:
+            out.index_add_(0, index, slopes / by)
+    return {"plain": 1.0, "value": sigma}.get(variant, sigma * (1 - sigma)) * out
+
+
+def all_of(function, *variants):
+    return [lambda *args, v=v: function(*args, variant=v) for v in variants]
+
+
+RIGHT = {
+    "19.A": 9,
+    "19.B": "long",
+    "19.1": pooled,
+    "19.2": seconds,
+    "19.3": transpose,
+    "19.4": rows,
+}
+WRONG = {
+    "19.A": [1, 1 / 9, 3, 81, "nine"],
+    "19.B": ["short", "right", "longer", 1],
+    "19.1": all_of(pooled, "equal means", "within", "equal", "second", "unbiased", "one"),
+    "19.2": all_of(
+        seconds, "numbers", "whole", "once", "Q", "no latency", "shared", "all",
+        "gathered numbers", "twice",
+    ),
+    "19.3": all_of(transpose, "own", "sum over parts", "mean", "order"),
+    "19.4": all_of(rows, "own", "means", "sum", "last", "plain", "value"),
+}  # fmt: skip
