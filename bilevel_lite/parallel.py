@@ -269,7 +269,7 @@ class Sharded:
         if not isinstance(value, Tensor) or value.dim():
             return value  # refused by whoever asked, in words of its own
         total = _Sum.apply(torch.stack([n * value, value.new_tensor(n)]), self.group, "value")
-        return total[0] / total[1]
+        return total[0] / total[1].detach()  # n has no slope, and none of its own is asked for
 
     def _copy(self, x: Any, what: str) -> Any:
         return _Copy.apply(x, self.group, what) if isinstance(x, Tensor) else x
