@@ -10,7 +10,7 @@ from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
 from bilevel_lite.experiment.methods import METHODS, OWN
-from bilevel_lite.experiment.processes import processes
+from bilevel_lite.experiment.processes import processes, told
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
@@ -352,7 +352,7 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
         task = owner(str(kind))
         if not (task or kind == "bench"):
             raise ValueError(f"{name}: is of kind {kind!r}; known: bench, {sorted(TASKS)}")
-        figures = task.draw(result) if task else {"": bench.draw_bench(result)}
+        figures = _drawn(result, task) if task else {"": bench.draw_bench(result)}
         for suffix, fig in figures.items():
             path = folder / f"{name}{suffix}.svg"
             # the style's salt makes the file's identifiers always the same
@@ -362,6 +362,15 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
             plotting.plt.close(fig)
             written.append(path)
     return written
+
+
+def _drawn(result: dict, task: type[Task]) -> dict:
+    """A task's own figures; of runs by several processes, what these told each other."""
+    if all("processes" in run for run in result["runs"]):
+        from bilevel_lite.drawings import ch19
+
+        return {"": ch19.sent(told(result["runs"]))}
+    return task.draw(result)
 
 
 def _hyperclean(options: dict) -> None:

@@ -120,7 +120,7 @@ class Estimate:
         made = _combined(parts, mean=True)
         if self.part is None:
             return made
-        columns = self.part.columns[layer.name, "a"]
+        columns = self._columns(layer, "a")
         total = max(1, sum(columns))
         return self._whole(made, columns[self.part.group.rank] / total, 1 / total, columns)
 
@@ -130,8 +130,13 @@ class Estimate:
         made = _combined(parts)
         if self.part is None:
             return made
-        columns = [self.probes * k for k in self.part.columns[layer.name, "b"]]
+        columns = [self.probes * k for k in self._columns(layer, "b")]
         return self._whole(made, self.part.share, 1 / self.part.n, columns)
+
+    def _columns(self, layer: Layer, factor: str) -> list[int]:
+        """How many columns each process has for one probe, counted under the pass's own name."""
+        (_, own), *_ = self.uses[layer.name]
+        return self.part.columns[own.name, factor]
 
     def _whole(self, own: Factor, share: float, scale: float, columns: list[int]) -> Factor:
         """A factor of the whole batch: its columns gathered where they are few, else summed.

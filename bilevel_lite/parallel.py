@@ -282,7 +282,28 @@ class Sharded:
 
 
 def sharded(problem: BilevelProblem, group: Group) -> BilevelProblem:
-    """Both losses of a problem, `Sharded`."""
+    """Both losses of a problem, `Sharded`: what methods and hypergradients are given then.
+
+    Args:
+        problem: Of losses that a process evaluates alone.
+        group: The processes.
+
+    Raises:
+        TypeError: as `Sharded`.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> store = dist.HashStore()  # here one process; torchrun makes several
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> risk = bl.WeightedRisk(torch.nn.Linear(2, 2), weight=lambda lam, batch: lam[batch[2]])
+        >>> problem = bl.BilevelProblem(risk, bl.WeightedRisk(risk.model))
+        >>> mine = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)  # this process's rows
+        >>> shared = bl.parallel.sharded(problem, bl.parallel.Group())
+        >>> at = shared, torch.ones(2), torch.zeros(6), mine, mine
+        >>> bl.hypergradient(*at, solver=bl.Identity(1.0))
+        tensor([-0.1250, -0.1250])
+        >>> dist.destroy_process_group()
+    """
     losses = problem.inner_loss, problem.outer_loss
     return BilevelProblem(*(Sharded(loss, group) for loss in losses))
 
@@ -368,6 +389,12 @@ def shard(batch: Any, group: Group) -> Any:
 
     Raises:
         ValueError: if there are fewer rows than processes, or not the same number everywhere.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> second = SimpleNamespace(rank=1, size=2)  # as a Group would say it
+        >>> bl.parallel.shard((torch.arange(5), torch.arange(5)), second)
+        (tensor([2, 3, 4]), tensor([2, 3, 4]))
     """
     n, r, size = _rows(batch), group.rank, group.size
     lengths = {len(x) if x.dim() else 0 for x in _tensors(batch)}
@@ -403,6 +430,14 @@ class Shards:
     Args:
         sampler: Anything with a ``draw()`` method and a state, such as `bilevel_lite.data.Batches`.
         group: The processes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> first = SimpleNamespace(rank=0, size=2)  # as a Group would say it
+        >>> x, y = torch.arange(6.0), torch.zeros(6)
+        >>> batches = bl.data.Batches(x, y, 6, torch.Generator().manual_seed(0))
+        >>> bl.parallel.Shards(batches, first).draw()[0]
+        tensor([0., 1., 2.])
     """
 
     sampler: Any

@@ -26,6 +26,9 @@ from bilevel_lite.parallel import Group
 __all__ = ["Failed", "Workers"]
 
 
+GRACE = 5.0  # seconds that are left to the others once one has failed
+
+
 class Failed(str):
     """What a process said, or its exit code, where it has no result."""
 
@@ -42,6 +45,8 @@ class Workers:
 
     Raises:
         ValueError: if ``size`` is no positive whole number.
+
+    After a failure all are ended, and started anew for the next `run`.
 
     Example:
         >>> each = "def each(group, x): return float(group.sum(x * (1 + group.rank), 'x'))"
@@ -109,6 +114,8 @@ class Workers:
             RuntimeError: if one of them failed, unless it may.
         """
         source = [self.known, _text(function)]
+        if self.size > 1 and not self.started:  # ended by a failure
+            self._start()
         if self.size == 1:
             results = [_alone(source, arguments)]
         else:
@@ -125,12 +132,14 @@ class Workers:
                     pass  # gone: its result says so
             results = self._results(str(self.done))
         failed = [f"process {k}: {one}" for k, one in enumerate(results) if isinstance(one, Failed)]
+        if failed:  # who waits for a sum now must not be given the next one's part
+            self._end()
         if failed and not may_fail:
             raise RuntimeError("; ".join(failed))
         return results
 
     def _results(self, name: str) -> list:
-        """What each wrote under a name; waited for until the time is up."""
+        """What each wrote under a name; waited for until the time is up, or where one failed."""
         end, results = time.monotonic() + self.timeout, {}
         while len(results) < len(self.started):
             for rank, one in enumerate(self.started):
@@ -146,17 +155,24 @@ class Workers:
                 elif time.monotonic() > end:
                     one.kill()
                     results[rank] = Failed(f"it did not answer in {self.timeout:g} s")
+                if isinstance(results.get(rank), Failed):  # the others may wait for this one
+                    end = min(end, time.monotonic() + GRACE)
             time.sleep(0.01)
         return [results[rank] for rank in range(len(self.started))]
 
     def close(self) -> None:
         """End the processes."""
+        self._end()
+        self.folder.cleanup()
+
+    def _end(self) -> None:
         for one in self.started:
             one.kill()
             one.wait()
             one.stdin.close()
         self.started = []
-        self.folder.cleanup()
+        for old in Path(self.folder.name).glob("*.pt"):
+            old.unlink()
 
     def __del__(self):
         if getattr(self, "started", None):

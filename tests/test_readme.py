@@ -226,6 +226,11 @@ def test_pairs_in_the_prose_are_those_of_the_stored_runs():
         said(batch[f"kfac-b{size}"], batch[f"{rival}-b{size}"])
         for size in (64, 128, 256) for rival in ("cg-3", "cg-normal-3")
     ]  # fmt: skip
+    large = fresh("hyperclean_mnist_batch_5000")
+    pairs += [
+        said(large["kfac-b5000"], large[f"{rival}-b5000"])
+        for rival in ("identity", "cg-3", "cg-normal-3")
+    ]
     for pair in memory_pairs(list(equal.values())).values():
         pairs.append(f"{pair[1]:+.4f} ± {pair[2]:.4f}")
     assert [text for text in pairs if text not in figures] == []

@@ -64,7 +64,21 @@ def test_what_was_defined_is_known(two):
     assert two.run(uses) == [2.0, 2.0]
 
 
-def test_what_one_raises_is_told_and_the_others_go_on(two):
+def one_fails_while_the_other_waits(group):
+    if group.rank == 1:
+        raise ValueError("lam: is bad")
+    return float(group.sum(torch.ones(1), "x"))
+
+
+def test_where_one_waits_for_one_that_failed_both_are_started_anew(two, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 0.5)
+    waited, failed = two.run(one_fails_while_the_other_waits, may_fail=True)
+    assert failed == "ValueError: lam: is bad"
+    assert isinstance(waited, Failed)
+    assert torch.equal(two.run(ranks, torch.ones(1), [])[0]["total"], 3 * torch.ones(1))
+
+
+def test_what_one_raises_is_told(two):
     with pytest.raises(RuntimeError, match="process 1: ValueError: lam: is bad"):
         two.run(one_fails)
     three, failed = two.run(one_fails, may_fail=True)

@@ -18,10 +18,10 @@ def copies_and_sums():
         arrow(ax, (1.5, 1.55 if p == 0 else 1.35), (3.0, y), r"$\mathcal{C}$" if p == 0 else "")
         arrow(ax, (5.0, y), (6.9, 1.55 if p == 0 else 1.35),
               rf"$\frac{{n_{p + 1}}}{{n}}$" if p == 0 else "", up=0.2)  # fmt: skip
-        text(ax, 5.9, 0.72, r"$\frac{n_2}{n}$") if p else None
+        text(ax, 5.85, 1.2, r"$\frac{n_2}{n}$") if p else None
     box(ax, 7.4, 1.45, r"$\mathcal{S}$", width=0.8)
     arrow(ax, (7.8, 1.45), (8.2, 1.45))
-    text(ax, 8.5, 1.45, "$g$ (both)")
+    text(ax, 8.6, 1.45, "$g$ (both)")
     arrow(ax, (7.4, 1.1), (5.0, 0.45), color=COLORS["unrolled"], bend=-0.25)
     arrow(ax, (3.0, 0.45), (0.9, 1.1), color=COLORS["unrolled"], bend=-0.25)
     text(ax, 6.9, 0.3, r"back: $\mathcal{S}^\top = \mathcal{C}$", color=COLORS["unrolled"])
@@ -29,17 +29,17 @@ def copies_and_sums():
     return figure
 
 
-def sent(rows):
-    """Megabytes of an outer iteration by purpose: {label: {purpose: bytes}}."""
-    figure, ax = plotting.figure(1, height=0.6 + 0.26 * len(rows))
-    purposes = ["theta", "lam", "factors"]
+def sent(told):
+    """Megabytes of an outer iteration by purpose, from `bilevel_lite.experiment.processes.told`."""
+    figure, ax = plotting.figure(1, height=0.6 + 0.26 * len(told))
     names = {"theta": "gradients, H v", "lam": "J v, direct term", "factors": "A and B"}
-    y, left = np.arange(len(rows)), np.zeros(len(rows))
-    for k, what in enumerate(purposes):
-        width = np.array([row.get(what, 0.0) for row in rows.values()]) / 1e6
-        ax.barh(y, width, left=left, color=PALETTE[k], label=names[what])
+    y, left = np.arange(len(told)), np.zeros(len(told))
+    for k, (what, name) in enumerate(names.items()):
+        width = np.array([row.get(what, {"bytes": 0.0})["bytes"] for row in told.values()]) / 1e6
+        ax.barh(y, width, left=left, color=PALETTE[k], label=name)
         left = left + width
-    ax.set(yticks=y, yticklabels=list(rows), xlabel="MB in an outer iteration")
+    labels = [f"{model}: {method}" for model, method in told]
+    ax.set(yticks=y, yticklabels=labels, xlabel="MB in an outer iteration")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.legend()
@@ -66,7 +66,8 @@ def predicted(processes, panels):
         for name, (alone, values) in lines.items():
             ax.plot(processes, 1e3 * np.array(values), "o-", color=colors[name], label=name)
             ax.axhline(1e3 * alone, color=colors[name], lw=0.8, ls=":")
-        ax.set(xscale="log", yscale="log", xlabel="processes", title=title)
+        ax.set(xscale="log", xlabel="processes", title=title)
+        ax.set_ylim(bottom=0)
         ax.set_xticks(processes, [str(k) for k in processes])
         ax.minorticks_off()
     np.atleast_1d(axes)[0].set_ylabel("ms, outer iteration")

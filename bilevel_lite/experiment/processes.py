@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bilevel_lite.experiment.folder import RunFolder
 from bilevel_lite.parallel import Group
 
-__all__ = ["SharedFolder", "processes"]
+__all__ = ["SharedFolder", "processes", "told"]
 
 WAIT = 600.0  # seconds for which one process waits for the others
 
@@ -52,6 +52,23 @@ def processes(device: str | None = None) -> Iterator[tuple[Group | None, str | N
         yield group, device
     if sys.exc_info()[0] is None:  # with a process lost this would wait for it
         dist.destroy_process_group()
+
+
+def told(runs: list[dict]) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """What the processes of each run told each other in an outer iteration, by purpose.
+
+    Args:
+        runs: Results of runs by several processes.
+
+    Returns:
+        (model, method) -> purpose -> ``{"calls": ..., "bytes": ...}``.
+    """
+    made = {}
+    for run in runs:
+        s = run["settings"]
+        model = s["model"] if "model" in s else f"encoder, {s['layers']} of its layers"
+        made[model, s["method"]] = run["processes"]["each_iteration"]
+    return made
 
 
 def _by_first(name: str) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ EXERCISE = re.compile(r"Exercise (\d+[a-z]?\.\d+) \(difficulty [1-5]/5, about \d
 # chapters/NOTATION.md in tests/test_notation.py, hold for these.
 CONVERTED = (
     "00", "01", "02", "03", "04", "05", "06", "07", "08", "09", "09b", "10", "11", "12", "13",
-    "13b", "14", "15", "16", "17", "18",
+    "13b", "14", "15", "16", "17", "18", "19",
 )  # fmt: skip
 DEEPER = "### Going deeper: "
 MINUTES = re.compile(

@@ -48,6 +48,10 @@ GROUPS = {
         "schedules.forward_schedule", "schedules.SignSteps", "population.evolve",
         "functional.functional_hypergradient",
     ],
+    "Several processes": [
+        "parallel.Group", "parallel.Sharded", "parallel.sharded", "parallel.shard",
+        "parallel.Shards", "workers.Workers",
+    ],
     "Meta-learning": [
         "meta.adapt", "meta.maml", "meta.imaml", "meta.sinusoids", "meta.few_shot",
     ],
@@ -68,7 +72,7 @@ runs. The examples begin with
 """
 MODULES = [
     "data", "drawings", "exercises", "experiment", "functional", "meta", "models", "plotting",
-    "population", "schedules", "tasks", "text", "updates",
+    "parallel", "population", "schedules", "tasks", "text", "updates", "workers",
 ]  # fmt: skip
 
 
