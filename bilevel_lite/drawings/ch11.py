@@ -101,7 +101,7 @@ def forest(groups, edge=0.03):
     lines = sum(1 + len(group) for group in groups.values())
     figure, ax = plotting.figure(1, height=0.7 + 0.185 * lines)
     figure.set_size_inches(7.4, 0.7 + 0.185 * lines)
-    figure.set_dpi(78)
+    figure.set_dpi(76)
     ax.set_xscale("symlog", linthresh=edge, linscale=1.2)
     ax.axvspan(-edge, edge, color="0.93", lw=0)
     ax.axvline(0, color="black", lw=0.8)
