@@ -21,6 +21,7 @@ class Made:
     lam0: Any
     theta0: Any
     project: Any = None
+    group: Any = None
 
     def batches(self, s):
         return {f"{role}_batch": None for role in ("inner", "outer", "curvature", "cross")}
