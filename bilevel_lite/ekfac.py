@@ -174,7 +174,14 @@ class EKFAC(KFAC):
         pairs = super()._layer_factors(done, layers)
         factors = [f for pair in pairs for f in pair]
         split = done.part is not None and self.split_inverses
-        made = iter(_shared_spectra(factors, done.part.group) if split else spectra(factors))
+        if split:
+            named = [(one.name, d**3) for one in done.layers for d in reversed(one.dims)]
+            owners = dealt([cost for _, cost in named], done.part.group.size)
+            wanted = {layer.name for layer in layers}
+            mine = [k for (name, _), k in zip(named, owners, strict=True) if name in wanted]
+            made = iter(_shared_spectra(factors, mine, done.part.group))
+        else:
+            made = iter(spectra(factors))
         del pairs, factors
         return [
             (a, b, *_corrected(done, layer, a, b))
@@ -198,9 +205,10 @@ class EKFAC(KFAC):
             raise ValueError(f"{error} (layer {layer.name!r})") from None
 
 
-def _shared_spectra(factors: list[Factor | None], group: Group) -> list[Spectrum | None]:
-    """`bilevel_lite.kronecker.spectra`, each by one process, who sends it to the others."""
-    owners = dealt([0 if f is None else f.dim**3 for f in factors], group.size)
+def _shared_spectra(
+    factors: list[Factor | None], owners: list[int], group: Group
+) -> list[Spectrum | None]:
+    """`bilevel_lite.kronecker.spectra`, each by its owner, who sends it to the others."""
     mine = [f if owner == group.rank else None for f, owner in zip(factors, owners, strict=True)]
     made = spectra(mine)
     for k, (f, owner) in enumerate(zip(factors, owners, strict=True)):

@@ -244,8 +244,18 @@ def estimate(
             whole = names[_global(one.term, one.tape.places[name][0]).start]
             diagonal[whole] = diagonal.get(whole, 0.0) + one.term.coefficient * d
     if part is not None:
-        diagonal = {name: part.total(d) for name, d in diagonal.items()}
+        diagonal = _totals(part, diagonal)
     return Estimate(passes, layers, uses, places, diagonal, dual, part)
+
+
+def _totals(part: Part, diagonal: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The diagonals of the whole batch, all in one sum."""
+    if not diagonal:
+        return diagonal
+    sizes = [d.numel() for d in diagonal.values()]
+    whole = part.total(torch.cat([d.reshape(-1) for d in diagonal.values()])).split(sizes)
+    pairs = zip(diagonal.items(), whole, strict=True)
+    return {name: own.view_as(d) for (name, d), own in pairs}
 
 
 def _verify(one: Pass, by_example: bool) -> None:

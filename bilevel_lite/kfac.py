@@ -188,15 +188,21 @@ class PreparedKFAC(Prepared):
         Raises:
             ValueError: as `KFAC`.
         """
-        if self.failed is None or not bool(self.failed):
+        if self.failed is None or not self._anywhere(bool(self.failed)):
             return False
-        again = any([part.require_sound() for part in self.unseen])
+        again = self._anywhere(any([part.require_sound() for part in self.unseen]))
         if again:
             self._apply()
         v = self.solved[1]
         if v is not None:
             require_finite({"KFAC: v": v}, lambda: _SINGULAR)
         return again
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any of the processes that each make a part of v."""
+        if self.parts is None or not batched(self.theta):  # all see the same
+            return here
+        return bool(self.parts.sum(torch.tensor(float(here)).to(self.theta), "v") > 0)
 
     def _cross(self, v):
         mine = v is None or (self.of and same_memory(v, self.of[0]) and versions(v) == self.of[1])
@@ -275,9 +281,10 @@ class KFAC(Solver):
         generator: CPU generator for the draws; by default one with ``seed``, kept between calls.
         seed: Seed of that generator.
         group: The processes that share each batch, where the inner loss does not say it
-            (`bilevel_lite.parallel.Sharded`). A, B and the diagonals are those of the whole batch:
-            columns are gathered where they are fewer than a factor's dimension, else the factors
-            are summed. The draws are those of one process.
+            (`bilevel_lite.parallel.Sharded`): for `solve` alone, with a b of the whole batch. A, B
+            and the diagonals are those of the whole batch: columns are gathered where they are
+            fewer than a factor's dimension, else the factors are summed. The draws are those of
+            one process.
         split_inverses: With a group, each process factors some of the layers, chosen by their
             size, and sends the others its part of v.
 
@@ -508,7 +515,7 @@ class KFAC(Solver):
         """The layers whose inverses another process makes."""
         if group is None or not self.split_inverses:
             return set()
-        owners = dealt([sum(d**3 for d in _dims(layer)) for layer in layers], group.size)
+        owners = dealt([sum(d**3 for d in layer.dims) for layer in layers], group.size)
         pairs = zip(layers, owners, strict=True)
         return {layer.name for layer, owner in pairs if owner != group.rank}
 
@@ -631,12 +638,6 @@ class KFAC(Solver):
             dict(state["diagonal"]), without=tuple(state["without_block"]),
         )  # fmt: skip
         self.last_cost = 0.0
-
-
-def _dims(layer: Layer) -> tuple[int, int]:
-    """d1 and d2, up to the bias."""
-    weight = layer.module.weight
-    return len(weight), weight[0].numel()
 
 
 def _diagonalised(factors: dict[str, tuple]) -> dict[str, tuple]:

@@ -13,21 +13,25 @@ What is linear in the loss (H v, J v, A, B, E) may also be made by each process 
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from bilevel_lite.problem import BilevelProblem, Loss, Rows
+from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Rows
 
 __all__ = [
     "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
     "shard", "sharded",
 ]  # fmt: skip
+
+
+# what gloo and NCCL say where another process is gone or silent
+LOST = ("onnect", "imed out", "imeout", "losed", "peer", "NCCL", "aborted")
 
 
 class ProcessLost(ConnectionError):
@@ -154,10 +158,13 @@ class Group:
         """Refuse to go on where the processes no longer hold the same numbers.
 
         Raises:
+            NotFinite: (a ValueError) for one that is not finite.
             RuntimeError: naming the tensor that is not the same everywhere.
         """
         for name, x in tensors.items():
             flat = x.detach().reshape(-1).double()
+            if not bool(torch.isfinite(flat.sum())):
+                raise NotFinite(f"{name}: has entries that are NaN or infinite")
             along = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
             marks = self.gather(torch.stack([flat.sum(), flat @ along])[None], "check")
             if not torch.equal(marks, marks[:1].expand_as(marks)):
@@ -180,10 +187,13 @@ class Group:
     def _lost(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what gloo and NCCL raise
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            if not any(word in said for word in LOST):
+                raise
             raise ProcessLost(
                 f"process {self.rank} of {self.size}: another one is gone, or did not answer in "
-                f"time ({str(error).splitlines()[0][:120]})"
+                f"time; what it said itself says why ({said[:120]})"
             ) from error
 
 
@@ -232,6 +242,13 @@ class Sharded:
     Raises:
         TypeError: if the loss cannot be called, is sharded already, or has several batches.
 
+        ValueError: where it is called, if a model in training mode has BatchNorm, whose statistics
+            would be of this process's rows; or if a variable stands in the loss of some processes
+            only (looked at in its 1st, 2nd, 4th, 8th ... call), since the others would wait.
+
+    What else reads other examples (weights normalised over a batch) is not seen: it is no mean over
+    examples, and is another loss for each number of processes.
+
     Cost: that of the loss on this process's rows; two numbers are sent for a value, theta's for a
     gradient in theta or a product H v, lam's for one in lam or J v.
 
@@ -260,16 +277,31 @@ class Sharded:
             )
         if not isinstance(group, Group):
             raise TypeError(f"group: got {group!r}, expected a bilevel_lite.parallel.Group")
-        self.loss, self.group = loss, group
+        self.loss, self.group, self.uses = loss, group, 0
 
     def __call__(self, lam: Tensor, theta: Tensor, batch: Any) -> Tensor:
         """Evaluate it; every process must."""
+        _require_own_rows(getattr(self.loss, "model", None))
         lam, theta = self._copy(lam, "lam"), self._copy(theta, "theta")
         value, n = self.loss(lam, theta, batch), _rows(batch)
         if not isinstance(value, Tensor) or value.dim():
             return value  # refused by whoever asked, in words of its own
-        total = _Sum.apply(torch.stack([n * value, value.new_tensor(n)]), self.group, "value")
+        told, self.uses = [n * value, value.new_tensor(n)], self.uses + 1
+        if looks := torch.is_grad_enabled() and self.uses & (self.uses - 1) == 0:
+            told += [value.new_tensor(float(_reaches(value, x))) for x in (lam, theta)]
+        total = _Sum.apply(torch.stack(told), self.group, "value")
+        if looks:
+            self._require_alike(total[2:].tolist())
         return total[0] / total[1].detach()  # n has no slope, and none of its own is asked for
+
+    def _require_alike(self, counts: list[float]) -> None:
+        """Refuse a variable that some processes would sum a slope of, and others not."""
+        for name, count in zip(("lam", "theta"), counts, strict=True):
+            if 0 < count < self.group.size:
+                raise ValueError(
+                    f"{name}: stands in the loss of {count:g} of {self.group.size} processes, and "
+                    f"in that of the others' rows not; add 0 * {name}.sum() to the loss"
+                )
 
     def _copy(self, x: Any, what: str) -> Any:
         return _Copy.apply(x, self.group, what) if isinstance(x, Tensor) else x
@@ -279,6 +311,30 @@ class Sharded:
         n = _rows(batch)
         total = self.group.sum(torch.cat([n * x.reshape(-1), x.new_tensor([n])]), what)
         return (total[:-1] / total[-1]).view_as(x)
+
+
+def _require_own_rows(model: Any) -> None:
+    if isinstance(model, nn.Module) and model.training:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    "model: BatchNorm in training mode takes the statistics of this process's rows "
+                    "alone; call model.eval()"
+                )
+
+
+def _reaches(value: Tensor, x: Any) -> bool:
+    """Whether the graph of value leads to x, an output of `_Copy`."""
+    todo, seen = [value.grad_fn], set()
+    wanted = x.grad_fn if isinstance(x, Tensor) else None
+    while todo and wanted is not None:
+        node = todo.pop()
+        if node is wanted:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return False
 
 
 def sharded(problem: BilevelProblem, group: Group) -> BilevelProblem:
@@ -349,8 +405,9 @@ class Part:
 
 def part_of(group: Group, n: int, columns: dict[Hashable, int], like: Tensor) -> Part:
     """Tell each other how many examples, and columns of whatever is named, there are."""
-    own = torch.tensor([[n, *columns.values()]], device=like.device)
-    rows, *rest = group.gather(own, "counts").T.tolist()
+    counts = torch.zeros(group.size, 1 + len(columns), dtype=torch.int64, device=like.device)
+    counts[group.rank] = torch.tensor([n, *columns.values()])
+    rows, *rest = group.sum(counts, "counts").T.tolist()
     return Part(group, rows, dict(zip(columns, rest, strict=True)))
 
 
@@ -374,8 +431,8 @@ def _rows(batch: Any) -> int:
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, tuple | list | dict):
-        for part in batch.values() if isinstance(batch, dict) else batch:
+    elif isinstance(batch, tuple | list | Mapping):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _tensors(part)
 
 
@@ -409,8 +466,10 @@ def shard(batch: Any, group: Group) -> Any:
     def own(part):
         if isinstance(part, Tensor):
             return part[mine]
-        if isinstance(part, dict):
+        if isinstance(part, Mapping):
             return {key: own(value) for key, value in part.items()}
+        if hasattr(part, "_fields"):  # a namedtuple
+            return type(part)(*map(own, part))
         return type(part)(map(own, part)) if isinstance(part, tuple | list) else part
 
     part = own(batch)

@@ -62,6 +62,12 @@ class Layer:
     bias: slice | None
     joint: bool = False
 
+    @property
+    def dims(self) -> tuple[int, int]:
+        """d1 and d2, up to the bias."""
+        weight = self.module.weight
+        return len(weight), weight[0].numel()
+
     def read(self, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Cut V, shape (d1, d2), bias as last column if joint, and a separate bias, (d1, 1)."""
         weight = None if self.weight is None else v[self.weight].view(len(self.module.weight), -1)

@@ -1,8 +1,8 @@
 """Processes beside a notebook's own, on this machine: they run functions that the notebook shows.
 
 Each is started as ``python -m bilevel_lite.workers FOLDER`` and told on its standard input which
-file to read next: the source of a function and its arguments. Where none can be started, or none
-answers in time, the function runs here, in a group of one.
+file to read next: the source of a function and its arguments. Where they cannot be started, or do
+not find each other in time, functions run here, in a group of one.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bilevel_lite.parallel import Group
 
@@ -62,13 +63,19 @@ class Workers:
         self.size, self.timeout, self.done, self.known = size, timeout, 0, ""
         self.folder = tempfile.TemporaryDirectory(prefix="workers-")
         self.started: list[subprocess.Popen] = []
-        if size > 1:
-            try:
-                self._start()
-            except (OSError, RuntimeError) as error:
-                self._alone(str(error))
+        self._start()
 
     def _start(self) -> None:
+        """Start them; where that fails, all that follows runs here, and one line says so."""
+        if self.size > 1:
+            try:
+                self._start_all()
+            except (OSError, RuntimeError) as error:
+                self._end()
+                self.size = 1
+                print(f"one process only: {str(error).splitlines()[0]}")
+
+    def _start_all(self) -> None:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             port = str(one.getsockname()[1])
@@ -88,11 +95,6 @@ class Workers:
         if failed := [one for one in self._results("ready") if isinstance(one, Failed)]:
             raise RuntimeError(failed[0])
 
-    def _alone(self, why: str) -> None:
-        self.close()
-        self.size = 1
-        print(f"one process only: {why.splitlines()[0]}")
-
     def define(self, *functions: Callable | str) -> None:
         """Give functions that those to be run may call."""
         self.known = "\n".join([self.known, *map(_text, functions)])
@@ -111,10 +113,12 @@ class Workers:
             What each returned; `Failed` where a process raised an error or is gone.
 
         Raises:
-            RuntimeError: if one of them failed, unless it may.
+            RuntimeError: if one of them failed, unless it may, or after `close`.
         """
         source = [self.known, _text(function)]
-        if self.size > 1 and not self.started:  # ended by a failure
+        if not Path(self.folder.name).exists():
+            raise RuntimeError("workers: they were closed; make new ones")
+        if not self.started:  # ended by a failure
             self._start()
         if self.size == 1:
             results = [_alone(source, arguments)]
@@ -201,6 +205,17 @@ def _function(source: list[str]) -> Callable:
     return space[re.search(r"^def (\w+)", source[-1], re.MULTILINE)[1]]
 
 
+def _require_plain(value: Any) -> None:
+    """Refuse a result that the notebook could not read."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for part in value:
+            _require_plain(part)
+    elif value is not None and type(value) not in (Tensor, bool, int, float, str, Failed):
+        raise TypeError(f"returned a {type(value).__name__}; expected tensors, numbers, strings")
+
+
 def _serve(folder: str) -> None:
     """What a process does: one job after the other, until nobody asks any more."""
     torch.set_num_threads(1)
@@ -218,6 +233,7 @@ def _serve(folder: str) -> None:
         torch.set_default_dtype(getattr(torch, job["dtype"].removeprefix("torch.")))
         try:
             value = _function(job["source"])(Group(), *job["arguments"])
+            _require_plain(value)
             write(line.strip(), {"value": value})
         except Exception as error:  # whatever it is, it goes to the notebook
             write(line.strip(), {"error": f"{type(error).__name__}: {error}"})

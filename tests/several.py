@@ -15,7 +15,7 @@ from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import curvature, products
-from bilevel_lite.parallel import Group, Shards, shard, sharded
+from bilevel_lite.parallel import Group, Sharded, Shards, shard, sharded
 
 LIMIT = 240  # seconds
 
@@ -167,6 +167,53 @@ def methods(group):
     return out
 
 
+def repaired(group):
+    """A factorisation that fails in process 0 alone is repaired for all, on the GPU's route."""
+    from bilevel_lite import kronecker
+
+    before, factor = kronecker.in_batches, kronecker._factor
+    kronecker.in_batches = True
+
+    def spoilt(made):
+        failed = factor(made)
+        if (group is None or group.rank == 0) and len(made[0].matrix) == 3:
+            made[0].solve.chol, failed[0] = made[0].solve.chol * float("nan"), True
+        return failed
+
+    kronecker._factor = spoilt
+    try:
+        problem_, lam, theta, batch = problem("mlp")
+        if group is not None:
+            problem_, batch = sharded(problem_, group), shard(batch, group)
+        at = problem_, lam, theta, batch, batch
+        options = {"split_inverses": True, "bias": "separate", "fisher": "exact"}
+        return {"h": bl.hypergradient(*at, solver=bl.KFAC(0.1, **options))}
+    finally:
+        kronecker.in_batches, kronecker._factor = before, factor
+
+
+def refused(group):
+    """What would hang, or be of one process's rows, is refused in all."""
+    words = {"lam": 1.0, "model": 1.0}
+    if group is None:
+        return {name: torch.tensor(value) for name, value in words.items()}
+    _, lam, theta, batch = problem("mlp")
+
+    def some(lam, theta, batch):
+        return (theta**2).sum() + ((lam**2).sum() if group.rank == 0 else 0.0)
+
+    norm = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().train()
+    losses = {"lam": some, "model": bl.WeightedRisk(norm)}
+    for name, loss in losses.items():
+        try:
+            of = theta if name == "lam" else bl.flatten(norm)
+            products.gradient(Sharded(loss, group), lam, of, shard(batch, group))
+            words[name] = 0.0
+        except ValueError as error:
+            words[name] = float(f"{name}: " in str(error))
+    return {name: torch.tensor(value) for name, value in words.items()}
+
+
 def apart_and_said(group):
     """What is not the same everywhere is found; a whole batch can be told from a part."""
     theta = torch.arange(4.0)
@@ -188,7 +235,10 @@ def apart_and_said(group):
     return {"same": torch.tensor(1.0), "found": torch.tensor(found), "told": told}
 
 
-CASES = {f.__name__: f for f in (hypergradients, small_batches, unrolled, methods, apart_and_said)}
+CASES = {
+    f.__name__: f
+    for f in (hypergradients, small_batches, unrolled, methods, repaired, refused, apart_and_said)
+}
 
 
 def lost(how, *words):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,7 +95,8 @@ def test_a_run_by_two_processes_is_that_of_one(by_two, tmp_path):
 def test_bytes_and_waits_are_those_of_the_equations(by_two):
     each = json.loads((by_two[0] / "result.json").read_text())["processes"]["each_iteration"]
     d, layers = 64 * 256 + 256 + 256 * 10 + 10, 2
-    assert each["value"] == {"calls": 4, "bytes": 4 * 8}  # three inner steps and f
+    # three inner steps and f, two numbers each; two more at the 1st, 2nd, 4th ... call of a loss
+    assert each["value"] == {"calls": 4, "bytes": pytest.approx((48 * 8 + 2 * 8 * 5) / 12)}
     assert each["theta"]["calls"] == 4
     assert each["theta"]["bytes"] == 4 * 4 * d
     assert each["lam"]["calls"] == 1
@@ -162,6 +164,25 @@ def test_losses_that_cannot_be_shared_are_refused(group):
         bl.KFAC(group=2)
 
 
+def test_a_group_on_the_solver_of_a_problem_that_is_not_shared_is_refused(group):
+    risk = bl.WeightedRisk(torch.nn.Linear(2, 2), weight=lambda lam, batch: lam[batch[2]])
+    batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
+    at = bl.BilevelProblem(risk, risk), torch.ones(2), torch.zeros(6), batch, batch
+    with pytest.raises(ValueError, match="solver: its factors are of all processes' rows"):
+        bl.hypergradient(*at, solver=bl.KFAC(group=group))
+
+
+def test_what_is_not_finite_is_said_to_be_that(group):
+    with pytest.raises(ValueError, match="theta: has entries that are NaN or infinite"):
+        group.require_same(theta=torch.tensor([1.0, float("nan")]))
+
+
+def test_an_error_that_is_no_loss_of_a_process_stays_what_it_is(group):
+    with pytest.raises(RuntimeError, match="dtype") as caught, group._lost():
+        raise RuntimeError("unsupported dtype")
+    assert not isinstance(caught.value, ConnectionError)
+
+
 def test_a_loss_that_is_no_scalar_is_refused_in_the_usual_words(group):
     loss = Sharded(lambda lam, theta, batch: theta, group)
     with pytest.raises(ValueError, match=r"returned shape \(3,\), expected a scalar"):
@@ -187,6 +208,8 @@ def test_the_rows_of_all_are_the_batch():
     assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
     assert torch.equal(torch.cat([part["rest"][0] for part in parts]), batch["rest"][0])
     assert all(part["rest"][1:] == ("word", None) for part in parts)
+    pair = namedtuple("pair", "x y")(torch.arange(4), torch.arange(4))
+    assert shard(pair, SimpleNamespace(rank=1, size=2)).y.tolist() == [2, 3]
 
 
 def test_jobs_are_dealt_by_their_cost():
@@ -203,6 +226,10 @@ def test_what_one_process_must_run_is_refused(group, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(kind, "uses_batches", True)
     with pytest.raises(ValueError, match="batchnorm: 'batch' is of a batch's own statistics"):
         job.run(kind, s, str(tmp_path / "b"), "cpu", group)
+    kind = find("long_tail")
+    s = kind.settings(dataset="digits", method="aid-kfac", reading="normalised")
+    with pytest.raises(ValueError, match="reading: 'normalised' divides by the mean weight"):
+        job.run(kind, s, str(tmp_path / "d"), "cpu", group)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "solvers", "--out", str(tmp_path / "c")]) == 1
     assert "error: study runs in one process" in capsys.readouterr().err

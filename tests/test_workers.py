@@ -94,6 +94,24 @@ def test_one_that_leaves_is_noticed_by_the_other_and_here():
     pair.close()
 
 
+def test_where_they_cannot_be_started_again_all_runs_here(monkeypatch, capsys):
+    pair = Workers(2, timeout=120)
+    pair.run(one_leaves, may_fail=True)
+    monkeypatch.setattr(sys, "executable", os.devnull)
+    (only,) = pair.run(ranks, torch.ones(1), [])
+    assert only["rank"] == 0
+    assert capsys.readouterr().out.startswith("one process only: ")
+    pair.close()
+    with pytest.raises(RuntimeError, match="workers: they were closed; make new ones"):
+        pair.run(ranks, torch.ones(1), [])
+
+
+def test_a_result_that_cannot_be_read_is_refused(two):
+    odd = "def odd(group): import numpy; return [numpy.float64(1.0)]"
+    with pytest.raises(RuntimeError, match="process 0: TypeError: returned a float64"):
+        two.run(odd)
+
+
 def test_where_none_can_be_started_all_runs_here(monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", os.devnull)
     made = Workers(2)

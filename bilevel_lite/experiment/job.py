@@ -149,6 +149,8 @@ def run_job(
                 "negative_curvature": info.solve is not None and info.solve.negative_curvature,
                 **task.measure(method.lam, method.theta),
             }
+            if group is not None:  # which iterate is best is decided by one of them, too
+                row = group.tell(row)
             folder.log(row)
             best = state["best"]
             if best is None or row[task.criterion] < best["row"][task.criterion]:

@@ -260,6 +260,19 @@ class LongTail(Supervised, name="long_tail"):
 
     # -- for the method
 
+    def attach(self, method: Any, s: Any) -> None:
+        """As other supervised tasks.
+
+        Raises:
+            ValueError: for weights over their mean in a batch that processes share.
+        """
+        super().attach(method, s)
+        if self.group is not None and s.reading == "normalised":
+            raise ValueError(
+                "reading: 'normalised' divides by the mean weight of a batch, of which a process "
+                "has only a part; expected another"
+            )
+
     def _sampler(self, s: Any, size: int, salt: int, split: tuple[Tensor, Tensor]) -> Batches:
         sampler = super()._sampler(s, size, salt, split)
         sampler.transform = self.transform
