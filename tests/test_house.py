@@ -81,12 +81,12 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11375),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11405),
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1320),
     "meta-learning": ([PACKAGE / "meta.py"], 335),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 660),
-    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 640),
+    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 710),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3245),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),

@@ -47,13 +47,13 @@ def sent(told):
 
 
 def by_size(columns, ways, dim):
-    """Bytes that one process sends for a factor, summed and gathered, by columns in all."""
+    """Bytes of a factor as a matrix, and as its columns, by columns in all."""
     figure, ax = plotting.figure()
     for (name, values), style in zip(ways.items(), ("-", "--"), strict=True):
         ax.plot(columns, np.array(values) / 1e6, style, label=name)
     ax.axvline(0.7 * dim, color="black", lw=0.8, ls=":")
     ax.text(0.72 * dim, 0.05, "0.7 d", transform=ax.get_xaxis_transform())
-    ax.set(xscale="log", yscale="log", xlabel="columns in all", ylabel="MB from each process")
+    ax.set(xscale="log", yscale="log", xlabel="columns in all", ylabel="MB")
     ax.legend()
     return figure
 
