@@ -226,6 +226,9 @@ def test_pairs_in_the_prose_are_those_of_the_stored_runs():
         said(batch[f"kfac-b{size}"], batch[f"{rival}-b{size}"])
         for size in (64, 128, 256) for rival in ("cg-3", "cg-normal-3")
     ]  # fmt: skip
+    lenet = fresh("hyperclean_cifar10_solvers_large", "hyperclean_cifar10_solvers_large_fresh")
+    three = ("kfac", "cg-3"), ("kfac", "identity"), ("cg-3", "identity")
+    pairs += [said(lenet[one], lenet[other]) for one, other in three]
     large = fresh("hyperclean_mnist_batch_5000")
     pairs += [
         said(large["kfac-b5000"], large[f"{rival}-b5000"])
