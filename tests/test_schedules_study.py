@@ -157,6 +157,7 @@ def test_a_search_spends_no_more_than_forward_mode_and_less_by_a_training_at_mos
         info, allowed = method.step(), k * schedules_ways.cost(3, 12)
         assert allowed - 12 < info.gradients <= allowed
         assert info.gradients == 12 * len(trained)
+    assert torch.equal(trained[0][0], torch.full_like(task.lam0, 0.5))
     # the best of its own trials, each done anew
     losses = []
     for lam, number in trained:

@@ -124,7 +124,7 @@ class Way(Resumable):
 
 
 class Searched(Way):
-    """Random rates from the box; lam and theta are of the training with the lowest validation loss.
+    """The middle of the box, then random rates; lam and theta are of the lowest validation loss.
 
     A training that would cost more than is left of as many forward derivatives is not begun.
     """
@@ -145,6 +145,7 @@ class Searched(Way):
         last = torch.tensor(float("nan"))
         while self.gradients + self.s.inner_steps <= allowed:
             lam = torch.rand(len(self.lam), generator=self.generator).to(self.lam)
+            lam = lam if self.trained else torch.full_like(lam, 0.5)
             theta, last, _ = self.task.training(self.s, lam, self.trained)
             found = evaluate(self.task.model, theta, self.task.tuning)["loss"]
             if found < self.lowest:
