@@ -119,8 +119,8 @@ class Schedules(Supervised, name="schedules"):
 
     @classmethod
     def make(cls, s: SchedulesSettings, device: torch.device) -> "Schedules":
-        """Split the data, build the model: all from the settings' seed."""
-        dataset = data.load(s.dataset)
+        """Standardise and split the data, build the model: all from the settings' seed."""
+        dataset = data.standardise(data.load(s.dataset))  # else most of the box trains nothing
         if s.model not in models.FLAT:
             dataset = dataset.as_images()
         draws = torch.Generator().manual_seed(s.seed)
