@@ -1,6 +1,7 @@
 """The study of schedules: greedy steps against their derivatives, equal cost, resuming."""
 
 import json
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -10,12 +11,16 @@ from together import stopped_and_resumed
 import bilevel_lite as bl
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job
+from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.supervised import evaluate
+from bilevel_lite.refuse import NotFinite
 from bilevel_lite.tasks import schedules_figures, schedules_ways, studies
 from bilevel_lite.tasks.greedy import HypergradientDescent, Preconditioned
 from bilevel_lite.tasks.schedules import Schedules
+from bilevel_lite.tasks.schedules_figures import fresh
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 TINY = {"inner_steps": 12, "images": 200, "held": 100, "outer_steps": 3, "fresh": 2}
 
 
@@ -168,6 +173,24 @@ def test_a_search_spends_no_more_than_forward_mode_and_less_by_a_training_at_mos
     assert len({number for _, number in trained}) == len(trained)
 
 
+def test_a_trial_that_diverges_is_lost_alone(float32):
+    s = Schedules.settings(**TINY, way="constant")
+    task = Schedules.make(s, CPU)
+    method, real, lost = task.method(s), task.training, []
+
+    def training(s, lam, number):
+        if number in (0, 2):
+            lost.append(number)
+            raise NotFinite("loss: value is nan")
+        return real(s, lam, number)
+
+    task.training = training
+    info = method.step()
+    assert lost == [0, 2] and method.trained == info.gradients / 12 > 3
+    assert float(info.outer_loss) == method.lowest == task.judge(method.lam, method.theta)
+    assert not torch.equal(method.lam, torch.full_like(method.lam, 0.5))  # the lost first one
+
+
 def test_learned_rates_move_by_the_sign_of_differences(float32):
     s = Schedules.settings(**{**TINY, "inner_steps": 30, "start": 0.5})
     torch.set_default_dtype(torch.float64)
@@ -312,3 +335,33 @@ def test_the_study_is_stopped_resumed_and_drawn(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figures" / "mine.svg").stat().st_size > 10_000
     assert main([*words[:-1], "--images", "5000", "--out", str(tmp_path / "no")]) == 1
     assert "--images: got 5000, expected 1 to 1000" in capsys.readouterr().err
+
+
+# -- what is said of the stored study
+
+
+def table_rows(rows):
+    """The study's table in figures/README.md: means, and each seed."""
+    lines = []
+    for way, row in sorted(rows.items(), key=lambda one: mean(fresh(one[1], "test_loss"))):
+        chosen = [run["best"]["tuning_loss"] for run in row["runs"]]
+        cells = [
+            f"{mean(values):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})"
+            for values, digits in (
+                (chosen, 3),
+                (fresh(row, "tuning_loss"), 3),
+                (fresh(row, "test_loss"), 3),
+                ([100 * v for v in fresh(row, "test_accuracy")], 1),
+            )
+        ]
+        spent = {run["history"][-1]["gradients"] for run in row["runs"]}
+        lines.append(f"| `{way}` | {' | '.join(cells)} | {max(spent):,.0f} |")
+    return lines
+
+
+def test_the_table_of_the_study_is_the_stored_one():
+    stored = bl.experiment.stored("schedules_cifar10_lenet")
+    text = (ROOT / "figures" / "README.md").read_text("utf-8")
+    table = text.partition('name="schedules_cifar10_lenet"')[2]
+    at = [table.find(row) for row in table_rows(joined(stored["runs"]))]
+    assert min(at) >= 0 and at == sorted(at)

@@ -6,6 +6,7 @@ derivative of a whole training, or as many plain trainings as its gradients pay 
 number of outer iterations all ways have cost the same.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bilevel_lite.algorithms.method import StepInfo
 from bilevel_lite.algorithms.resume import Resumable
 from bilevel_lite.experiment.supervised import evaluate
 from bilevel_lite.recorded import Recordings
+from bilevel_lite.refuse import NotFinite
 from bilevel_lite.schedules import SignSteps, forward_schedule
 from bilevel_lite.tasks.greedy import HypergradientDescent, Preconditioned
 from bilevel_lite.updates import SGD, Update, window
@@ -126,7 +128,8 @@ class Way(Resumable):
 class Searched(Way):
     """The middle of the box, then random rates; lam and theta are of the lowest validation loss.
 
-    A training that would cost more than is left of as many forward derivatives is not begun.
+    A training that would cost more than is left of as many forward derivatives is not begun; one
+    that diverges is lost and counts as a whole one.
     """
 
     def __init__(self, task: Any, s: Any):
@@ -146,10 +149,11 @@ class Searched(Way):
         while self.gradients + self.s.inner_steps <= allowed:
             lam = torch.rand(len(self.lam), generator=self.generator).to(self.lam)
             lam = lam if self.trained else torch.full_like(lam, 0.5)
-            theta, last, _ = self.task.training(self.s, lam, self.trained)
-            found = evaluate(self.task.model, theta, self.task.tuning)["loss"]
-            if found < self.lowest:
-                self.lowest, self.lam, self.theta = found, lam, theta
+            with suppress(NotFinite):
+                theta, last, _ = self.task.training(self.s, lam, self.trained)
+                found = evaluate(self.task.model, theta, self.task.tuning)["loss"]
+                if found < self.lowest:
+                    self.lowest, self.lam, self.theta = found, lam, theta
             self.gradients += self.s.inner_steps
             self.trained += 1
         return last, torch.tensor(self.lowest), torch.zeros_like(self.lam)
