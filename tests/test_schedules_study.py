@@ -341,19 +341,17 @@ def test_the_study_is_stopped_resumed_and_drawn(tmp_path, monkeypatch, capsys):
 
 
 def table_rows(rows):
-    """The study's table in figures/README.md: means, and each seed."""
+    """The study's table in figures/README.md: means, and each seed or fresh training."""
     lines = []
     for way, row in sorted(rows.items(), key=lambda one: mean(fresh(one[1], "test_loss"))):
         chosen = [run["best"]["tuning_loss"] for run in row["runs"]]
-        cells = [
-            f"{mean(values):.{digits}f} ({', '.join(f'{v:.{digits}f}' for v in values)})"
-            for values, digits in (
-                (chosen, 3),
-                (fresh(row, "tuning_loss"), 3),
-                (fresh(row, "test_loss"), 3),
-                ([100 * v for v in fresh(row, "test_accuracy")], 1),
-            )
-        ]
+        cells = [", ".join(f"{v:.3f}" for v in chosen)]
+        for key, digits, scale in (
+            ("tuning_loss", 3, 1), ("test_loss", 3, 1), ("test_accuracy", 1, 100),
+        ):  # fmt: skip
+            found = [scale * v for v in fresh(row, key)]
+            each = ", ".join(f"{v:.{digits}f}" for v in found)
+            cells.append(f"{mean(found):.{digits}f} ({each})")
         spent = {run["history"][-1]["gradients"] for run in row["runs"]}
         lines.append(f"| `{way}` | {' | '.join(cells)} | {max(spent):,.0f} |")
     return lines
@@ -365,3 +363,33 @@ def test_the_table_of_the_study_is_the_stored_one():
     table = text.partition('name="schedules_cifar10_lenet"')[2]
     at = [table.find(row) for row in table_rows(joined(stored["runs"]))]
     assert min(at) >= 0 and at == sorted(at)
+
+
+def test_what_chapter_18_says_of_the_stored_study():
+    rows = joined(bl.experiment.stored("schedules_cifar10_lenet")["runs"])
+    assert set(rows) == set(schedules_ways.WAYS)
+    (derivative,) = {run["history"][0]["gradients"] for run in rows["learned"]["runs"]}
+    assert derivative == schedules_ways.cost(3, 400) and round(derivative / 400) == 8
+    for way, row in rows.items():
+        (run,) = row["runs"]  # one repeat
+        assert not row["diverged"] and len(run["fresh"]["each"]) == 3
+        spent = run["history"][-1]["gradients"]
+        assert spent == (6 * derivative if way == "learned" else 47 * 400), way
+    falling = [loss for way in ("cosine", "steps") for loss in fresh(rows[way], "test_loss")]
+    others = {way: fresh(row, "test_loss") for way, row in rows.items()}
+    del others["cosine"], others["steps"]
+    assert max(falling) < min(loss for losses in others.values() for loss in losses)
+    spans = [max(losses) - min(losses) for losses in others.values()]
+    assert max(spans) == pytest.approx(0.19, abs=0.005)
+    middle = schedules_ways.values("constant", 3, torch.full((3,), 0.5).double())
+    for way in ("steps", "cosine", "greedy", "fop", "learned"):
+        best, rate = rows[way]["runs"][0]["best"], "lr_1" if way == "learned" else "lr"
+        assert best[rate] == pytest.approx(float(middle["lr"]), rel=1e-4)
+        assert best["momentum"] == pytest.approx(float(middle["momentum"]), rel=1e-4)
+    (learned,) = rows["learned"]["runs"]
+    assert learned["best"]["iteration"] == 3
+    assert learned["best"]["lr_1"] == learned["best"]["lr_3"]
+    last = [learned["last"][f"lr_{k}"] for k in (1, 2, 3)]
+    assert last == pytest.approx([0.024, 0.030, 0.013], abs=5e-4)
+    assert learned["best"]["tuning_loss"] == pytest.approx(1.591, abs=5e-4)
+    assert mean(fresh(rows["learned"], "tuning_loss")) == pytest.approx(1.677, abs=5e-4)

@@ -84,7 +84,7 @@ def study(courses, lowest, tested):
     """Ways to choose the rates of a training: what they chose, what that took, what it is worth.
 
     Of each way ``courses`` has learning rates, shape (seeds, points); ``lowest`` gradients and the
-    lowest validation loss so far; ``tested`` a test loss for each seed.
+    lowest validation loss so far; ``tested`` a test loss for each fresh training.
     """
     figure, (left, middle, right) = plotting.figure(3, height=2.6)
     colors = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(courses)}
@@ -95,7 +95,7 @@ def study(courses, lowest, tested):
                       label=None if k else name)  # fmt: skip
         middle.plot(*lowest[name], "o-", ms=2.5, color=colors[name])
     left.set(xlabel="share of the training", ylabel=r"learning rate $\eta_t$", yscale="log",
-             ylim=(3e-4, None))  # fmt: skip
+             ylim=(2e-4, None))  # fmt: skip
     left.legend(fontsize=6)
     middle.set(xlabel="gradients", ylabel="lowest validation loss so far")
     for k, (name, losses) in enumerate(tested.items()):

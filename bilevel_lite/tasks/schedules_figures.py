@@ -12,8 +12,9 @@ __all__ = ["courses", "draw_study", "fresh", "lowest"]
 
 
 def fresh(row: dict, key: str) -> list[float]:
-    """A measure of the fresh trainings of a study's row, their mean for each seed."""
-    return [run["fresh"][key] for run in sorted(row["runs"], key=lambda run: run["seed"])]
+    """A measure of a study's row, one number for each fresh training of each seed."""
+    runs = sorted(row["runs"], key=lambda run: run["seed"])
+    return [fit[key] for run in runs for fit in run["fresh"]["each"]]
 
 
 def lowest(row: dict) -> tuple[np.ndarray, np.ndarray]:
