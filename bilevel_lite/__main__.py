@@ -215,8 +215,9 @@ def parser() -> argparse.ArgumentParser:
         "--width", type=int, metavar="N", help="of unlearnable: of the U-Net (default: 4)"
     )
     same.add_argument(
-        "--images", type=int, metavar="N", help="of unlearnable: training images (default: 2,500)"
-    )
+        "--images", type=int, metavar="N", help="of unlearnable, schedules: training images "
+        "(default: 2,500; of schedules 5,000)",
+    )  # fmt: skip
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):

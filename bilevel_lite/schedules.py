@@ -171,3 +171,12 @@ class SignSteps:
             self.size[name] = torch.where(sign * self.sign[name] < 0, 0.5, 1.0) * self.size[name]
             self.sign[name] = torch.where(sign == 0, self.sign[name], sign)
             self.values[name] = (value - self.size[name] * sign).clamp(*self.bounds[name])
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return everything that the next step depends on."""
+        return {"values": self.values, "size": self.size, "sign": self.sign}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Continue from what `state_dict` returned."""
+        for part, tensors in state.items():
+            setattr(self, part, {k: v.to(self.values[k]) for k, v in tensors.items()})

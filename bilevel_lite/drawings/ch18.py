@@ -6,7 +6,7 @@ from bilevel_lite import plotting
 from bilevel_lite.drawings import SOFT, arrow, canvas, text
 from bilevel_lite.plotting import COLORS, PALETTE
 
-__all__ = ["directions", "drift", "landscapes", "learned", "noise_and_sharing"]
+__all__ = ["directions", "drift", "landscapes", "learned", "noise_and_sharing", "study"]
 
 
 def directions():
@@ -77,6 +77,32 @@ def learned(schedules, courses, rivals, greedy):
         )
     right.set(xlabel="outer step", ylabel="validation loss after training")
     right.legend(fontsize=7)
+    return figure
+
+
+def study(courses, lowest, tested):
+    """Ways to choose the rates of a training: what they chose, what that took, what it is worth.
+
+    Of each way ``courses`` has learning rates, shape (seeds, points); ``lowest`` gradients and the
+    lowest validation loss so far; ``tested`` a test loss for each fresh training.
+    """
+    figure, (left, middle, right) = plotting.figure(3, height=2.6)
+    colors = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(courses)}
+    for name, rates in courses.items():
+        t = np.linspace(0, 1, rates.shape[1], endpoint=False)
+        for k, row in enumerate(rates):
+            left.plot(t, row, color=colors[name], lw=1, drawstyle="steps-post",
+                      label=None if k else name)  # fmt: skip
+        middle.plot(*lowest[name], "o-", ms=2.5, color=colors[name])
+    left.set(xlabel="share of the training", ylabel=r"learning rate $\eta_t$", yscale="log",
+             ylim=(2e-4, None))  # fmt: skip
+    left.legend(fontsize=6)
+    middle.set(xlabel="gradients", ylabel="lowest validation loss so far")
+    for k, (name, losses) in enumerate(tested.items()):
+        right.plot(losses, [k] * len(losses), "o", ms=3.5, color=colors[name])
+    right.set(xlabel="test loss of fresh trainings")
+    right.set_yticks(range(len(tested)), list(tested))
+    right.invert_yaxis()
     return figure
 
 

@@ -10,10 +10,12 @@ from bilevel_lite.tasks import (
     long_tail,
     poisoning,
     pretraining,
+    schedules,
     text_cleaning,
     unlearnable,
 )
 
 __all__ = [
-    "hypercleaning", "long_tail", "poisoning", "pretraining", "text_cleaning", "unlearnable",
+    "hypercleaning", "long_tail", "poisoning", "pretraining", "schedules",
+    "text_cleaning", "unlearnable",
 ]  # fmt: skip

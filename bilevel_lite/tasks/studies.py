@@ -7,6 +7,7 @@ After the main paper (arXiv 2603.29108): the trade-off of the solvers (its Figur
 ``resnet18`` asks on a ResNet-18 what the paper's Figures 1 to 3 and Table 2 ask, for whoever has a
 GPU for some minutes at a time; ``text`` asks on a BERT what its Table 7 asks, ``long_tail`` on
 long-tailed classes what its Table 3 does, ``pretraining`` with masked words what its Table 4 does.
+``schedules`` asks what chapter 18 does, on CIFAR-10.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from bilevel_lite.tasks import (
     poisoning_study,
     pretraining,
     pretraining_study,
+    schedules_study,
     text_study,
     unlearnable_study,
 )
@@ -233,6 +235,16 @@ STUDIES = {
         kind=unlearnable_study.Unlearnable,
         own_batches=True,
     ),
+    "schedules": Study(
+        "rates of a training: learned by forward mode, searched for with fixed shapes, greedy",
+        schedules_study.variants,
+        {
+            "dataset": "cifar10", "model": "lenet", "images": 5000, "first_seed": 1,
+            "outer_steps": 6, "looks": 6,
+        },
+        kind=schedules_study.Schedules,
+        own_batches=True,
+    ),
     "long_tail": Study(
         "how to weigh the examples of long-tailed classes: plain training, focal loss, "
         "class-balanced weights, a network of the losses by solver",
@@ -337,7 +349,8 @@ def run(
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
             - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
-            - victim, width, images: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
+            - victim, width: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
+            - images: Training images of ``unlearnable`` and ``schedules``.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
             - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
               each.
