@@ -90,7 +90,7 @@ PARTS = {
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3245),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5370),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5385),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}
