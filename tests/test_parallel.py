@@ -241,3 +241,30 @@ def test_a_wait_that_is_no_number_is_refused(monkeypatch, capsys, tmp_path):
     assert main([*RUN, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "BILEVEL_LITE_WAIT: got 'soon', expected a positive number of seconds" in said
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nccl_computes_what_one_process_does(tmp_path):
+    """One process, as one GPU gives us: which calls NCCL takes, not how it scales."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0,
+                            world_size=1)  # fmt: skip
+    try:
+        shared = Group()
+        problem_, lam, theta, batch = several.problem("conv")
+        model = problem_.inner_loss.model.cuda()
+        lam, theta, batch = lam.cuda(), theta.cuda(), tuple(part.cuda() for part in batch)
+        assert next(model.parameters()).is_cuda
+        for make in (lambda: bl.CG(3, damping=1.0), lambda: bl.KFAC(0.1), lambda: bl.EKFAC(0.1)):
+            made = [
+                bl.hypergradient(of, lam, theta, batch, batch, solver=make())
+                for of in (problem_, several.sharded(problem_, shared))
+            ]
+            torch.testing.assert_close(*made, rtol=1e-9, atol=1e-12)
+        shared.require_same(theta=theta)
+        assert shared.tell([1, "a"]) == [1, "a"]
+        assert shared.first(lambda: 3) == 3
+        assert torch.equal(shared.gather(theta[None], "x"), theta[None])
+        assert torch.equal(shared.broadcast(theta, 0, "x"), theta)
+    finally:
+        dist.destroy_process_group()
