@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers
+from bilevel_lite.parallel import dealt
 
 
 @exercise("19.A")
@@ -115,8 +116,6 @@ def check_transpose(back):
         total = sum((torch.stack(parts) * w).sum() for w in weights)
         truth = torch.stack(torch.autograd.grad(total, parts))
         got = back([w.clone() for w in weights])
-        if isinstance(got, tuple | list):
-            got = torch.stack(list(got))
         own = torch.stack([w[p] for p, w in enumerate(weights)])
         parts_summed = torch.stack([w.sum(0) for w in weights])
         compare(
@@ -165,3 +164,35 @@ def check_rows(assembled):
             "J v",
             hint="J v has an entry for each weight: sigma'(lam_i) times the slopes of i, over n.",
         )  # fmt: skip
+
+
+@exercise("19.5")
+def check_deal(deal):
+    """By the loads that come out: of equal jobs it does not matter who gets which."""
+    for costs, size in (([1, 8, 3, 3, 2], 2), ([5, 4, 3, 3, 3], 2), ([2, 7, 1, 7, 4, 6], 3)):
+        owners = [int(owner) for owner in numbers(deal(list(costs), size), len(costs))]
+        if not all(0 <= owner < size for owner in owners):
+            raise Wrong(f"The processes are 0 to {size - 1}; you name {sorted(set(owners))}.")
+        if loads(costs, owners, size) == loads(costs, dealt(costs, size), size):
+            continue
+        order, load = [], [0.0] * size
+        for cost in costs:
+            order.append(load.index(min(load)))
+            load[order[-1]] += cost
+        mistakes = {
+            "In the order given: sort first, or a large job comes last.": order,
+            "In turns: what counts is the work, not the number of jobs.": [
+                k % size for k in range(len(costs))
+            ],
+        }
+        for sentence, other in mistakes.items():
+            if loads(costs, owners, size) == loads(costs, other, size):
+                raise Wrong(sentence)
+        raise Wrong("The dearest job first, each to the process that has the least work so far.")
+
+
+def loads(costs, owners, size):
+    """How much each process has, from the least."""
+    return sorted(
+        sum(c for c, owner in zip(costs, owners, strict=True) if owner == k) for k in range(size)
+    )

@@ -122,6 +122,8 @@ class Rows:
         method: What makes the step, with lam of shape (batch, ...).
     """
 
+    group = None  # one process has all rows
+
     def __init__(self, task: Any, s: Any, recipe: Any):
         self.task, self.lam = task, torch.zeros_like(task.train[0])
         self.sampler = task._sampler(s, s.cross_batch_size, 2, task.train)

@@ -52,6 +52,23 @@ def rows(parts, lam, variant=""):
     return {"plain": 1.0, "value": sigma}.get(variant, sigma * (1 - sigma)) * out
 
 
+def deal(costs, size, variant=""):
+    if variant == "turns":
+        return [k % size for k in range(len(costs))]
+    order = (
+        range(len(costs))
+        if variant == "unsorted"
+        else sorted(
+            range(len(costs)), key=lambda k: costs[k] if variant == "cheapest" else -costs[k]
+        )
+    )
+    load, owners = [0.0] * size, [0] * len(costs)
+    for k in order:
+        owners[k] = load.index(max(load) if variant == "most" else min(load))
+        load[owners[k]] += costs[k]
+    return [k + 1 for k in owners] if variant == "from one" else owners
+
+
 def all_of(function, *variants):
     return [lambda *args, v=v: function(*args, variant=v) for v in variants]
 
@@ -63,6 +80,7 @@ RIGHT = {
     "19.2": seconds,
     "19.3": transpose,
     "19.4": rows,
+    "19.5": deal,
 }
 WRONG = {
     "19.A": [1, 1 / 9, 3, 81, "nine"],
@@ -74,4 +92,5 @@ WRONG = {
     ),
     "19.3": all_of(transpose, "own", "sum over parts", "mean", "order"),
     "19.4": all_of(rows, "own", "means", "sum", "last", "plain", "value"),
+    "19.5": all_of(deal, "turns", "unsorted", "cheapest", "most", "from one"),
 }  # fmt: skip
