@@ -413,11 +413,11 @@ def part_of(group: Group, n: int, columns: dict[Hashable, int], like: Tensor) ->
 
 def dealt(costs: list[float], size: int) -> list[int]:
     """Who does which of some jobs: the dearest first, each to whoever has the least so far."""
-    load, owners = [0.0] * size, [0] * len(costs)
-    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
-        owners[k] = load.index(min(load))
-        load[owners[k]] += costs[k]
-    return owners
+    load, owners = [0.0] * size, {}
+    for k, cost in sorted(enumerate(costs), key=lambda job: -job[1]):
+        owners[k] = min(range(size), key=load.__getitem__)
+        load[owners[k]] += cost
+    return [owners[k] for k in range(len(costs))]
 
 
 # ------------------------------------------------------------------ the batch
