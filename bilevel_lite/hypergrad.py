@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from bilevel_lite.parallel import Sharded
+from bilevel_lite.parallel import require_shared
 from bilevel_lite.problem import BilevelProblem, relative_size
 from bilevel_lite.products import COST, cross_and_route
 from bilevel_lite.recorded import Recordings
@@ -181,11 +181,7 @@ def implicit(
     layers' inputs only. With ``recorded`` what has fixed shapes is replayed, on a GPU.
     """
     recorded = recorded or Recordings(on=False)
-    if getattr(solver, "group", None) is not None and not isinstance(problem.outer_loss, Sharded):
-        raise ValueError(
-            "solver: its factors are of all processes' rows, and the losses of this one's alone; "
-            "give bilevel_lite.parallel.sharded(problem, group), and leave the solver's group out"
-        )
+    require_shared(solver, problem.outer_loss)
     curvature_batch = inner_batch if curvature_batch is None else curvature_batch
     cross_batch = inner_batch if cross_batch is None else cross_batch
     lam, theta = lam.detach().clone(), theta.detach()  # models may write into them

@@ -54,7 +54,7 @@ from bilevel_lite.options import (
     positive,
     whole,
 )
-from bilevel_lite.parallel import Group, Sharded, apart, dealt
+from bilevel_lite.parallel import Group, Sharded, apart, dealt, require_shared
 from bilevel_lite.params import trainable
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, cross_from_slopes, has_slopes
@@ -545,8 +545,9 @@ class KFAC(Solver):
         This is what preconditions CG. It counts as one call for ``every``.
 
         Raises:
-            TypeError, ValueError: as `prepare`.
+            TypeError, ValueError: as `prepare`; for a ``group`` and a loss of this process alone.
         """
+        require_shared(self, loss)
         return self.prepare(BilevelProblem(loss, loss), lam, theta, batch).inverse
 
     def observe(self, loss: Any, lam: Tensor, theta: Tensor, batch: Any) -> float:

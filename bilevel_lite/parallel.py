@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Rows
+from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Portion
 
 __all__ = [
     "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
-    "shard", "sharded",
+    "require_shared", "shard", "sharded",
 ]  # fmt: skip
 
 
@@ -241,13 +241,13 @@ class Sharded:
 
     Raises:
         TypeError: if the loss cannot be called, is sharded already, or has several batches.
-
         ValueError: where it is called, if a model in training mode has BatchNorm, whose statistics
             would be of this process's rows; or if a variable stands in the loss of some processes
             only (looked at in its 1st, 2nd, 4th, 8th ... call), since the others would wait.
 
     What else reads other examples (weights normalised over a batch) is not seen: it is no mean over
-    examples, and is another loss for each number of processes.
+    examples, and is another loss for each number of processes. So is what draws in each process for
+    its own rows (dropout in training mode).
 
     Cost: that of the loss on this process's rows; two numbers are sent for a value, theta's for a
     gradient in theta or a product H v, lam's for one in lam or J v.
@@ -311,6 +311,19 @@ class Sharded:
         n = _rows(batch)
         total = self.group.sum(torch.cat([n * x.reshape(-1), x.new_tensor([n])]), what)
         return (total[:-1] / total[-1]).view_as(x)
+
+
+def require_shared(solver: Any, loss: Any) -> None:
+    """Refuse a solver whose factors are of all processes' rows beside a loss of this one's alone.
+
+    Raises:
+        ValueError: saying what to give instead.
+    """
+    if getattr(solver, "group", None) is not None and not isinstance(loss, Sharded):
+        raise ValueError(
+            "solver: its factors are of all processes' rows, and the losses of this one's alone; "
+            "give bilevel_lite.parallel.sharded(problem, group), and leave the solver's group out"
+        )
 
 
 def _require_own_rows(model: Any) -> None:
@@ -474,7 +487,7 @@ def shard(batch: Any, group: Group) -> Any:
 
     part = own(batch)
     if type(part) is tuple:
-        part = Rows(part)
+        part = Portion(part)
         part.whole = n
     return part
 
@@ -501,11 +514,6 @@ class Shards:
 
     sampler: Any
     group: Group
-
-    @property
-    def kind(self) -> str:
-        """The sampler's, whose state this is: another number of processes may go on with it."""
-        return type(self.sampler).__name__
 
     def draw(self) -> Any:
         """This process's rows of the next batch."""

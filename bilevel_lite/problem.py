@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
-__all__ = ["BilevelProblem", "Loss", "NotFinite", "Rows", "evaluate", "examples"]
+__all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -91,7 +91,7 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
     return value
 
 
-class Rows(tuple):
+class Portion(tuple):
     """A batch of which only some rows are here (`bilevel_lite.parallel.shard`).
 
     Attributes:
@@ -103,7 +103,7 @@ class Rows(tuple):
 
 def examples(batch: Any) -> int | None:
     """Number of examples: rows of the first tensor of a tuple, list or dict; None for others."""
-    if isinstance(batch, Rows):
+    if isinstance(batch, Portion):
         return batch.whole
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     if not isinstance(parts, tuple | list) or not parts:

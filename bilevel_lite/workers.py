@@ -24,8 +24,7 @@ from torch import Tensor
 
 from bilevel_lite.parallel import Group
 
-__all__ = ["Failed", "Workers"]
-
+__all__ = ["Failed", "Workers", "environments"]
 
 GRACE = 5.0  # seconds that are left to the others once one has failed
 
@@ -76,19 +75,9 @@ class Workers:
                 print(f"one process only: {str(error).splitlines()[0]}")
 
     def _start_all(self) -> None:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = str(one.getsockname()[1])
-        root = str(Path(__file__).resolve().parent.parent)
-        common = {
-            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "WORLD_SIZE": str(self.size), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-        }  # fmt: skip
         words = [sys.executable, "-m", "bilevel_lite.workers", self.folder.name]
-        for rank in range(self.size):
-            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        for own in environments(self.size):
             self.started.append(
                 subprocess.Popen(words, env=own, stdin=subprocess.PIPE, text=True, **quiet)
             )
@@ -181,6 +170,20 @@ class Workers:
     def __del__(self):
         if getattr(self, "started", None):
             self.close()
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """The environment of each of so many processes on this machine, as torchrun would set it."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    root = str(Path(__file__).resolve().parent.parent)
+    common = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def _text(function: Callable | str) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 import bilevel_lite as bl
 from bilevel_lite import curvature, products
 from bilevel_lite.parallel import Group, Sharded, Shards, shard, sharded
+from bilevel_lite.workers import environments
 
 LIMIT = 240  # seconds
 
@@ -138,18 +139,67 @@ def unrolled(group):
     }
 
 
+def elsewhere(kind):
+    """Lam in the inputs, in weights that read the losses; labels at positions; a squared loss."""
+    g = torch.Generator().manual_seed(4)
+    problem_, lam, theta, (x, y, index) = problem("mlp")
+    model, hooks = problem_.inner_loss.model, {"l2": 0.02}
+    if kind == "inputs":
+        hooks["inputs"] = lambda lam, b: (b[0] * (1 + lam[b[2]].tanh()[:, None]), *b[1:])
+    elif kind == "losses":
+        hooks["weight"] = lambda lam, b, losses: (lam[0] * losses + lam[1]).sigmoid()
+        hooks["weight_slope"] = True
+    else:
+        hooks["weight"] = lambda lam, b: lam[b[2]].sigmoid()
+    if kind == "positions":  # four an example, of which some have no label
+        x = torch.randn(len(x), 4, 5, generator=g)
+        y = torch.randint(-1, 3, (len(x), 4), generator=g)
+        y[:, 0] = 0
+        hooks["ignore_index"] = -1
+    if kind == "mse":
+        y, hooks["loss"] = torch.randn(len(x), 3, generator=g), "mse"
+    plain = {k: v for k, v in hooks.items() if k in ("loss", "ignore_index")}
+    inner, outer = bl.WeightedRisk(model, **hooks), bl.WeightedRisk(model, **plain)
+    return bl.BilevelProblem(inner, outer), lam, theta, (x, y, index)
+
+
+def siblings(group):
+    """The other places of lam and the other losses, by products and by factors."""
+    out = {}
+    for kind in ("inputs", "losses", "positions", "mse"):
+        problem_, lam, theta, batch = elsewhere(kind)
+        if group is not None:
+            problem_, batch = sharded(problem_, group), shard(batch, group)
+        for name in ("cg", "cg ggn", "kfac mc", "kfac empirical", "ekfac"):
+            at = problem_, lam, theta, batch, batch
+            out[f"{kind}, {name}"] = bl.hypergradient(*at, solver=SOLVERS[name]())
+    return out
+
+
 METHODS = {
     "AID": lambda *at, **b: bl.AID(*at, bl.KFAC(0.1), inner_steps=2, **b),
     "AmIGO": lambda *at, **b: bl.AmIGO(*at, inner_steps=2, linear_lr=0.1, **b),
     "SOBA": lambda *at, **b: bl.SOBA(*at, linear_lr=0.1, **b),
     "SAMA": lambda *at, **b: bl.SAMA(*at, inner_steps=2, **b),
     "F2SA": lambda *at, **b: bl.F2SA(*at, **b),
+    "StocBiO": lambda *at, **b: bl.StocBiO(*at, inner_steps=2, terms=3, linear_lr=0.1, **b),
+    "NBO": lambda *at, **b: bl.NBO(*at, solve="gd", steps=2, linear_lr=0.1, **b),
+    "NHGD": lambda *at, **b: bl.NHGD(*at, inner_steps=2, kfac=AVERAGE(), **b),
+    "NHGD dense": lambda *at, **b: bl.NHGD(*at, inner_steps=2, initial=1.0, **b),
+    "BOME": lambda *at, **b: bl.BOME(*at, copy_steps=2, copy_lr=0.1, **b),
+    "BVFSM": lambda *at, **b: bl.BVFSM(*at, inner_steps=2, **b),
+    "BSG1": lambda *at, **b: bl.BSG1(*at, inner_steps=2, **b),
+    "ITD": lambda *at, **b: bl.ITD(*at, inner_steps=2, **b),
     "MRBO": lambda *at, **b: bl.MRBO(*at, solver=bl.KFAC(0.1), **b),
 }
 
 
+def AVERAGE():  # noqa: N802
+    return bl.KFAC(0.1, "empirical", ema=0.9)
+
+
 def methods(group):
-    """Six methods for six iterations on batches of one permutation."""
+    """All methods but SABA for six iterations on batches of one permutation."""
     out = {}
     for name, make in METHODS.items():
         problem_, lam, theta, (x, y, _) = problem("mlp")
@@ -237,7 +287,16 @@ def apart_and_said(group):
 
 CASES = {
     f.__name__: f
-    for f in (hypergradients, small_batches, unrolled, methods, repaired, refused, apart_and_said)
+    for f in (
+        hypergradients,
+        small_batches,
+        siblings,
+        unrolled,
+        methods,
+        repaired,
+        refused,
+        apart_and_said,
+    )
 }
 
 
@@ -262,15 +321,10 @@ def lost(how, *words):
 def launch(size, words, timeout=LIMIT, **more):
     """Start processes that find each other; return each one's exit code, output and errors."""
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            **os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", **more,
-        }  # fmt: skip
         started = []
-        for rank in range(size):
+        for rank, own in enumerate(environments(size)):
             files = [open(Path(folder) / f"{rank}.{name}", "w+") for name in ("out", "err")]
-            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = subprocess.Popen(words, env=own, stdout=files[0], stderr=files[1])
+            process = subprocess.Popen(words, env={**own, **more}, stdout=files[0], stderr=files[1])
             started.append((process, files))
         done = []
         for process, files in started:
@@ -283,14 +337,6 @@ def launch(size, words, timeout=LIMIT, **more):
                 file.seek(0)
             done.append((code, *(file.read() for file in files)))
         return done
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
 
 
 def main(folder, *names):

@@ -86,7 +86,7 @@ PARTS = {
     "data": ([*(PACKAGE / "data").glob("*.py")], 1320),
     "meta-learning": ([PACKAGE / "meta.py"], 335),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 660),
-    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 710),
+    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3245),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),

@@ -18,6 +18,7 @@ from bilevel_lite.experiment import job
 from bilevel_lite.experiment.task import find
 from bilevel_lite.parallel import Group, Sharded, dealt, shard
 from bilevel_lite.products import theta_gradient
+from bilevel_lite.workers import environments
 
 HERE = Path(__file__).resolve().parent
 
@@ -125,7 +126,7 @@ def test_where_one_is_lost_the_others_say_so_and_the_run_resumes(how, by_two, tm
 def test_torchrun_starts_it_and_one_process_takes_it_up(by_two, tmp_path):
     short = [*RUN, "--out", str(tmp_path)]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-addr", "127.0.0.1", "--master-port", several.free_port()]
+    run += ["--master-addr", "127.0.0.1", "--master-port", environments(1)[0]["MASTER_PORT"]]
     stop = [*run, str(HERE / "several.py"), "lost", "gone", *short]
     done = subprocess.run(stop, capture_output=True, text=True, timeout=several.LIMIT, check=False)
     assert done.returncode == 1
@@ -168,8 +169,10 @@ def test_a_group_on_the_solver_of_a_problem_that_is_not_shared_is_refused(group)
     risk = bl.WeightedRisk(torch.nn.Linear(2, 2), weight=lambda lam, batch: lam[batch[2]])
     batch = torch.eye(2), torch.tensor([0, 1]), torch.arange(2)
     at = bl.BilevelProblem(risk, risk), torch.ones(2), torch.zeros(6), batch, batch
-    with pytest.raises(ValueError, match="solver: its factors are of all processes' rows"):
-        bl.hypergradient(*at, solver=bl.KFAC(group=group))
+    kfac = bl.KFAC(group=group)
+    for solver in (kfac, bl.CG(2, precondition=kfac), bl.KFACRichardson(1, kfac)):
+        with pytest.raises(ValueError, match="solver: its factors are of all processes' rows"):
+            bl.hypergradient(*at, solver=solver)
 
 
 def test_what_is_not_finite_is_said_to_be_that(group):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_lite.parallel import Shards
 from bilevel_lite.surroundings import differentiating
 
 __all__ = ["Resumable", "has_state"]
@@ -91,7 +92,8 @@ def has_state(part: Any) -> bool:
 
 
 def _kind(part: Any) -> str:
-    return getattr(part, "kind", type(part).__name__)
+    """What a part is; of a shared sampler the sampler, so that any number of processes go on."""
+    return type(part.sampler if isinstance(part, Shards) else part).__name__
 
 
 def _state_of(part: Any) -> Any:

@@ -275,8 +275,8 @@ def _tensor(value, like: torch.Tensor) -> torch.Tensor:
         value = torch.stack([torch.as_tensor(x) for x in value])
     elif parts:
         value = [x.item() if isinstance(x, torch.Tensor) else x for x in value]
-    whole = not isinstance(value, torch.Tensor) and not isinstance(value, np.ndarray)
-    value = torch.as_tensor(value, dtype=like.dtype if whole else None).detach().to(like)
+    plain = not isinstance(value, torch.Tensor | np.ndarray)  # numbers: float32 would round them
+    value = torch.as_tensor(value, dtype=like.dtype if plain else None).detach().to(like)
     return value.reshape(like.shape) if value.numel() == like.numel() == 1 else value
 
 
