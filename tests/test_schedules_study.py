@@ -13,6 +13,7 @@ from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.supervised import evaluate
+from bilevel_lite.products import theta_gradient
 from bilevel_lite.refuse import NotFinite
 from bilevel_lite.tasks import schedules_figures, schedules_ways, studies
 from bilevel_lite.tasks.greedy import HypergradientDescent, Preconditioned
@@ -28,6 +29,18 @@ TINY = {"inner_steps": 12, "images": 200, "held": 100, "outer_steps": 3, "fresh"
 def float32():
     with job.float32():
         yield
+
+
+@pytest.mark.parametrize("way", ["learned", "constant"])
+def test_the_inner_problem_has_the_decay_that_the_steps_follow(way, float32):
+    s = Schedules.settings(dataset="digits", way=way, **TINY)
+    task = Schedules.make(s, CPU)
+    lam, batch = torch.full_like(task.lam0, 0.8), task.train
+    theta = task.theta0 + 0.1
+    q = theta_gradient(task.plain.inner_loss, lam, theta, batch)[1]
+    decayed = theta_gradient(task.problem.inner_loss, lam, theta, batch)[1]
+    decay = 1e-5 * 1000**0.8  # the box of decays ends at 1e-2
+    assert torch.allclose(decayed - q, decay * theta, rtol=1e-3, atol=1e-7)
 
 
 # -- greedy steps
