@@ -184,7 +184,9 @@ METHODS = {
     "F2SA": lambda *at, **b: bl.F2SA(*at, **b),
     "StocBiO": lambda *at, **b: bl.StocBiO(*at, inner_steps=2, terms=3, linear_lr=0.1, **b),
     "NBO": lambda *at, **b: bl.NBO(*at, solve="gd", steps=2, linear_lr=0.1, **b),
-    "NHGD": lambda *at, **b: bl.NHGD(*at, inner_steps=2, kfac=AVERAGE(), **b),
+    "NHGD": lambda *at, **b: bl.NHGD(
+        *at, inner_steps=2, kfac=bl.KFAC(0.1, "empirical", ema=0.9), **b
+    ),
     "NHGD dense": lambda *at, **b: bl.NHGD(*at, inner_steps=2, initial=1.0, **b),
     "BOME": lambda *at, **b: bl.BOME(*at, copy_steps=2, copy_lr=0.1, **b),
     "BVFSM": lambda *at, **b: bl.BVFSM(*at, inner_steps=2, **b),
@@ -192,10 +194,6 @@ METHODS = {
     "ITD": lambda *at, **b: bl.ITD(*at, inner_steps=2, **b),
     "MRBO": lambda *at, **b: bl.MRBO(*at, solver=bl.KFAC(0.1), **b),
 }
-
-
-def AVERAGE():  # noqa: N802
-    return bl.KFAC(0.1, "empirical", ema=0.9)
 
 
 def methods(group):
