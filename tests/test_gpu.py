@@ -100,8 +100,8 @@ def test_the_order_and_the_processes(tmp_path):
     words = ["--out", str(tmp_path), "--device", "cpu", "--chapters", "0", "--study", STUDY]
     words += ["--study", "run ridge-of-nobody --set rows=60", "--models", "linear"]
     tests, bench, notebooks, study, other = gpu.groups(gpu.read(words))
-    files = ["kfac", "recorded", "session"]
-    assert tests[0].command[-3:] == [f"tests/test_{name}.py" for name in files]
+    files = ["kfac", "parallel", "recorded", "session"]
+    assert tests[0].command[-4:] == [f"tests/test_{name}.py" for name in files]
     assert bench[0].command[3:8] == ["bench", "--device", "cpu", "--rounds", "5"]
     assert [one.what for one in notebooks] == ["00_tour", "00_tour_solutions"]
     assert study[0].command[3:] == [
