@@ -22,6 +22,15 @@ def test_every_notebook_is_a_chapter_or_a_solution():
     assert {form.solution_of(path) for path in form.chapters()} >= set(form.solutions())
 
 
+def test_each_chapter_ends_with_a_link_to_the_next():
+    """A chapter with a letter stands beside the path."""
+    path = [one for one in form.chapters() if one.name[2] == "_"]
+    for one in form.chapters():
+        last = nbformat.read(one, 4).cells[-1].source.splitlines()[-1]
+        later = [other.name for other in path if other.name[:2] > one.name[:2]]
+        assert not later or (last.startswith("Next: ") and f"({later[0]})" in last), one.name
+
+
 # A notebook that breaks no rule, then one broken rule at a time.
 
 
