@@ -144,9 +144,9 @@ def check_mc_factor(mc_factor):
     def mean(weight, moment):
         return torch.einsum("n,nij->ij", weight, moment) / n
 
-    def estimate(samples):
+    def estimate(samples, copies=1):
         seeded = torch.Generator().manual_seed(5)
-        got = mc_factor(logits.clone(), sigma.clone(), samples, seeded)
+        got = mc_factor(logits.repeat(copies, 1), sigma.repeat(copies), samples, seeded)
         if not isinstance(got, torch.Tensor) or got.shape != (3, 3):
             shape = tuple(getattr(got, "shape", ()))
             raise Wrong(f"B has shape {shape}, expected (3, 3), one row for each class.")
@@ -185,6 +185,11 @@ def check_mc_factor(mc_factor):
     if float((few - truth).norm()) < 1e-3 * size:
         raise Wrong("With one draw B is exact: draw labels instead of taking the expectation.")
     close(few.sum(1) + 1, torch.ones(3).to(few), "The row sum of B, plus 1,", rtol=1e-9)
+    if float((estimate(1, copies=1000) - truth).norm()) > 0.05 * size:
+        raise Wrong(
+            "With one draw for each example the expectation is off: average s s^T over the draws, "
+            "and do not subtract the mean of the draws themselves."
+        )
 
 
 @exercise("5.5")

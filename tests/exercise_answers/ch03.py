@@ -38,6 +38,16 @@ def cross(losses, theta, v):
     return tangent / len(values)
 
 
+def cross_backward(losses, theta, v):  # n backward passes
+    rows = torch.func.jacrev(losses)(theta)
+    return rows @ v / len(rows)
+
+
+def cross_double_backward(losses, theta, v):
+    values, tangent = torch.autograd.functional.jvp(losses, theta, v)
+    return tangent / len(values)
+
+
 def cross_without_mean(losses, theta, v):
     return torch.func.jvp(losses, (theta,), (v,))[1]
 
@@ -185,6 +195,8 @@ WRONG = {
         cross_sum,
         cross_over_d,
         cross_row_by_row,
+        cross_backward,
+        cross_double_backward,
     ],
     "3.4": [
         cg_slips,

@@ -23,6 +23,13 @@ def mc(logits, sigma, samples, generator, power=0.5, divide=None, labels=None):
     return total / (n * samples if divide is None else divide(n, samples))
 
 
+def centred(logits, sigma, samples, generator):  # (1 - 1/samples) times the right one
+    draws = logits.softmax(1).multinomial(samples, replacement=True, generator=generator)
+    share = torch.nn.functional.one_hot(draws, logits.shape[1]).to(logits).mean(1)
+    h = torch.diag_embed(share) - share[:, :, None] * share[:, None]
+    return (sigma[:, None, None] * h).mean(0)
+
+
 def expectation(logits, sigma, samples, generator):
     p = logits.softmax(1)
     h = torch.diag_embed(p) - p[:, :, None] * p[:, None]
@@ -108,6 +115,7 @@ WRONG = {
         ),
         lambda *a: mc(*a, labels=lambda p, m, g: p.argmax(1)[:, None].expand(-1, m)),
         expectation,
+        centred,
         lambda *a: mc(*a)[0],
     ],
     "5.5": [
