@@ -309,6 +309,9 @@ def parser() -> argparse.ArgumentParser:
     gather.add_argument("folders", nargs="+", help="output folders of finished runs")
     gather.add_argument("--name", required=True, help="of the result, and so of the file")
     gather.add_argument("--to", metavar="DIR", help="another folder of figures")
+    gather.add_argument(
+        "--add", action="store_true", help="keep the runs that NAME holds already (further seeds)"
+    )
 
     marks = commands.add_parser(
         "grade",
@@ -535,7 +538,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "grade":
             return _grade(**options)
         elif command == "collect":
-            print(collect(options["folders"], options["name"], options["to"]).resolve())
+            print(collect(**options).resolve())
         else:
             _figures(options["names"], options["to"])
     except (DataError, RunError, ValueError) as error:

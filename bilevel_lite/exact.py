@@ -5,17 +5,21 @@ torch 2.13, found by comparing its derivatives with differences of those one ord
 second order  weight norm (its norms are taken for constants); cross-entropy of a linear map in
               chunks; embeddings with ``scale_grad_by_freq`` (the scale is forgotten), which no form
               can mend, since that gradient is the gradient of nothing
-third order   layer_norm, batch_norm and instance_norm with their own statistics; this is the order
-              of a Hessian where the loss itself holds a gradient (forces, gradient penalties)
+third order   layer_norm, batch_norm and instance_norm with their own statistics
+
+A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from bilevel_lite.surroundings import nodes
 
 __all__ = ["exactly"]
 
@@ -27,7 +31,8 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
     written out: its third derivatives are slower to take, and no other loss needs them.
 
     Raises:
-        ValueError: for an operation that has no right derivative.
+        ValueError: for an operation that has no right derivative, also where it came by a name that
+            is not known here (``torch.export``, TorchScript, ``torch.ops``).
     """
     mode = _Exactly()
     with mode:
@@ -35,7 +40,31 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
     if mode.normalises and mode.differentiates:
         with _Exactly(written_out=True):
             value = loss(*args)
+    if not _transforming():
+        _require_right(value, mode.differentiates)
     return value
+
+
+def _transforming() -> bool:
+    """True inside a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _require_right(value: Any, differentiates: bool) -> None:
+    for node in nodes(value):
+        name = node.name()
+        wrong = name.startswith("WeightNormInterface") or (
+            differentiates
+            and ("LayerNorm" in name or "BatchNorm" in name)
+            and getattr(node, "_saved_training", getattr(node, "_saved_train", True))
+        )
+        if wrong:
+            raise ValueError(
+                f"model: {name.removesuffix('Backward0')} came by another way than torch's own "
+                "functions (torch.export, TorchScript, torch.ops?), and torch has its higher "
+                "derivatives wrong; use the module as it was before it was exported or scripted, "
+                "or write the operation out"
+            )
 
 
 class _Exactly(TorchFunctionMode):
@@ -43,6 +72,7 @@ class _Exactly(TorchFunctionMode):
         super().__init__()
         self.written_out = written_out
         self.normalises = self.differentiates = False
+        self.level = fwad._current_level
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -52,8 +82,8 @@ class _Exactly(TorchFunctionMode):
             return _OTHER_FORMS[function](*args, **kwargs)
         elif function in _NORMALISE:
             self.normalises = True
-            inside = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func.grad
-            if self.written_out or inside:
+            inside = fwad._current_level > self.level  # a forward mode of the loss's own
+            if self.written_out or inside or _transforming():
                 return _NORMALISE[function](*args, **kwargs)
         elif function in _EMBED:
             _refuse_scaled(function, *args, **kwargs)

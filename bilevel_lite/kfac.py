@@ -18,6 +18,7 @@ A block whose A or B is zero (all weights zero, say) is the zero matrix, so its 
 I / tau under every rule.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -222,6 +223,10 @@ def _sum_parts(blocks: list, b: Tensor, v: Tensor, group: Group) -> None:
         if isinstance(block, Block):
             block(b, v)
     v.copy_(group.sum(v, "v"))
+
+
+# solver -> the model whose factors it remembers; a copy of a solver has no entry
+_MODELS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -463,6 +468,7 @@ class KFAC(Solver):
             name: self._mix(memory.diagonal.get(name), d) for name, d in done.diagonal.items()
         }
         memory.parameters = _parameters(risk)
+        _MODELS[self] = weakref.ref(risk.model)
 
     def _made(
         self, like: Tensor, risk, layers: list[Layer], factors, rest, diagonal, processes=None
@@ -587,7 +593,12 @@ class KFAC(Solver):
 
     def _require_known(self, risk: WeightedRisk | SumOfRisks, theta: Tensor) -> None:
         """Refuse a problem that the remembered factors are not of."""
-        memory = self._memory
+        memory, of = self._memory, _MODELS.get(self)
+        if of is not None and of() is not risk.model:
+            raise ValueError(
+                f"{type(self).__name__}: remembers factors of another model; use a new solver for "
+                "a new problem"
+            )
         if memory.theta is not None and memory.theta.shape != theta.shape:
             raise ValueError(
                 f"{type(self).__name__}: remembers factors for {memory.theta.numel()} parameters, "
@@ -630,6 +641,7 @@ class KFAC(Solver):
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; kept factors are inverted again on the next call."""
         super().load_state_dict(state)
+        _MODELS.pop(self, None)
         self._generator.set_state(state["generator"].cpu())
         factors = state["factors"]
         if factors is not None:

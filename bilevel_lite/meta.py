@@ -22,11 +22,13 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp, vmap
 
+from bilevel_lite.exact import exactly
 from bilevel_lite.linsolve import NegativeCurvatureWarning
 from bilevel_lite.refuse import at_least, require_finite, require_variable
 
@@ -87,7 +89,7 @@ def adapt(
         raise ValueError(f"tau: got {tau}, expected a number that is zero or positive")
     if theta is not None:
         _require_theta(theta, tasks, lam)
-    slope = vmap(grad(loss))
+    slope = vmap(grad(partial(exactly, loss)))
     theta = lam.expand(tasks, -1) if theta is None else theta
     for _ in range(steps):
         theta = theta - lr * (slope(theta, support) + tau * (theta - lam))
@@ -147,7 +149,7 @@ def maml(
         theta = adapt(loss, lam, support, steps, lr, tau)
         if first_order:  # the value of theta_T, and the slope of lam
             theta = theta.detach() + (lam - lam.detach())
-        return vmap(loss)(theta, query).mean()
+        return vmap(partial(exactly, loss))(theta, query).mean()
 
     h, value = grad_and_value(phi)(lam.detach())
     require_finite({"Phi": value, "h": h}, lambda: f"; lower lr ({lr}) or steps ({steps})")
@@ -223,9 +225,11 @@ def imaml(
     at_least("iters", iters, 1)
     _require_theta(theta, tasks, lam)
 
+    right = partial(exactly, loss)
+
     def one(theta, support, query):
-        b, value = grad_and_value(loss)(theta, query)
-        product = vjp(lambda theta: grad(loss)(theta, support), theta)[1]
+        b, value = grad_and_value(right)(theta, query)
+        product = vjp(lambda theta: grad(right)(theta, support), theta)[1]
         v, r, low = _cg(lambda p: product(p)[0] + tau * p, b, iters)
         return value, tau * v, r.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny), low
 

@@ -6,16 +6,23 @@ split is one concatenation; the backward of a slice per layer would write a full
 for each layer).
 """
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from bilevel_lite.same_function import note
-from bilevel_lite.surroundings import lock_of_modules, nothing_again
+from bilevel_lite.refuse import recording
+from bilevel_lite.same_function import Memos, note
+from bilevel_lite.surroundings import lock_of_modules, nodes, nothing_again
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that theta holds: those that require a gradient, tied ones once.
+
+    One without entries is left out.
 
     Args:
         model: Any module. Freeze a layer with ``requires_grad_(False)`` to keep it out of theta.
@@ -27,7 +34,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: if no parameter requires a gradient.
     """
     with lock_of_modules():  # another thread may have swapped the parameters for a call
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not params:
         raise ValueError(
             f"model: {type(model).__name__} has no parameter with requires_grad=True, "
@@ -39,11 +46,45 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def flatten(model: nn.Module) -> Tensor:
     """Copy the module's trainable parameters into one detached vector theta, shape (d,).
 
+    Raises:
+        ValueError: if no parameter requires a gradient, if they have several precisions, or if two
+            share memory (a training would move both at once, theta would not).
+
     Example:
         >>> bl.flatten(torch.nn.Linear(3, 2)).shape
         torch.Size([8])
     """
-    return torch.cat([p.detach().reshape(-1) for p in trainable(model).values()])
+    params = trainable(model)
+    of = {p.dtype: name for name, p in params.items()}
+    if len(of) > 1:
+        found = ", ".join(f"{name!r} {str(dtype)[6:]}" for dtype, name in of.items())
+        raise ValueError(
+            f"model: its parameters have several precisions ({found}), but theta is one vector; "
+            "convert the model, for example model.double()"
+        )
+    _require_apart(params)
+    return torch.cat([p.detach().reshape(-1) for p in params.values()])
+
+
+def _require_apart(params: dict[str, nn.Parameter]) -> None:
+    """Refuse two parameters that share an entry in memory: one is a view of the other."""
+    spans: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, p in params.items():
+        spans.setdefault(p.untyped_storage().data_ptr(), []).append((name, p))
+    for there in spans.values():
+        if len(there) == 1:
+            continue
+        size = there[0][1].untyped_storage().nbytes() // there[0][1].element_size()
+        held = torch.full((size,), -1)  # by which of them, an entry of the storage
+        for k, (name, p) in enumerate(there):
+            mine = torch.arange(size).as_strided(p.shape, p.stride(), p.storage_offset()).flatten()
+            if (other := int(held[mine].max())) >= 0:
+                raise ValueError(
+                    f"model: parameters {there[other][0]!r} and {name!r} share their memory, so a "
+                    "training moves both at once, but theta would hold them twice; make them one "
+                    "parameter (b.weight = a.weight), or compute one from the other in forward"
+                )
+            held[mine] = k
 
 
 def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
@@ -93,8 +134,72 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     """
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     note(model)
+    look = _to_be_looked_at(model)
+    copies = {k: p.detach().clone() for k, p in named.items()} if look else {}
     with lock_of_modules(), nothing_again("model"):
-        return functional_call(model, places_for(model, named), inputs, tie_weights=False)
+        memos = Memos(model) if look else None
+
+        def evaluate(at: dict[str, Tensor]) -> Any:
+            return functional_call(model, places_for(model, at), inputs, tie_weights=False)
+
+        outputs = evaluate(named)
+        if memos is not None:
+            _require_unwritten(model, named, copies)
+            _require_read(model, outputs, [*named.values(), *inputs])
+            elsewhere = {k: _nearby(p) for k, p in copies.items()}
+            memos.require_none(lambda: evaluate(elsewhere), next(iter(copies.values())))
+    return outputs
+
+
+def _nearby(p: Tensor) -> Tensor:
+    """Another value, not a multiple (a normalised weight would not show one), none of it drawn."""
+    wave = torch.arange(p.numel(), device=p.device).cos().view(p.shape).to(p)
+    return p + 0.03 * p.abs().mean() * wave
+
+
+# model -> how many evaluations there were
+_evaluated: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _to_be_looked_at(model: nn.Module) -> bool:
+    """True at evaluation 1, 2, 4, 8 ..., and where nothing hides what is computed."""
+    if recording() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    count = _evaluated[model] = _evaluated.get(model, 0) + 1
+    return count & (count - 1) == 0
+
+
+def _require_unwritten(model: nn.Module, named: dict[str, Tensor], copies: dict) -> None:
+    """Refuse a model that gives its parameters other values by ``.data``, which nothing counts."""
+    for name, copy in copies.items():
+        now = named[name].detach()
+        if now.shape != copy.shape or bool((now != copy).logical_and(copy == copy).any()):
+            raise ValueError(
+                f"model: {type(model).__name__} writes into parameter {name!r} in forward (by "
+                ".data, which torch does not count), so what it computes is no function of theta; "
+                "project after each step, or compute the constrained value in forward"
+            )
+
+
+def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
+    """Refuse a model that reads a parameter of its own in place of theta's part.
+
+    One that is kept outside of the modules' parameters (a list, a closure, a transpose made in
+    ``__init__``) is a constant for theta. It is seen from the graph.
+    """
+    parts = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
+    given = [one for one in given if isinstance(one, Tensor)]
+    own = {id(p): name for name, p in trainable(model).items()}
+    for one in given:
+        own.pop(id(one), None)  # handed over as theta
+    for node in nodes(*parts, without=given):
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise ValueError(
+                f"model: {type(model).__name__} reads its parameter {name!r} past the module that "
+                "holds it (from a list, a closure, or a tensor made of it in __init__), so theta "
+                "does not reach it; read it from the module in forward"
+            )
 
 
 def places_for(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:

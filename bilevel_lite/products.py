@@ -6,18 +6,19 @@ what is kept). See `COST`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel_lite.exact import exactly
-from bilevel_lite.parallel import Sharded
+from bilevel_lite.parallel import Sharded, apart
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
-from bilevel_lite.same_function import same_twice
+from bilevel_lite.same_function import SameDraws, same_back, same_twice
 from bilevel_lite.surroundings import (
     differentiating,
     ordinary,
@@ -94,8 +95,8 @@ def gradient(
     """
     lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with way_out(name):
-        value = evaluate(loss, lam, theta, batch, name)
-    grad_lam, grad_theta = _grad(value, (lam, theta), name)
+        value = _first(loss, lam, theta, batch, name)
+    grad_lam, grad_theta = _same_grad(value, (lam, theta), name, loss)
     if grad_theta is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     if grad_lam is None:
@@ -114,11 +115,18 @@ def theta_gradient(
     """
     lam, theta = lam.detach().clone(), _leaf(theta, loss)
     with way_out(name):
-        value = evaluate(loss, lam, theta, batch, name)
+        value = _first(loss, lam, theta, batch, name)
     grad = _grad(value, (theta,), name)[0] if value.requires_grad else None
     if grad is None:
         raise ValueError(f"{name}: does not depend on theta (its gradient is not even defined)")
     return value.detach(), grad
+
+
+def _first(loss, lam, theta, batch, name):
+    """The value of a loss whose first derivatives are wanted; code that we know holds none."""
+    if only_reads(apart(loss)[0]):
+        return evaluate(loss, lam, theta, batch, name)
+    return exactly(evaluate, loss, lam, theta, batch, name)
 
 
 def _grad(value, inputs, name, **kwargs):
@@ -126,10 +134,20 @@ def _grad(value, inputs, name, **kwargs):
         wanted = "theta" if len(inputs) == 1 else "lam or on theta"
         raise ValueError(f"{name}: does not depend on {wanted}")
     with way_out(name):
-        grads = torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
-    if kwargs.get("create_graph"):
-        require_twice(name, *grads)
+        return torch.autograd.grad(value, inputs, allow_unused=True, **kwargs)
+
+
+def _graph(value, inputs, loss):
+    """Gradients of the inner loss with their graph, to be differentiated once more."""
+    grads = _same_grad(value, inputs, "inner_loss", loss, create_graph=True)
+    require_twice("inner_loss", *grads)
     return grads
+
+
+def _same_grad(value, inputs, name, loss, **kwargs):
+    loss = apart(loss.loss if isinstance(loss, SameDraws) else loss)[0]
+    back = partial(_grad, value, inputs, name, **kwargs)
+    return same_back(name, back, None if only_reads(loss) else loss)
 
 
 def _require_dependence(**depends: bool) -> None:
@@ -157,7 +175,7 @@ def _gradient_graph(loss, lam, theta, batch):
     """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
-        (grad,) = _grad(value, (theta,), "inner_loss", create_graph=True)
+        (grad,) = _graph(value, (theta,), loss)
     _require_dependence(theta=grad is not None)
     return grad
 
@@ -384,7 +402,7 @@ def _cross_twice(loss, lam, theta, batch, v):
     lam, theta, v = _leaf(lam, loss), _leaf(theta, loss), ordinary(v)
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
-        grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        grad_lam, grad = _graph(value, (lam, theta), loss)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         along = dot(grad, v)
         if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
@@ -491,7 +509,7 @@ def first_and_second(
     lam, theta, p = _leaf(lam, loss), _leaf(theta, loss), ordinary(p)
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
-        grad_lam, grad = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        grad_lam, grad = _graph(value, (lam, theta), loss)
         _require_dependence(lam=grad_lam is not None, theta=grad is not None)
         jp = hp = None
         if grad.requires_grad:
@@ -527,7 +545,7 @@ def update_graph(
     lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
-        grad_lam, q = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        grad_lam, q = _graph(value, (lam, theta), loss)
     _require_dependence(lam=grad_lam is not None or not need_lam, theta=q is not None)
 
     @differentiating
@@ -586,7 +604,7 @@ def update_operator(
     lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with second_order():
         value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
-        grads = _grad(value, (lam, theta), "inner_loss", create_graph=True)
+        grads = _graph(value, (lam, theta), loss)
     _require_dependence(lam=grads[0] is not None or not need_lam, theta=grads[1] is not None)
 
     @differentiating

@@ -25,6 +25,7 @@ __all__ = [
     "recording",
     "require_as_drawn",
     "require_batch",
+    "require_batch_unwritten",
     "require_bias",
     "require_finite",
     "require_problem",
@@ -139,6 +140,19 @@ def require_as_drawn(name: str, batch: Any, before: Any) -> None:
         raise ValueError(
             f"{name}: a batch was changed in place after it was drawn, but it is needed again; "
             "draw new tensors each time"
+        )
+
+
+def require_batch_unwritten(name: str, batch: Any, before: Any) -> None:
+    """Refuse a loss or a model that wrote into its batch, with ``before = versions(batch)``.
+
+    Raises:
+        ValueError: naming it and the way out.
+    """
+    if versions(batch) != before:
+        raise ValueError(
+            f"{name}: writes into its batch, so the next evaluation is one of other data (an "
+            "activation with inplace=True as the first layer does); use inplace=False"
         )
 
 

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
-from bilevel_lite.refuse import NotFinite, check_labels, looked_at
+from bilevel_lite.refuse import (
+    NotFinite,
+    check_labels,
+    looked_at,
+    require_batch_unwritten,
+    versions,
+)
 from bilevel_lite.same_function import due, same_twice, was_the_same
 from bilevel_lite.surroundings import (
     differentiating,
@@ -338,6 +344,7 @@ class WeightedRisk:
         _require_pair(batch, "batch: got")
         _require_rows(batch, "batch")
         x = batch[0]
+        as_given = versions(batch)
         try:
             outputs = predict(self.model, theta, x)
         except torch.cuda.OutOfMemoryError:
@@ -349,6 +356,7 @@ class WeightedRisk:
                     f"{tuple(x.shape)} ({error})"
                 ) from error
             raise
+        require_batch_unwritten("model", batch, as_given)
         if not isinstance(outputs, Tensor):
             raise ValueError(
                 f"model: {type(self.model).__name__} gives {type(outputs).__name__}, expected a "

@@ -2,13 +2,14 @@
 
 b, H and J are derivatives at one point of one function. A model that draws random numbers, counts
 its calls, remembers activations or moves a buffer at each forward pass is another function every
-time. Running statistics of BatchNorm are no such state: what moves them does not read them. Values
-are compared, so a memo, filled by the first pass and read as a constant by the next, is not seen.
+time. Running statistics of BatchNorm are no such state: what moves them does not read them. What a
+pass leaves in the model's attributes may be a memo, read as a constant by the next: see `Memos`.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,11 +17,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bilevel_lite.refuse import recording
 from bilevel_lite.trust import known_code, low_precision, still
 
 __all__ = [
+    "Memos",
     "SameDraws",
     "due",
     "equal_states",
@@ -28,6 +31,7 @@ __all__ = [
     "random_state",
     "require_same",
     "restore_random_state",
+    "same_back",
     "same_twice",
     "was_the_same",
 ]
@@ -125,12 +129,7 @@ class _Watch:
 
     def moved(self) -> list[str]:
         """Names of buffers and attributes that are not what they were."""
-        return [
-            name
-            for model, before in self.models
-            for name, now in _kept(model).items()
-            if name not in before or not _same(before[name], now)
-        ]
+        return [name for model, before in self.models for name in _moved(model, before)]
 
     def evaluate(self, again: Callable[[], Tensor], times: int) -> list[Tensor]:
         """Evaluate anew, so many times; buffers stay as they are."""
@@ -171,6 +170,76 @@ def _kept(model: nn.Module) -> dict[str, Any]:
         for name, value in (*buffers.items(), *others):
             kept[f"{path}.{name}" if path else name] = _mark(value)
     return kept
+
+
+def _moved(model: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Names of what is not as `_kept` found it before."""
+    now = _kept(model)
+    return [k for k, one in now.items() if k not in before or not _same(before[k], one)]
+
+
+class Memos:
+    """Does an evaluation leave something in the model that decides the value of the next one?
+
+    A weight that is computed once and kept (under a name, or in a dict by shape) belongs to the
+    theta of the first evaluation, and the next one, with another theta, reads it as a constant.
+
+    Args:
+        model: Looked at now, before it is evaluated; where its code is known there are none.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.before = model, _kept(model)
+        self.attributes = _attributes(model) if self.before else []
+
+    def require_none(self, evaluate: Callable[[], Any], like: Tensor) -> None:
+        """Evaluate at another theta, with what was left and without, if anything was left.
+
+        Raises:
+            ValueError: naming what is kept, and the way out.
+
+        Cost: nothing, or two forward passes.
+        """
+        moved = _moved(self.model, self.before)
+        if not moved:
+            return
+        drawn, now, values = random_state(like), _attributes(self.model), []
+        with still(self.model):
+            for attributes in (now, self.attributes):
+                _put_back(attributes)
+                restore_random_state(drawn, like)
+                made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
+                values.append(made)
+        _put_back(now)
+        restore_random_state(drawn, like)
+        for one, other in zip(*values, strict=True):
+            if one.is_floating_point() and not _near(one, other):
+                raise ValueError(
+                    f"model: {type(self.model).__name__} has another value after a call than it "
+                    f"would have without that call: it keeps something from call to call "
+                    f"({', '.join(map(repr, moved[:3]))}; of another theta, perhaps), so b, H and "
+                    "J would each belong to another function; compute it in every call"
+                )
+
+
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
+    """Of each module the attributes of its own, and copies of the containers among them."""
+    kept = []
+    for module in model.modules():
+        own = {k: a for k, a in vars(module).items() if k not in _OWN}
+        inside = {k: copy(a) for k, a in own.items() if isinstance(a, dict | list | set)}
+        kept.append((module, own, inside))
+    return kept
+
+
+def _put_back(kept: list[tuple[nn.Module, dict, dict]]) -> None:
+    for module, own, inside in kept:
+        for name in [k for k in vars(module) if k not in _OWN and k not in own]:
+            del vars(module)[name]
+        vars(module).update(own)
+        for name, was in inside.items():
+            own[name].clear()
+            (own[name].extend if isinstance(was, list) else own[name].update)(was)
 
 
 def _mark(value: Any) -> Any:
@@ -216,11 +285,12 @@ def _require_still_norms(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------ the comparison
 
-# loss or model -> how often it was used without a fault
+# loss or model -> how often it was used without a fault, and gone back through
 _uses: WeakKeyDictionary = WeakKeyDictionary()
+_ways_back: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def due(of: Any) -> bool:
+def due(of: Any, counted: WeakKeyDictionary = _uses) -> bool:
     """True at the 1st, 2nd, 4th, 8th ... use, and until a comparison has come out well."""
     if recording():  # compared before, by the plain path
         return False
@@ -229,16 +299,50 @@ def due(of: Any) -> bool:
     if isinstance(of, nn.Module) and known_code(of):
         return False
     try:
-        uses = _uses.get(of, 0) + 1
+        uses = counted.get(of, 0) + 1
     except TypeError:  # has no hash or no weak references
         return True
     return uses & (uses - 1) == 0
 
 
-def was_the_same(of: Any) -> None:
+def was_the_same(of: Any, counted: WeakKeyDictionary = _uses) -> None:
     """Count a use that was compared and came out well, or that was not due."""
     with suppress(TypeError):
-        _uses[of] = _uses.get(of, 0) + 1
+        counted[of] = counted.get(of, 0) + 1
+
+
+def same_back(
+    what: str, back: Callable[..., tuple[Tensor | None, ...]], of: Any = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients, refused if the way back through their graph is another one each time.
+
+    A backward pass or a hook may draw random numbers, or count its calls. So the way is gone twice
+    at the 1st, 2nd, 4th, 8th ... use of ``of``.
+
+    Args:
+        what: What the message names.
+        back: Goes back; with ``retain_graph=True`` it can be called again.
+        of: The loss; None where all of its code is known.
+
+    Raises:
+        ValueError: naming ``what`` and the way out.
+
+    Cost: nothing, or half of a gradient where the way is gone twice.
+    """
+    if not due(of, _ways_back):
+        was_the_same(of, _ways_back)
+        return back()
+    grads = back(retain_graph=True)
+    for one, other in zip(grads, back(retain_graph=True), strict=True):
+        if one is not None and not _near(one.detach(), other.detach()):
+            raise ValueError(
+                f"{what}: has another gradient when the same graph is gone back once more: a "
+                "backward pass or a hook draws random numbers, or keeps something from call to "
+                "call, so b, H and J would each belong to another function; take it out, or put "
+                "what is drawn into the batch"
+            )
+    was_the_same(of, _ways_back)
+    return grads
 
 
 @contextmanager
@@ -296,11 +400,8 @@ def require_same(what: str, values: list[Tensor], moved: list[str]) -> None:
         ValueError: naming ``what``, ``moved`` and the way out.
     """
     first, *others = values
-    size = first.norm()
-    eps = torch.finfo(first.dtype).eps
-    rtol = max(min(1e3 * eps, 3e-2), 3e-2 if low_precision(first) else 0.0)
     for other in others:
-        if bool((other - first).norm() > rtol * size):
+        if not _near(first, other):
             kept = f" ({', '.join(map(repr, moved[:3]))})" if moved else ""
             raise ValueError(
                 f"{what}: has another value when it is evaluated once more at the same point: it "
@@ -308,3 +409,10 @@ def require_same(what: str, values: list[Tensor], moved: list[str]) -> None:
                 "so b, H and J would each belong to another function; call model.eval(), or put "
                 "what is kept or drawn into the batch"
             )
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """True if two values of one function differ by no more than rounding; NaN passes."""
+    eps = torch.finfo(one.dtype).eps
+    rtol = max(min(1e3 * eps, 3e-2), 3e-2 if low_precision(one) else 0.0)
+    return not bool((other - one).norm() > rtol * one.norm())

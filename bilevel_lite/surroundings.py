@@ -9,7 +9,7 @@ setting cures is refused in a sentence that names the way out.
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar, cast
 
@@ -22,6 +22,7 @@ __all__ = [
     "differentiating",
     "forward_level",
     "lock_of_modules",
+    "nodes",
     "nothing_again",
     "ordinary",
     "require_twice",
@@ -288,16 +289,27 @@ def require_twice(what: str, *grads: Tensor | None) -> None:
 
     Cost: a walk over the graph, no arithmetic.
     """
-    seen, left = set(), [grad.grad_fn for grad in grads if grad is not None]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
+    for node in nodes(*grads):
         if node.name() == "torch::autograd::Error":
             raise ValueError(
                 f"{what}: holds a torch.autograd.Function whose backward is marked "
                 "once_differentiable, so its second derivative is missing; write a backward that "
                 "is differentiable"
             )
+
+
+def nodes(*values: Any, without: Iterable[Tensor] = ()) -> Iterator[Any]:
+    """Each node of the graph behind some tensors, once; not what lies behind those of ``without``.
+
+    Whatever is no tensor is passed over. A leaf that needs a gradient is a node with an attribute
+    ``variable``.
+    """
+    seen = {value.grad_fn for value in without}
+    left = [value.grad_fn for value in values if isinstance(value, Tensor)]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
         seen.add(node)
+        yield node
         left += [parent for parent, _ in node.next_functions]

@@ -28,7 +28,7 @@ from bilevel_lite.refuse import (
     versions,
 )
 from bilevel_lite.same_function import SameDraws
-from bilevel_lite.surroundings import differentiating, ordinary
+from bilevel_lite.surroundings import differentiating, nodes, ordinary
 from bilevel_lite.updates import SGD, Update
 
 __all__ = ["UnrollInfo", "unrolled_hypergradient"]
@@ -306,6 +306,30 @@ def _stepped(update, theta, state, q, lam, t):
     return new, tuple(news)
 
 
+def _require_graph(step, at, ends, t):
+    """Refuse a step that autograd cannot follow: that derivative would be zero, without a word.
+
+    An argument that the graph does not lead back to is moved a little: nothing may come of it.
+    """
+    with torch.no_grad():
+        for k, name in enumerate(("lam", "theta", "q", *["the state"] * len(at[3:]))):
+            for end in ends:
+                reached = any(getattr(node, "variable", end) is at[k] for node in nodes(end))
+                if reached or end is at[k]:
+                    break
+            else:
+                moved = [x.detach() for x in at]
+                moved[k] = torch.where(at[k] == 0, 1e-6, at[k] * (1 - 1e-3))
+                new, news = step(moved[1], tuple(moved[3:]), moved[2], moved[0], t)
+                if not all(map(torch.equal, ends, (new, *news))):
+                    raise ValueError(
+                        f"update: what step returns changes with {name}, but no graph leads back "
+                        "to it (torch.no_grad, .data, .detach() or NumPy?), so its derivative "
+                        "would be taken for zero; use torch's operations on the arguments as they "
+                        "are"
+                    )
+
+
 class _Step:
     """One step theta', u' = step(theta, u, q; lam, t) with its derivative, by autograd."""
 
@@ -314,6 +338,7 @@ class _Step:
         with torch.enable_grad():
             new, news = update.step(at[1], tuple(at[3:]), at[2], at[0], t)
         self.at, self.ends = at, [new, *news]
+        _require_graph(update.step, at, self.ends, t)
         self.out = new.detach(), tuple(u.detach() for u in news)
         self.linear, self.reads_lam = None, False
 

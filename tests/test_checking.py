@@ -224,7 +224,7 @@ def test_a_loss_that_draws_from_a_generator_of_its_own(monkeypatch, size):
     at = problem, c.lam, c.theta, c.batch, None, bl.CG(5)
     with pytest.raises(ValueError, match="inner_loss: has another value .* generator of its own"):
         bl.check(*at, verbose=False)
-    monkeypatch.setattr(same_function, "due", lambda of: False)  # nor would it pass unnoticed
+    monkeypatch.setattr(same_function, "due", lambda *_: False)  # nor would it pass unnoticed
     blamed(bl.check(*at, verbose=False), "inner_loss: gives two values at one point")
 
 

@@ -465,5 +465,8 @@ def test_collect(whole, tmp_path, monkeypatch):
     path = experiment.collect([str(whole)], "some")
     assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
     assert experiment.stored("some")["kind"] == "hyperclean"
+    experiment.collect([str(whole)], "some", add=True)
+    first, second = experiment.stored("some")["runs"]
+    assert first == second
     with pytest.raises(RunError, match="holds no result.json"):
         experiment.collect([str(tmp_path)], "some")

@@ -81,10 +81,10 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11405),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11750),
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1320),
-    "meta-learning": ([PACKAGE / "meta.py"], 335),
+    "meta-learning": ([PACKAGE / "meta.py"], 340),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 660),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3245),

@@ -24,9 +24,10 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from kinds import KINDS, N
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,7 +36,7 @@ import bilevel_lite as bl
 from bilevel_lite.curvature import GGN, EmpiricalFisher
 from bilevel_lite.ekfac import ekfac_operator
 from bilevel_lite.kfac import kfac_factors, kfac_operator
-from bilevel_lite.products import cross_vp, hvp
+from bilevel_lite.products import cross_vp, hvp, theta_gradient
 from bilevel_lite.products import gradient as gradient_and_value
 
 PACKAGE = str(Path(bl.__file__).parent)
@@ -642,14 +643,16 @@ SCALED = "scale_grad_by_freq=True"
 SPARSE = "sparse tensors"
 AGAIN = "activation checkpointing"
 ITERATES = "spectral_norm in training mode"
-KEEPS = "has another value when it is evaluated once more"
+KEEPS = "has another value"
 PARALLEL = "DataParallel module"
 HELD_STILL = ("regulariser/Identity",)  # reads the penalty's derivatives alone
 
 REFUSED: dict[str, dict[str, str]] = {
     "bilinear": no_diagonal("body.inner.weight"),
     "embedding with max_norm": nothing(IN_PLACE, "modified") | {"weights/H": IN_PLACE},
-    "embedding with scale_grad_by_freq": no_second(SCALED) | no_diagonal("0.weight"),
+    "embedding with scale_grad_by_freq": no_second(SCALED)
+    | no_diagonal("0.weight")
+    | dict.fromkeys(cells((*RISK, *PLAIN), SOLVERS), SCALED),
     "embedding that is sparse": nothing(SPARSE, SPARSE),
     **{
         f"embedding bag{words}": no_second("'_embedding_bag_backward'", *HELD_STILL)
@@ -853,6 +856,83 @@ def test_second_derivatives_of_a_gradient_penalty(normalise):
     w = torch.randn(N, 4)
     truth = (slope(0, h * w) - slope(0, -h * w)) @ e / (2 * h)
     assert error((cross_vp(loss, lam, theta, batch, e) * w).sum(), truth) < ROUGH
+
+
+def tangent(by):
+    """A loss that holds a derivative by forward mode, of a layer norm."""
+
+    def net(theta, x):
+        return F.layer_norm(x @ theta.view(4, 3), (3,)).tanh()
+
+    def along(theta, x):
+        if by == "torch.func.jvp":
+            return torch.func.jvp(lambda x: net(theta, x), (x,), (torch.ones_like(x),))[1]
+        if by == "jacfwd":
+            return torch.func.vmap(torch.func.jacfwd(lambda x: net(theta, x)))(x).sum(-1)
+        with fwad.dual_level():
+            out = net(theta, fwad.make_dual(x, torch.ones_like(x)))
+            return fwad.unpack_dual(out).tangent.clone()
+
+    return lambda lam, theta, x: (lam * along(theta, x).square().sum(1)).sum() + theta @ theta
+
+
+def flatness(lam, theta, x):
+    """A penalty on the gradient in theta, over weight norm: first derivatives need second ones."""
+    theta = theta if theta.requires_grad else theta.clone().requires_grad_()
+    weight = torch._weight_norm(theta[:12].view(3, 4), theta[12:].view(3, 1), 0)
+    value = (lam * (x @ weight.T).tanh().square().sum(1)).sum()
+    return value + torch.autograd.grad(value, theta, create_graph=True)[0].square().sum()
+
+
+@pytest.mark.parametrize(
+    "loss, d",
+    [*((tangent(by), 12) for by in ("torch.func.jvp", "jacfwd", "dual_level")), (flatness, 15)],
+    ids=["torch.func.jvp", "jacfwd", "dual_level", "flatness"],
+)
+def test_all_derivatives_of_a_loss_that_holds_one(loss, d):
+    """The first against differences of its values, the second against differences of the first."""
+    batch, lam, theta = torch.randn(N, 4), torch.rand(N) + 0.5, torch.randn(d)
+    e, w, h = torch.linspace(0.5, 1.5, d), torch.randn(N), 1e-5
+
+    def across(function):
+        return (function(h) - function(-h)) / (2 * h)
+
+    def value(t):
+        return loss(lam, theta + t * e, batch).detach()
+
+    def slope(t, s=0.0):
+        return theta_gradient(loss, lam + s * w, theta + t * e, batch)[1]
+
+    assert error(gradient_and_value(loss, lam, theta, batch)[2] @ e, across(value)) < ROUGH
+    assert error(slope(0) @ e, across(value)) < ROUGH
+    assert error(hvp(loss, lam, theta, batch, e), across(slope)) < ROUGH
+    truth = across(lambda s: slope(0, s) @ e)
+    assert error((cross_vp(loss, lam, theta, batch, e) * w).sum(), truth) < ROUGH
+
+
+def unnamed(how):
+    """Weight norm by a name that is not torch's own function's."""
+
+    def norm(v, g):
+        if how == "torch.ops":
+            return torch.ops.aten._weight_norm_interface(v, g, 0)[0]
+        return scripted(v, g)
+
+    return lambda lam, theta, x: (
+        lam * (x @ norm(theta[:12].view(3, 4), theta[12:].view(3, 1)).T).tanh().square().sum(1)
+    ).sum()
+
+
+@torch.jit.script
+def scripted(v: Tensor, g: Tensor) -> Tensor:
+    return torch._weight_norm(v, g, 0)
+
+
+@pytest.mark.parametrize("how", ["torch.ops", "TorchScript"])
+def test_a_wrong_operation_by_another_name_is_refused(how):
+    at = torch.rand(N), torch.randn(15), torch.randn(N, 4)
+    with pytest.raises(ValueError, match="WeightNormInterface came by another way"):
+        hvp(unnamed(how), *at, torch.randn(15))
 
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch before 2.13")

@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.func import vmap
+from torch.nn.utils import parametrizations
 
 import bilevel_lite as bl
 from bilevel_lite import meta
@@ -84,6 +86,55 @@ def test_maml_is_unrolling_in_the_displacement(tasks):
             problem, lam, torch.zeros_like(lam), 4, 0.05, inner_batch=batch, outer_batch=judge
         )
     assert torch.allclose(meta.maml(loss, lam, support, query, 4, 0.05)[1], total / 5, rtol=1e-9)
+
+
+NORMALISED = {
+    "layer norm": lambda: nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)),
+    "batch norm": lambda: nn.Sequential(
+        nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 1)
+    ),
+    "weight norm": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(1, 4)), nn.Tanh(), nn.Linear(4, 1)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+def test_both_are_right_where_torch_has_wrong_higher_derivatives(tasks, kind):
+    """Against differences of Phi_T, and of the gradient of each task: torch's first order only."""
+    torch.manual_seed(0)
+    net, (_, support, query) = NORMALISED[kind](), tasks
+    lam = bl.flatten(net) + 0.1
+
+    def loss(theta, batch):
+        return (bl.params.predict(net, theta, batch[0]) - batch[1]).square().mean()
+
+    def slope(theta, batch):
+        leaf = theta.detach().requires_grad_()
+        return torch.autograd.grad(loss(leaf, batch), leaf)[0]
+
+    def phi(lam):
+        total = 0.0
+        for i in range(5):
+            theta = lam
+            for _ in range(3):
+                theta = theta - 0.1 * slope(theta, (support[0][i], support[1][i]))
+            total += loss(theta, (query[0][i], query[1][i])).detach() / 5
+        return total
+
+    h = meta.maml(loss, lam, support, query, 3, 0.1)[1]
+    assert (h - differences(phi, lam)).norm() < 1e-6 * h.norm()
+    theta = lam + 0.1 * torch.randn(5, len(lam), generator=gen(6))
+    h = meta.imaml(loss, lam, theta, support, query, tau=9.0, iters=4 * len(lam))[1]
+    truth = 0.0
+    for i, at in enumerate(theta):
+        rows = [
+            differences(lambda t, j=j, i=i: slope(t, (support[0][i], support[1][i]))[j], at)
+            for j in range(len(lam))
+        ]
+        b = slope(at, (query[0][i], query[1][i]))
+        truth += 9.0 * torch.linalg.solve(torch.stack(rows) + 9 * torch.eye(len(lam)), b) / 5
+    assert (h - truth).norm() < 1e-6 * truth.norm()
 
 
 def test_imaml_is_the_derivative_of_the_solved_problem(tasks):

@@ -216,7 +216,41 @@ class Whole(updates.Update):
         return (torch.zeros(4, dtype=torch.int64),)
 
 
+class NoGrad(updates.Update):
+    @torch.no_grad()
+    def step(self, theta, state, q, lam, t):
+        return theta - 0.1 * q, state
+
+
+class ByData(updates.Update):
+    def step(self, theta, state, q, lam, t):
+        return theta.data - 0.1 * q, state
+
+
+class ByNumPy(updates.Update):
+    def step(self, theta, state, q, lam, t):
+        return torch.from_numpy(theta.detach().numpy() - 0.1 * q.detach().numpy()), state
+
+
+class CutVelocity(updates.Update):
+    def start(self, theta):
+        return (torch.ones_like(theta),)
+
+    def step(self, theta, state, q, lam, t):
+        return theta - 0.1 * (0.9 * state[0].detach() + q), (0.9 * state[0].detach() + q,)
+
+
+class CutRate(updates.Update):
+    def step(self, theta, state, q, lam, t):
+        return theta - lam.detach().square().mean() * q, state
+
+
 BAD = {
+    "changes with theta, but no graph": dict(update=NoGrad()),
+    "step returns changes with theta, but": dict(update=ByData()),
+    "returns changes with theta, but no": dict(update=ByNumPy()),
+    "changes with the state, but no graph": dict(update=CutVelocity()),
+    "changes with lam, but no graph": dict(update=CutRate()),
     "a tuple of tensors of floating-point numbers": dict(update=Whole()),
     "another one when it is done again": dict(update=Drawn()),
     "step writes into its arguments": dict(update=Writes()),
@@ -239,6 +273,24 @@ def test_bad_updates_are_refused(problem, message, mode):
     given = {"mode": mode, "inner_batch": problem["batch"], **BAD[message]}
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
         bl.unrolled_hypergradient(*at, **given)
+
+
+class DualAveraging(updates.Update):
+    """theta' = theta_0 - 0.1 (q_0 + ... + q_t): it does not read theta, and need not."""
+
+    def start(self, theta):
+        return (theta,)
+
+    def step(self, theta, state, q, lam, t):
+        return state[0] - 0.1 * q, (state[0] - 0.1 * q,)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_step_that_reads_its_state_alone_is_descent(problem, mode):
+    given = {"mode": mode, "inner_batch": problem["batch"]}
+    at = problem["weighted"], problem["lam"], problem["theta"], T
+    got = bl.unrolled_hypergradient(*at, update=DualAveraging(), **given)
+    assert torch.allclose(got, bl.unrolled_hypergradient(*at, lr=0.1, **given), rtol=1e-12)
 
 
 class Plain(updates.Update):

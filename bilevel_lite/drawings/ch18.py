@@ -58,14 +58,17 @@ def learned(schedules, courses, rivals, greedy):
     """Learned schedules of the learning rate, and what each way to choose rates costs.
 
     ``schedules`` has the last of each repeat, ``courses`` its losses after fresh trainings, one for
-    each outer step; ``rivals`` maps names to such losses; ``greedy`` is a rate for each step.
+    each outer step; ``rivals`` maps names to such losses; ``greedy`` has runs of other starts, a
+    rate for each step.
     """
     figure, (left, right) = plotting.figure(2, height=2.7)
     for k, values in enumerate(schedules):
-        edges = np.linspace(0, len(greedy), len(values) + 1)
+        edges = np.linspace(0, len(greedy[0]), len(values) + 1)
         left.stairs(values, edges, color=COLORS["forward"], lw=1 + 0.6 * k,
                     label=None if k else "learned, three repeats")  # fmt: skip
-    left.plot(greedy, color=COLORS["identity"], lw=1, label="greedy")
+    for k, rates in enumerate(greedy):
+        left.plot(rates, color=COLORS["identity"], lw=1, ls=("-", "--")[k % 2],
+                  label=None if k else "greedy, two starts")  # fmt: skip
     left.set(xlabel="step $t$", ylabel=r"learning rate $\eta_t$", ylim=(0, None))
     left.legend()
     for k, course in enumerate(courses):

@@ -421,13 +421,16 @@ def _without_folders(result: dict) -> dict:
     return result
 
 
-def collect(folders: list[str], name: str, to: str | Path | None = None) -> Path:
+def collect(
+    folders: list[str], name: str, to: str | Path | None = None, add: bool = False
+) -> Path:
     """Gather the results of several finished runs into ``figures/data/NAME.json``.
 
     Args:
         folders: Output folders that hold a ``result.json`` of the same kind.
         name: Name of the stored result.
         to: Another folder than the one that `figures_folder` gives.
+        add: Keep the runs that a stored result of this name holds already.
 
     Returns:
         The file written.
@@ -436,7 +439,7 @@ def collect(folders: list[str], name: str, to: str | Path | None = None) -> Path
         RunError: if a folder holds no result, or one that was edited or made by another version, or
             the kinds differ, or the file cannot be written.
     """
-    runs = []
+    runs = stored(name, to)["runs"] if add else []
     for folder in folders:
         path = Path(folder) / "result.json"
         if not path.exists():

@@ -1,0 +1,314 @@
+"""What a model reads past theta, keeps or writes: refused by every solver; its repair is right."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bilevel_lite as bl
+from bilevel_lite.params import predict
+
+
+def numbers(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+N = 8
+X, X_OUT = numbers(0, N, 4), numbers(1, 5, 4)
+Y, Y_OUT = torch.arange(N) % 3, torch.arange(5) % 3
+INNER, OUTER, LAM = (X, Y, torch.arange(N)), (X_OUT, Y_OUT), 0.5 + numbers(2, N).sigmoid()
+SOLVERS = {
+    "Direct": bl.Direct(),
+    "CG": bl.CG(60),
+    "CG on the GGN": bl.CG(5, curvature="ggn"),
+    "KFAC": bl.KFAC(0.1, rest="damping"),
+    "unrolled": None,
+}
+
+
+def hypergradient(model, solver, theta=None):
+    """By a solver at a theta that solves nothing (its Hessian is positive), or by 3 steps."""
+    theta = bl.flatten(model) * 0.3 if theta is None else theta
+    inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.5)
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    inner_batch, outer_batch = [tuple(part.clone() for part in b) for b in (INNER, OUTER)]
+    if solver is None:
+        return bl.unrolled_hypergradient(
+            problem, LAM, theta, 3, 0.1, inner_batch=inner_batch, outer_batch=outer_batch
+        )
+    return bl.hypergradient(problem, LAM, theta, inner_batch, outer_batch, solver)
+
+
+class Net(nn.Module):
+    """x -> out(tanh(F.linear(x, weight))), the weight got by one of the ways below."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.a, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=g)
+        self.made()
+
+    def made(self):
+        pass
+
+    def weight(self, x):
+        w = self.a.weight
+        return w / w.norm(dim=1, keepdim=True)
+
+    def forward(self, x):
+        return self.out(torch.tanh(F.linear(x, self.weight(x))))
+
+
+# ------------------------------------------------------------------ wrong ways
+
+
+class InAList(Net):
+    def made(self):
+        self.weights = [self.a.weight]
+
+    def weight(self, x):
+        return self.weights[0]
+
+
+class InAClosure(Net):
+    def made(self):
+        w = self.a.weight
+        self.get = lambda: w
+
+    def weight(self, x):
+        return self.get() + 0.1 * self.a.weight
+
+
+class MadeInInit(Net):
+    def made(self):
+        self.transposed = self.a.weight.t()
+
+    def weight(self, x):
+        return self.transposed.t()
+
+
+class Memo(Net):
+    """Computed once, and kept under a name; detached or not, the next theta does not move it."""
+
+    detached = False
+
+    def made(self):
+        self.memo = None
+
+    def weight(self, x):
+        if self.memo is None:
+            self.memo = super().weight(x).detach() if self.detached else super().weight(x)
+        return self.memo
+
+
+class DetachedMemo(Memo):
+    detached = True
+
+
+class MemoByShape(Net):
+    def made(self):
+        self.memo = {}
+
+    def weight(self, x):
+        return self.memo.setdefault(tuple(x.shape), super().weight(x))
+
+
+class MemoByVersion(Net):
+    """Right in a training, whose steps write into the parameter; theta's parts are all new."""
+
+    def made(self):
+        self.memo = {}
+
+    def weight(self, x):
+        return self.memo.setdefault(self.a.weight._version, super().weight(x))
+
+
+class Clamped(Net):
+    def weight(self, x):
+        self.a.weight.data.clamp_(-0.2, 0.2)
+        return self.a.weight
+
+
+class Renormed(Net):
+    def weight(self, x):
+        self.a.weight.data = torch.renorm(self.a.weight.data, 2, 0, 0.3)
+        return self.a.weight
+
+
+class WritesX(Net):
+    def forward(self, x):
+        return super().forward(F.leaky_relu(x, 0.5, inplace=True))
+
+
+class Drawing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return F.dropout(g, 0.5)
+
+
+class DrawsBackwards(Net):
+    def weight(self, x):
+        return Drawing.apply(super().weight(x))
+
+
+class CountsBackwards(Net):
+    calls = 0
+
+    def weight(self, x):
+        w = super().weight(x)
+        if w.requires_grad:
+            w.register_hook(self.count)
+        return w
+
+    def count(self, g):
+        CountsBackwards.calls += 1
+        return g * (1 + 0.5 * CountsBackwards.calls)
+
+
+PAST, KEEPS = "reads its parameter 'a.weight' past", "keeps something from call to call"
+WRONG = {
+    InAList: PAST,
+    InAClosure: PAST,
+    MadeInInit: PAST,
+    Memo: KEEPS,
+    DetachedMemo: KEEPS,
+    MemoByShape: KEEPS,
+    MemoByVersion: KEEPS,
+    Clamped: "writes into parameter 'a.weight'",
+    Renormed: "writes into parameter 'a.weight'",
+    WritesX: "writes into its batch",
+    DrawsBackwards: "has another gradient when",
+    CountsBackwards: "has another gradient when",
+}
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)
+def test_it_is_refused(cls, solver):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=WRONG[cls]):
+        for scale in (0.3, 0.36):
+            hypergradient(model := cls(), SOLVERS[solver], scale * bl.flatten(model))
+
+
+# ------------------------------------------------------------------ their repairs, and neighbours
+
+
+class Read(Net):
+    def weight(self, x):
+        return self.a.weight
+
+
+class Logged(Net):
+    """What it keeps, with its graph too, nobody reads."""
+
+    def made(self):
+        self.seen, self.count, self.all = None, 0, {}
+
+    def weight(self, x):
+        self.seen = super().weight(x)
+        self.count += 1
+        self.all[self.count] = self.seen.detach()
+        return self.seen
+
+
+class Renewed(Net):
+    """A memo that is renewed for each theta."""
+
+    def made(self):
+        self.of, self.memo = None, None
+
+    def weight(self, x):
+        if self.of is not self.a.weight:
+            self.of, self.memo = self.a.weight, super().weight(x)
+        return self.memo
+
+
+class WritesIntermediate(Net):
+    def forward(self, x):
+        return super().forward(F.leaky_relu(x * 1.0, 0.5, inplace=True))
+
+
+def by_hand(cls, theta, x):
+    w, out = theta[:16].view(4, 4), theta[16:].view(3, 4)
+    w = w if cls is Read else w / w.norm(dim=1, keepdim=True)
+    x = F.leaky_relu(x, 0.5) if cls is WritesIntermediate else x
+    return torch.tanh(x @ w.t()) @ out.t()
+
+
+@pytest.mark.parametrize("cls", [Read, Logged, Renewed, WritesIntermediate])
+def test_what_is_right_passes(cls):
+    model = cls()
+    for scale in (0.3, 0.36, 0.4):
+        lam = LAM.clone().requires_grad_()
+        theta = (scale * bl.flatten(model)).requires_grad_()
+        losses = F.cross_entropy(by_hand(cls, theta, X), Y, reduction="none")
+        g = (lam * losses).mean() + 0.5 * theta.square().sum()
+        (slope,) = torch.autograd.grad(g, theta, create_graph=True)
+        hessian = torch.stack([torch.autograd.grad(e, theta, retain_graph=True)[0] for e in slope])
+        f = F.cross_entropy(by_hand(cls, theta, X_OUT), Y_OUT)
+        v = torch.linalg.solve(hessian, torch.autograd.grad(f, theta)[0])
+        expected = -torch.autograd.grad(slope @ v, lam)[0]
+        got = hypergradient(model, bl.Direct(), theta.detach())
+        assert float((got - expected).norm()) < 1e-10 * float(expected.norm())
+
+
+def test_theta_may_have_a_graph_that_leads_to_the_models_own_parameters():
+    model = Net()
+    theta = torch.cat([p.reshape(-1) for p in model.parameters()])
+    for given in (theta, dict(model.named_parameters())):
+        predict(model, given, X).sum().backward()
+    assert float(model.out.weight.grad.norm()) > 0
+
+
+# ------------------------------------------------------------------ theta itself
+
+
+def test_parameters_that_share_memory_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.t())
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' share their memory"):
+        bl.flatten(model)
+
+
+def test_parts_of_one_memory_that_do_not_overlap_are_two_parameters():
+    memory = numbers(4, 12)
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(memory[::2].view(2, 3))
+    model.bias = nn.Parameter(memory[1::6])
+    assert torch.equal(bl.flatten(model), torch.cat([memory[::2], memory[1::6]]))
+
+
+def test_tied_parameters_are_one():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    assert bl.flatten(model).shape == (9,)
+
+
+def test_two_precisions_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2).float(), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"several precisions .*float32.*float64"):
+        bl.flatten(model)
+
+
+def test_a_parameter_without_entries_is_no_part_of_theta():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    with_empty = nn.Sequential(*plain)
+    with_empty.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    own = {"fisher": "empirical"}
+    for solver in (bl.Direct(), bl.KFAC(0.3, **own), bl.EKFAC(0.3, **own)):
+        assert torch.equal(hypergradient(with_empty, solver), hypergradient(plain, solver))
+
+
+@pytest.mark.parametrize("kept", [{"every": 5}, {"ema": 0.9}])
+def test_factors_of_one_model_do_not_serve_another(kept):
+    one, other = (nn.Sequential(nn.Linear(4, 3)) for _ in range(2))
+    solver = bl.KFAC(0.1, fisher="empirical", **kept)
+    hypergradient(one, solver)
+    hypergradient(one, solver)
+    with pytest.raises(ValueError, match="remembers factors of another model"):
+        hypergradient(other, solver)
