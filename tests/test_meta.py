@@ -88,15 +88,15 @@ def test_maml_is_unrolling_in_the_displacement(tasks):
     assert torch.allclose(meta.maml(loss, lam, support, query, 4, 0.05)[1], total / 5, rtol=1e-9)
 
 
+def between(*layers):
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(4, 1))
+
+
 NORMALISED = {
-    "layer norm": lambda: nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)),
-    "batch norm": lambda: nn.Sequential(
-        nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 1)
-    ),
-    "weight norm": lambda: nn.Sequential(
-        parametrizations.weight_norm(nn.Linear(1, 4)), nn.Tanh(), nn.Linear(4, 1)
-    ),
-}  # fmt: skip
+    "layer norm": lambda: between(nn.Linear(1, 4), nn.LayerNorm(4)),
+    "batch norm": lambda: between(nn.Linear(1, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+    "weight norm": lambda: between(parametrizations.weight_norm(nn.Linear(1, 4))),
+}
 
 
 @pytest.mark.parametrize("kind", NORMALISED)

@@ -186,6 +186,8 @@ WRONG = {
     DrawsBackwards: "has another gradient when",
     CountsBackwards: "has another gradient when",
 }
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("cls", WRONG, ids=lambda cls: cls.__name__)
 def test_it_is_refused(cls, solver):

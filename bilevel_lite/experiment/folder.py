@@ -421,9 +421,7 @@ def _without_folders(result: dict) -> dict:
     return result
 
 
-def collect(
-    folders: list[str], name: str, to: str | Path | None = None, add: bool = False
-) -> Path:
+def collect(folders: list[str], name: str, to: str | Path | None = None, add: bool = False) -> Path:
     """Gather the results of several finished runs into ``figures/data/NAME.json``.
 
     Args:
