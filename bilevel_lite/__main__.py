@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from bilevel_lite import __version__, models, plotting
@@ -20,6 +21,8 @@ from bilevel_lite.tasks import cleaning_comparison, hypercleaning, studies
 
 DEVICE = "cpu, cuda, ... (default: CUDA if there)"
 STORAGE = "Optuna's database (default: SQLite in the output folder)"
+# a comparison of several methods
+COMPARED = {"seeds": 3, "trials": 8, "search_budget": 10_000, "storage": None}
 
 # what hyperclean can change beside what it names itself
 OPTIONS = {
@@ -45,7 +48,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default once: not where the text names it, or where there is none."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or "(default: " in action.help:
+        silent = action.default is None or isinstance(action.default, bool)
+        if silent or "(default: " in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -76,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
     about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
     top = argparse.ArgumentParser(prog=prog, description=about)
     top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
-    commands = top.add_subparsers(dest="command", required=True)
+    whole = partial(argparse.ArgumentParser, allow_abbrev=False)  # --seed is not --seeds
+    commands = top.add_subparsers(dest="command", required=True, parser_class=whole)
 
     run = commands.add_parser(
         "hyperclean",
@@ -97,8 +102,8 @@ def parser() -> argparse.ArgumentParser:
         choices=["all", *sorted(METHODS)],
         default=["aid-cg"],
         metavar="METHOD",
-        help="one of %(choices)s; several, or all, are compared: a search for each, then --seeds "
-        "(default: aid-cg)",
+        help="one of %(choices)s; several, or all (but aid-pcg and nhgd), are compared: a search "
+        "for each, then --seeds (default: aid-cg)",
     )
     job.add_argument(
         "--seed", type=int, metavar="N", default=0, help="of split, noise, initial values, batches"
@@ -116,13 +121,14 @@ def parser() -> argparse.ArgumentParser:
                 help=meaning + _defaults(name),
             )
     several = run.add_argument_group("comparison of several methods")
-    several.add_argument(
-        "--seeds", type=int, metavar="N", default=3, help="final runs of each method"
-    )
-    several.add_argument("--trials", type=int, metavar="N", default=8, help="points tried for each")
-    several.add_argument(
-        "--search-budget", type=float, metavar="X", default=10_000, help="gradients of a trial"
-    )
+    for name, kind, meaning in (
+        ("seeds", int, "final runs of each method"),
+        ("trials", int, "points tried for each"),
+        ("search-budget", float, "gradients of a trial"),
+    ):
+        usual = f" (default: {COMPARED[name.replace('-', '_')]:,})"
+        letter = {int: "N", float: "X"}[kind]
+        several.add_argument(f"--{name}", type=kind, metavar=letter, help=meaning + usual)
     several.add_argument("--storage", metavar="URL", help=STORAGE)
 
     study = commands.add_parser(
@@ -239,7 +245,9 @@ def parser() -> argparse.ArgumentParser:
                 "--method", choices=sorted(METHODS), metavar="METHOD",
                 help="one of %(choices)s (default: the task's)",
             )  # fmt: skip
-            one.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn")
+            one.add_argument(
+                "--seed", type=int, metavar="N", help="of everything drawn (default: 0)"
+            )
             continue
         one.add_argument(
             "--method", nargs="+", choices=sorted(METHODS), required=True, metavar="METHOD",
@@ -349,13 +357,14 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
         RunError: if a result was edited, or a file cannot be written.
     """
     folder = figures_folder(to)
-    written = []
+    written, unknown = [], []
     for name in names or sorted(path.stem for path in (folder / "data").glob("*.json")):
         result = stored(name, folder)
         kind = result.get("kind")
         task = owner(str(kind))
         if not (task or kind == "bench"):
-            raise ValueError(f"{name}: is of kind {kind!r}; known: bench, {sorted(TASKS)}")
+            unknown.append(f"{name}: is of kind {kind!r}")
+            continue
         figures = _drawn(result, task) if task else {"": bench.draw_bench(result)}
         for suffix, fig in figures.items():
             path = folder / f"{name}{suffix}.svg"
@@ -365,6 +374,12 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
                 fig.savefig(path, metadata={"Date": None})
             plotting.plt.close(fig)
             written.append(path)
+    if unknown:
+        drawn = f" ({len(written)} others are drawn)" if written else ""
+        raise ValueError(
+            f"{'; '.join(unknown)}; known: bench, {sorted(TASKS)}{drawn}; a task of your own draws "
+            "its results by its method draw"
+        )
     return written
 
 
@@ -379,7 +394,7 @@ def _drawn(result: dict, task: type[Task]) -> dict:
 
 def _hyperclean(options: dict) -> None:
     methods = options.pop("method")
-    search = {name: options.pop(name) for name in ("seeds", "trials", "search_budget", "storage")}
+    search = {name: options.pop(name) for name in COMPARED}
     if methods == ["all"] or len(methods) > 1:
         given = [k for k in OPTIONS if options[k] is not None and k != "budget"]
         if given or options["seed"]:
@@ -388,9 +403,14 @@ def _hyperclean(options: dict) -> None:
         methods = list(cleaning_comparison.SPACES) if methods == ["all"] else methods
         budget = {} if options["budget"] is None else {"budget": options["budget"]}
         common = {name: options[name] for name in ("dataset", "model", "out", "device")}
+        search = {k: COMPARED[k] if value is None else value for k, value in search.items()}
         cleaning_comparison.run(methods=methods, **common, **search, **budget)
-    else:
-        hypercleaning.run(method=methods[0], **options)
+        return
+    if given := [f"--{k.replace('_', '-')}" for k, value in search.items() if value is not None]:
+        raise ValueError(f"{given[0]}: is of a comparison; give several methods, or one --seed")
+    if options["model"] not in ("resnet18", "resnet32") and options["stem"] is not None:
+        raise ValueError(f"--stem: is of ResNets, and the model is {options['model']}")
+    hypercleaning.run(method=methods[0], **options)
 
 
 def first_line(task: type[Task]) -> str:
@@ -398,10 +418,13 @@ def first_line(task: type[Task]) -> str:
     return (task.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
-def _run(task: str, method: str | None, seed: int, out: str, device: str | None, **more) -> None:
-    kind = find(task)
-    given = {"seed": seed, **({"method": method} if method else {})}
-    s = kind.settings(**{**given, **settings.read(kind.Settings, more["set"] or [])})
+def _run(task: str, out: str, device: str | None, **more) -> None:
+    kind, words = find(task), more.pop("set") or []
+    given = {name: value for name, value in more.items() if value is not None}
+    more = settings.read(kind.Settings, words)
+    if twice := sorted(set(given) & set(more)):
+        raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
+    s = kind.settings(**{"seed": 0, **given, **more})
     with processes(device) as (group, own):
         job.run(kind, s, out, own, group)
 
@@ -419,6 +442,14 @@ def _search(options: dict) -> None:
         over[name] = (low, high)
     variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
     base = settings.read(kind.Settings, options["set"] or [])
+    own = {
+        "seed": "0 in trials, then 0, 1 ...",
+        "method": "--method",
+        "outer_steps": "--outer-steps",
+    }
+    for name in [*own, *over]:
+        if name in base:
+            raise ValueError(f"set: {name} is chosen by the search ({own.get(name, '--over')})")
     trial, final = ({"outer_steps": options[name]} for name in ("search_steps", "outer_steps"))
     names = ("out", "seeds", "trials", "storage", "device", "looks")
     rest = {name: options[name] for name in names}

@@ -129,7 +129,7 @@ def audit(
         theta: Inner variable at which the solvers work.
         inner_batch: All of the data of g.
         outer_batch: All of the data of f.
-        solvers: Solvers, or name -> solver.
+        solvers: Solvers, name -> solver, or a single one.
         solve_inner: lam -> theta*(lam); without it theta counts as the solution, and there is no
             inner part.
         inner_sampler: Draws minibatches of g (anything with ``draw()``), for H and J together;
@@ -162,6 +162,7 @@ def audit(
     """
     require_variable("lam", lam)
     require_variable("theta", theta)
+    solvers = [solvers] if isinstance(solvers, Solver) else solvers
     named = solvers if isinstance(solvers, dict) else _names(solvers)
     if not named:
         raise ValueError("solvers: is empty, expected at least one solver")

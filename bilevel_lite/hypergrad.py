@@ -140,7 +140,7 @@ def hypergradient(
     require_variable("lam", lam)
     require_variable("theta", theta)
     solver = Direct() if solver is None else solver
-    if not hasattr(solver, "prepare"):
+    if isinstance(solver, type) or not hasattr(solver, "prepare"):
         raise TypeError(f"solver: got {solver!r}, expected a solver such as bilevel_lite.CG(3)")
     inner_batch, outer_batch = ordinary(inner_batch), ordinary(outer_batch)
     curvature_batch = _own_or_inner("curvature_batch", curvature_batch, inner_batch, problem)

@@ -31,8 +31,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         Name to parameter, in the module's own order.
 
     Raises:
+        TypeError: if it is no module.
         ValueError: if no parameter requires a gradient.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     with lock_of_modules():  # another thread may have swapped the parameters for a call
         params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not params:

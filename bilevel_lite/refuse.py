@@ -28,6 +28,7 @@ __all__ = [
     "require_batch_unwritten",
     "require_bias",
     "require_finite",
+    "require_generator",
     "require_problem",
     "require_rest",
     "require_unwritten",
@@ -116,6 +117,19 @@ def require_variable(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
+
+
+def require_generator(generator: Any) -> None:
+    """Refuse a seed, or nothing, where a generator belongs.
+
+    Raises:
+        TypeError: naming the way out.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: got {generator!r}, expected a torch.Generator; for a seed say "
+            "torch.Generator().manual_seed(0)"
+        )
 
 
 def versions(value: Any) -> Any:

@@ -232,7 +232,7 @@ class WeightedRisk:
     ):
         if loss not in LOSSES:
             raise ValueError(f"loss: got {loss!r}, expected 'cross_entropy' or 'mse'")
-        if not l2 >= 0:
+        if not (isinstance(l2, int | float) and l2 >= 0):
             raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
         if ignore_index is not None and loss == "mse":
             raise ValueError(
@@ -241,6 +241,8 @@ class WeightedRisk:
         for name, hook in (("weight", weight), ("inputs", inputs), ("mask", mask)):
             if hook is not None and not callable(hook):
                 raise TypeError(f"{name}: got {type(hook).__name__}, expected a function")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
         self.model, self.loss, self.l2 = model, loss, l2
         self.weight, self.weight_slope = weight, weight_slope
         self.inputs, self.ignore_index, self.mask = inputs, ignore_index, mask
@@ -350,6 +352,11 @@ class WeightedRisk:
         except torch.cuda.OutOfMemoryError:
             raise  # its message speaks of sizes, too
         except RuntimeError as error:
+            if "same dtype" in str(error):
+                raise ValueError(
+                    f"batch: {type(self.model).__name__} cannot take x of {x.dtype} ({error}); "
+                    "convert one of them, for example x.to(theta)"
+                ) from error
             if "shapes cannot be multiplied" in str(error) or "size" in str(error):
                 raise ValueError(
                     f"batch: {type(self.model).__name__} cannot take x of shape "
@@ -739,7 +746,7 @@ class SumOfRisks:
                 raise ValueError(
                     f"coefficients: got {c}, expected finite numbers that are zero or positive"
                 )
-        if not l2 >= 0:
+        if not (isinstance(l2, int | float) and l2 >= 0):
             raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
         self.risks, self.coefficients, self.own_l2 = risks, coefficients, l2
         self.model = nn.ModuleList([risk.model for risk in risks]) if model is None else model

@@ -21,17 +21,21 @@ def pick_device(name: str | None = None) -> torch.device:
 
 def _named(name: str | None) -> torch.device:
     """The same, with nothing done to it."""
-    name = name or os.environ.get("BILEVEL_LITE_DEVICE") or None
+    name = os.environ.get("BILEVEL_LITE_DEVICE") or None if name is None else name
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device: got {name!r}, expected for example 'cpu' or 'cuda'") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: got {name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ValueError(f"device: got {name!r}, which this torch or machine has not") from None
     return device
 
 

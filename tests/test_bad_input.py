@@ -537,3 +537,45 @@ def test_other_kinds_of_arguments():
     ):
         r = risk(weight=lambda lam, b: 1.0)
         r(LAM, bl.flatten(r.model), batch())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: at(bl.hypergradient, solver=bl.CG), "solver: got <class .*CG.* expected a solver"),
+        (lambda: at(bl.check, solver=bl.KFAC), "solver: got <class .*KFAC.* expected a solver"),
+        (lambda: data.Batches(*batch()[:2], 5, 0), "generator: got 0, expected a torch.Generator"),
+        (lambda: data.Batches(*batch()[:2], 5, None), "generator: got None, expected a torch.Gen"),
+        (lambda: data.split(10, (5, 5), 0), "generator: got 0, expected a torch.Generator"),
+        (
+            lambda: data.corrupt_labels(torch.zeros(9, dtype=int), 0.5, 10, 3),
+            "generator: got 3, expected a torch.Generator",
+        ),
+        (
+            lambda: data.Batches(torch.ones(5, 2).numpy(), torch.zeros(5), 5, torch.Generator()),
+            "x: got ndarray, expected a tensor",
+        ),
+        (lambda: bl.WeightedRisk(None), "model: got NoneType, expected a torch.nn.Module"),
+        (lambda: bl.flatten([THETA]), "model: got list, expected a torch.nn.Module"),
+        (lambda: bl.unflatten(THETA, torch.nn.Linear(1, 1)), "model: got Tensor, expected a torch"),
+    ],
+)
+def test_one_thing_for_another(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def at(function, **options):
+    return function(bl.BilevelProblem(inner, outer), LAM, THETA, **options)
+
+
+def test_numbers_of_another_precision_than_the_model():
+    one = torch.float32 if torch.get_default_dtype() is torch.float64 else torch.float64
+    x, y, index = batch()
+    with pytest.raises(ValueError, match="batch: Linear cannot take x of torch.float"):
+        risk()(LAM, bl.flatten(torch.nn.Linear(3, 4)), (x.to(one), y, index))
+
+
+def test_a_single_solver_is_audited():
+    report = at(bl.audit, solvers=bl.CG(2))
+    assert len(report.rows) == 1

@@ -139,6 +139,25 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
         (["run", "rigde"], "there is no task 'rigde'; known: ["),
         (["run", "nowhere:ridge"], "there is no module 'nowhere' with a task"),
         (["run", "ridge", "--set", "row=3"], "set: got 'row=3', expected NAME=VALUE"),
+        (["run", "ridge", "--inner-lrr", "1"], "; did you mean inner_lr?"),
+        (["run", "ridge", "--seed", "1", "--set", "seed=2"], "--seed: is given as an option and"),
+        (
+            ["search", "ridge", "--method", "soba", "--over", "inner_lr=1:2", "--set", "seed=3"],
+            "--set: seed is chosen by the search",
+        ),
+        (
+            [
+                "search",
+                "ridge",
+                "--method",
+                "soba",
+                "--over",
+                "inner_lr=1:2",
+                "--set",
+                "inner_lr=1",
+            ],
+            "--set: inner_lr is chosen by the search",
+        ),
         (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected int"),
         (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected at least 1"),
         (

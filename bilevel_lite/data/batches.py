@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import check_labels
+from bilevel_lite.refuse import check_labels, require_generator
 
 __all__ = ["Batches"]
 
@@ -27,6 +27,7 @@ class Batches:
             `bilevel_lite.data.crop_and_flip`; it draws from the same generator.
 
     Raises:
+        TypeError: if x or y is no tensor, or the generator none.
         ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
             label is out of range.
 
@@ -47,6 +48,12 @@ class Batches:
         num_classes: int | None = None,
         transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     ):
+        require_generator(generator)
+        for name, value in (("x", x), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}: got {type(value).__name__}, expected a tensor; say torch.as_tensor"
+                )
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} rows and y has {len(y)}; expected the same number")
         if not isinstance(batch_size, int) or not 1 <= batch_size <= len(x):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.data.files import Dataset
-from bilevel_lite.refuse import check_labels
+from bilevel_lite.refuse import check_labels, require_generator
 
 __all__ = ["corrupt_labels", "pair_flips", "split", "standardise"]
 
@@ -28,6 +28,7 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
         >>> len(train), len(tuning), set(train.tolist()) & set(tuning.tolist())
         (7, 2, set())
     """
+    require_generator(generator)
     if min(sizes) < 0 or sum(sizes) > n:
         raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
     order = torch.randperm(n, generator=generator)
@@ -67,6 +68,7 @@ def corrupt_labels(
         >>> round(wrong.double().mean().item(), 1), torch.equal(wrong, noisy != y)
         (0.5, True)
     """
+    require_generator(generator)
     if not 0 <= rate <= 1:
         raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
     check_labels(y, num_classes)

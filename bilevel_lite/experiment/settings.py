@@ -1,10 +1,11 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
 from dataclasses import dataclass, fields, make_dataclass
+from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from bilevel_lite.experiment.methods import OWN
-from bilevel_lite.options import one_of, option
+from bilevel_lite.options import fraction, one_of, option, positive
 
 __all__ = ["Settings", "of", "read", "require_batches", "setting", "written"]
 
@@ -37,14 +38,14 @@ class Common:
     seed: int = setting(0, "of splits, initial values and batches")
     outer_steps: int = setting(100, "outer iterations", least=1)
     inner_steps: int = setting(10, "inner steps per outer iteration")
-    inner_lr: float = setting(0.1, "inner step size")
-    inner_momentum: float = setting(0.9, "inner momentum; AdamW's beta1")
+    inner_lr: float = positive(0.1, help="inner step size")
+    inner_momentum: float = fraction(0.9, help="inner momentum; AdamW's beta1")
     inner_optimizer: str = setting("sgd", "how theta moves", known=("adamw", "sgd"))
     inner_schedule: str = setting(
         "constant", "inner step size over the run", known=("constant", "cosine", "steps")
     )
-    outer_lr: float = setting(1.0, "outer step size")
-    outer_momentum: float = setting(0.0, "outer momentum; Adam's beta1, 0.9 if it is 0")
+    outer_lr: float = positive(1.0, help="outer step size")
+    outer_momentum: float = fraction(0.0, help="outer momentum; Adam's beta1, 0.9 if it is 0")
     outer_optimizer: str = setting("sgd", "how lam moves", known=("adam", "sgd", "sign"))
     batch_size: int = setting(0, "inner batch; 0 is the whole training set")
     curvature_batch_size: int = setting(0, "batch of the Hessian; 0 is the whole training set")
@@ -128,7 +129,11 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
     for word in words:
         name, _, text = word.partition("=")
         if name not in known:
-            raise ValueError(f"set: got {word!r}, expected NAME=VALUE, NAME one of {sorted(known)}")
+            close = get_close_matches(name, known, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"set: got {word!r}, expected NAME=VALUE, NAME one of {sorted(known)}{meant}"
+            )
         to = known[name][0]
         try:
             out[name] = {"0": False, "1": True}[text] if to is bool else to(text)
