@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bilevel_lite.refuse import recording
 from bilevel_lite.same_function import Memos, note
 from bilevel_lite.surroundings import lock_of_modules, nodes, nothing_again
+from bilevel_lite.trust import known_code
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -137,18 +138,19 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     """
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     note(model)
-    look = _to_be_looked_at(model)
-    copies = {k: p.detach().clone() for k, p in named.items()} if look else {}
+
+    def evaluate(at: dict[str, Tensor]) -> Any:
+        return functional_call(model, places_for(model, at), inputs, tie_weights=False)
+
     with lock_of_modules(), nothing_again("model"):
-        memos = Memos(model) if look else None
-
-        def evaluate(at: dict[str, Tensor]) -> Any:
-            return functional_call(model, places_for(model, at), inputs, tie_weights=False)
-
+        if not _to_be_looked_at(model):
+            return evaluate(named)
+        memos = None if known_code(model) else Memos(model)
+        copies = {} if memos is None else {k: p.detach().clone() for k, p in named.items()}
         outputs = evaluate(named)
+        _require_unwritten(model, named, copies)
+        _require_read(model, outputs, [*named.values(), *inputs])
         if memos is not None:
-            _require_unwritten(model, named, copies)
-            _require_read(model, outputs, [*named.values(), *inputs])
             elsewhere = {k: _nearby(p) for k, p in copies.items()}
             memos.require_none(lambda: evaluate(elsewhere), next(iter(copies.values())))
     return outputs

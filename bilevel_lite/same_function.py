@@ -185,12 +185,12 @@ class Memos:
     theta of the first evaluation, and the next one, with another theta, reads it as a constant.
 
     Args:
-        model: Looked at now, before it is evaluated; where its code is known there are none.
+        model: Looked at now, before it is evaluated.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.before = model, _kept(model)
-        self.attributes = _attributes(model) if self.before else []
+        self.attributes = _attributes(model)
 
     def require_none(self, evaluate: Callable[[], Any], like: Tensor) -> None:
         """Evaluate at another theta, with what was left and without, if anything was left.
@@ -204,14 +204,16 @@ class Memos:
         if not moved:
             return
         drawn, now, values = random_state(like), _attributes(self.model), []
-        with still(self.model):
-            for attributes in (now, self.attributes):
-                _put_back(attributes)
-                restore_random_state(drawn, like)
-                made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
-                values.append(made)
-        _put_back(now)
-        restore_random_state(drawn, like)
+        try:
+            with still(self.model):
+                for attributes in (now, self.attributes):
+                    _put_back(attributes)
+                    restore_random_state(drawn, like)
+                    made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
+                    values.append(made)
+        finally:
+            _put_back(now)
+            restore_random_state(drawn, like)
         for one, other in zip(*values, strict=True):
             if one.is_floating_point() and not _near(one, other):
                 raise ValueError(
