@@ -10,7 +10,9 @@ third order   layer_norm, batch_norm and instance_norm with their own statistics
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.surroundings import nodes
 
-__all__ = ["exactly"]
+__all__ = ["aside", "exactly"]
 
 
 def exactly(loss: Callable[..., Any], *args: Any) -> Any:
@@ -67,6 +69,19 @@ def _require_right(value: Any, differentiates: bool) -> None:
             )
 
 
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Derivatives that are taken within a loss only to look at something: it holds none of them."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
 class _Exactly(TorchFunctionMode):
     def __init__(self, written_out: bool = False):
         super().__init__()
@@ -77,7 +92,7 @@ class _Exactly(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _DIFFERENTIATE:
-            self.differentiates = True
+            self.differentiates = self.differentiates or not _aside.get()
         elif function in _OTHER_FORMS:
             return _OTHER_FORMS[function](*args, **kwargs)
         elif function in _NORMALISE:

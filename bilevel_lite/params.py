@@ -51,21 +51,14 @@ def flatten(model: nn.Module) -> Tensor:
     """Copy the module's trainable parameters into one detached vector theta, shape (d,).
 
     Raises:
-        ValueError: if no parameter requires a gradient, if they have several precisions, or if two
-            share memory (a training would move both at once, theta would not).
+        ValueError: if no parameter requires a gradient, or if two share memory (a training would
+            move both at once, theta would not).
 
     Example:
         >>> bl.flatten(torch.nn.Linear(3, 2)).shape
         torch.Size([8])
     """
     params = trainable(model)
-    of = {p.dtype: name for name, p in params.items()}
-    if len(of) > 1:
-        found = ", ".join(f"{name!r} {str(dtype)[6:]}" for dtype, name in of.items())
-        raise ValueError(
-            f"model: its parameters have several precisions ({found}), but theta is one vector; "
-            "convert the model, for example model.double()"
-        )
     _require_apart(params)
     return torch.cat([p.detach().reshape(-1) for p in params.values()])
 

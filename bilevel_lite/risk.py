@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel_lite.exact import exactly
+from bilevel_lite.exact import aside, exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
 from bilevel_lite.refuse import (
@@ -620,7 +620,7 @@ class WeightedRisk:
         """
         if not (self.weight_slope and self.reads_losses):
             return None
-        with torch.enable_grad():
+        with torch.enable_grad(), aside():
             losses = losses.detach().requires_grad_()
             sigma = self._weights(lam.detach(), batch, losses)
             if not sigma.requires_grad:

@@ -291,10 +291,13 @@ def test_tied_parameters_are_one():
     assert bl.flatten(model).shape == (9,)
 
 
-def test_two_precisions_are_refused():
-    model = nn.Sequential(nn.Linear(3, 2).float(), nn.Linear(2, 3))
-    with pytest.raises(ValueError, match=r"several precisions .*float32.*float64"):
-        bl.flatten(model)
+def test_parameters_of_two_precisions_are_one_vector_of_the_higher():
+    """Each part of theta stands in for its parameter, so that all is computed in that one."""
+    model = nn.Sequential(nn.Linear(4, 4).float(), nn.Tanh(), nn.Linear(4, 3))
+    assert bl.flatten(model).dtype == torch.float64
+    same = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(hypergradient(model, bl.Direct()), hypergradient(same, bl.Direct()))
 
 
 def test_a_parameter_without_entries_is_no_part_of_theta():

@@ -213,7 +213,7 @@ def check_stocbio(repaired):
     if not torch.equal(given, b):
         raise Wrong("The function changes b in place: write p = p - ..., not p -= ...")
     parts = (
-        "The summand q = 0, which is b itself, is missing.",
+        "The summand k = 0, which is b itself, is missing.",
         "The sum is not multiplied by the step.",
         "Every factor uses the first batch; it should use its own.",
     )

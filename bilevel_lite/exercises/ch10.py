@@ -260,7 +260,7 @@ def check_pipeline(repaired):
         return table[theta][2]
 
     generator = torch.Generator().manual_seed(108)
-    got = repaired(x, y, parts, rate, learn, score, generator)
+    got = repaired(x.clone(), y.clone(), parts, rate, learn, score, generator)
     if not isinstance(got, tuple | list) or len(got) != 2:
         raise Wrong("Return the chosen iterate and its score on the test set.")
     if set(seen["tuning"]) != set(table) or got[0] != 1:

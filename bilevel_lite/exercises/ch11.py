@@ -85,19 +85,19 @@ def check_visits(visits):
                 seen[sampler.draw()[2]] = True
             never += int((~seen).sum())
         assert abs(never / (repeats * n) - truth) < 0.03  # this check's own formula
-        what = f"N = {n}, B = {size}, K = {steps}"
+        what = f"N = {n}, n = {size}, R = {steps}"
         rows = [
             (mean, "The mean", steps * size / n,
-             [("That is the number of passes over N // B batches.", steps / per_pass),
+             [("That is the number of passes over N // n batches.", steps / per_pass),
               ("That counts all visits together; divide by N.", steps * size)]),
             (independent, "The share with independent draws", (1 - size / n) ** steps,
-             [("Take (1 - B/N)^K itself, not its limit.", math.exp(-steps * size / n)),
-              ("A batch holds B examples.", (1 - 1 / n) ** steps),
+             [("Take (1 - n/N)^R itself, not its limit.", math.exp(-steps * size / n)),
+              ("A batch holds n examples.", (1 - 1 / n) ** steps),
               ("That is the share that has moved.", 1 - (1 - size / n) ** steps),
               ("Within one batch no example is drawn twice.", (1 - 1 / n) ** (steps * size))]),
             (passes, "The share in passes", truth,
              [("The last pass may be incomplete.", (rest / n) ** full),
-              ("The remainder N - B (N // B) is left out of each pass.",
+              ("The remainder N - n (N // n) is left out of each pass.",
                max(0.0, 1 - steps * size / n)),
               ("A pass leaves out a remainder, drawn anew each time.",
                1 - begun * size / n if full == 0 else 0.0)]),
