@@ -38,7 +38,7 @@ SETTINGS = {
         "evaluate_every", "budget",
     ),
     "batches": ("batch_size", "curvature_batch_size", "outer_batch_size", "cross_batch_size"),
-    "the linear system": ("iters", "damping", "step", "curvature", "fisher", "ema", "every"),
+    "the linear system": settings.SYSTEM,
     "the methods' own numbers": tuple(sorted(OWN)),
     "the task": ("noise", "noise_kind", "l2", "stem", "batchnorm", "baselines"),
 }  # fmt: skip
@@ -375,10 +375,9 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
             plotting.plt.close(fig)
             written.append(path)
     if unknown:
-        drawn = f" ({len(written)} others are drawn)" if written else ""
         raise ValueError(
-            f"{'; '.join(unknown)}; known: bench, {sorted(TASKS)}{drawn}; a task of your own draws "
-            "its results by its method draw"
+            f"{'; '.join(unknown)}; known: bench, {sorted(TASKS)}; a task of your own draws its "
+            f"results by its method draw (figures drawn here: {len(written)})"
         )
     return written
 
@@ -408,8 +407,7 @@ def _hyperclean(options: dict) -> None:
         return
     if given := [f"--{k.replace('_', '-')}" for k, value in search.items() if value is not None]:
         raise ValueError(f"{given[0]}: is of a comparison; give several methods, or one --seed")
-    if options["model"] not in ("resnet18", "resnet32") and options["stem"] is not None:
-        raise ValueError(f"--stem: is of ResNets, and the model is {options['model']}")
+    settings.require_read(methods[0], [k for k in OPTIONS if options[k] is not None])
     hypercleaning.run(method=methods[0], **options)
 
 
@@ -421,12 +419,13 @@ def first_line(task: type[Task]) -> str:
 def _run(task: str, out: str, device: str | None, **more) -> None:
     kind, words = find(task), more.pop("set") or []
     given = {name: value for name, value in more.items() if value is not None}
-    more = settings.read(kind.Settings, words)
-    if twice := sorted(set(given) & set(more)):
+    own = settings.read(kind.Settings, words)
+    if twice := sorted(set(given) & set(own)):
         raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
-    s = kind.settings(**{"seed": 0, **given, **more})
-    with processes(device) as (group, own):
-        job.run(kind, s, out, own, group)
+    s = kind.settings(**{"seed": 0, **given, **own})
+    settings.require_read(s.method, own)
+    with processes(device) as (group, place):
+        job.run(kind, s, out, place, group)
 
 
 def _search(options: dict) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilevel_lite.surroundings import nodes
+from bilevel_lite.surroundings import nodes, transforming
 
 __all__ = ["aside", "exactly"]
 
@@ -42,23 +42,22 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
     if mode.normalises and mode.differentiates:
         with _Exactly(written_out=True):
             value = loss(*args)
-    if not _transforming():
+    if not transforming():
         _require_right(value, mode.differentiates)
     return value
 
 
-def _transforming() -> bool:
-    """True inside a transform of ``torch.func``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+# nodes of torch's own that have wrong derivatives of second order, and of third
+_WRONG = "WeightNormInterface"
+_WRONG_THIRD = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 def _require_right(value: Any, differentiates: bool) -> None:
     for node in nodes(value):
         name = node.name()
-        wrong = name.startswith("WeightNormInterface") or (
-            differentiates
-            and ("LayerNorm" in name or "BatchNorm" in name)
-            and getattr(node, "_saved_training", getattr(node, "_saved_train", True))
+        own_statistics = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
+        wrong = name.startswith(_WRONG) or (
+            differentiates and name.startswith(_WRONG_THIRD) and own_statistics
         )
         if wrong:
             raise ValueError(
@@ -98,7 +97,7 @@ class _Exactly(TorchFunctionMode):
         elif function in _NORMALISE:
             self.normalises = True
             inside = fwad._current_level > self.level  # a forward mode of the loss's own
-            if self.written_out or inside or _transforming():
+            if self.written_out or inside or transforming():
                 return _NORMALISE[function](*args, **kwargs)
         elif function in _EMBED:
             _refuse_scaled(function, *args, **kwargs)

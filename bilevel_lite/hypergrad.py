@@ -93,9 +93,9 @@ def hypergradient(
     It is the derivative of Phi only where theta solves the inner problem; elsewhere its error is
     proportional to the distance from theta*.
 
-    One thing is not seen here: a ``torch.autograd.Function`` whose backward leaves autograd (by
+    Two things are not seen here: a ``torch.autograd.Function`` whose backward leaves autograd (by
     NumPy, say) without being marked ``once_differentiable``, so that H and J come out short of a
-    part. `check` finds it.
+    part (`check` finds it); and what a loss keeps outside of its model from one call to the next.
 
     Args:
         problem: The two losses.

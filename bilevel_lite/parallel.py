@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Portion
+from bilevel_lite.surroundings import nodes
+from bilevel_lite.trust import doubling
 
 __all__ = [
     "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
@@ -287,7 +289,7 @@ class Sharded:
         if not isinstance(value, Tensor) or value.dim():
             return value  # refused by whoever asked, in words of its own
         told, self.uses = [n * value, value.new_tensor(n)], self.uses + 1
-        if looks := torch.is_grad_enabled() and self.uses & (self.uses - 1) == 0:
+        if looks := torch.is_grad_enabled() and doubling(self.uses):
             told += [value.new_tensor(float(_reaches(value, x))) for x in (lam, theta)]
         total = _Sum.apply(torch.stack(told), self.group, "value")
         if looks:
@@ -338,16 +340,8 @@ def _require_own_rows(model: Any) -> None:
 
 def _reaches(value: Tensor, x: Any) -> bool:
     """Whether the graph of value leads to x, an output of `_Copy`."""
-    todo, seen = [value.grad_fn], set()
     wanted = x.grad_fn if isinstance(x, Tensor) else None
-    while todo and wanted is not None:
-        node = todo.pop()
-        if node is wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return False
+    return wanted is not None and any(node is wanted for node in nodes(value))
 
 
 def sharded(problem: BilevelProblem, group: Group) -> BilevelProblem:

@@ -7,17 +7,14 @@ for each layer).
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
-from bilevel_lite.refuse import recording
-from bilevel_lite.same_function import Memos, note
-from bilevel_lite.surroundings import lock_of_modules, nodes, nothing_again
-from bilevel_lite.trust import known_code
+from bilevel_lite.purity import pure
+from bilevel_lite.same_function import note
+from bilevel_lite.surroundings import lock_of_modules, nothing_again
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -123,6 +120,10 @@ def leaves(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
 def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor) -> Tensor:
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name.
 
+    Raises:
+        ValueError: if theta does not fit the model, or the model is seen to compute from something
+            else, too (see `bilevel_lite.purity`).
+
     Example:
         >>> from bilevel_lite.params import predict
         >>> predict(torch.nn.Linear(2, 1), torch.tensor([1.0, 2.0, 0.5]), torch.eye(2))
@@ -136,68 +137,7 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
         return functional_call(model, places_for(model, at), inputs, tie_weights=False)
 
     with lock_of_modules(), nothing_again("model"):
-        if not _to_be_looked_at(model):
-            return evaluate(named)
-        memos = None if known_code(model) else Memos(model)
-        copies = {} if memos is None else {k: p.detach().clone() for k, p in named.items()}
-        outputs = evaluate(named)
-        _require_unwritten(model, named, copies)
-        _require_read(model, outputs, [*named.values(), *inputs])
-        if memos is not None:
-            elsewhere = {k: _nearby(p) for k, p in copies.items()}
-            memos.require_none(lambda: evaluate(elsewhere), next(iter(copies.values())))
-    return outputs
-
-
-def _nearby(p: Tensor) -> Tensor:
-    """Another value, not a multiple (a normalised weight would not show one), none of it drawn."""
-    wave = torch.arange(p.numel(), device=p.device).cos().view(p.shape).to(p)
-    return p + 0.03 * p.abs().mean() * wave
-
-
-# model -> how many evaluations there were
-_evaluated: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def _to_be_looked_at(model: nn.Module) -> bool:
-    """True at evaluation 1, 2, 4, 8 ..., and where nothing hides what is computed."""
-    if recording() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    count = _evaluated[model] = _evaluated.get(model, 0) + 1
-    return count & (count - 1) == 0
-
-
-def _require_unwritten(model: nn.Module, named: dict[str, Tensor], copies: dict) -> None:
-    """Refuse a model that gives its parameters other values by ``.data``, which nothing counts."""
-    for name, copy in copies.items():
-        now = named[name].detach()
-        if now.shape != copy.shape or bool((now != copy).logical_and(copy == copy).any()):
-            raise ValueError(
-                f"model: {type(model).__name__} writes into parameter {name!r} in forward (by "
-                ".data, which torch does not count), so what it computes is no function of theta; "
-                "project after each step, or compute the constrained value in forward"
-            )
-
-
-def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
-    """Refuse a model that reads a parameter of its own in place of theta's part.
-
-    One that is kept outside of the modules' parameters (a list, a closure, a transpose made in
-    ``__init__``) is a constant for theta. It is seen from the graph.
-    """
-    parts = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
-    given = [one for one in given if isinstance(one, Tensor)]
-    own = {id(p): name for name, p in trainable(model).items()}
-    for one in given:
-        own.pop(id(one), None)  # handed over as theta
-    for node in nodes(*parts, without=given):
-        name = own.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            raise ValueError(
-                f"model: {type(model).__name__} reads its parameter {name!r} past the module that "
-                "holds it (from a list, a closure, or a tensor made of it in __init__), so theta "
-                "does not reach it; read it from the module in forward"
-            )
+        return pure(model, evaluate, named, inputs)
 
 
 def places_for(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:

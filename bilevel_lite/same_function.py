@@ -3,13 +3,13 @@
 b, H and J are derivatives at one point of one function. A model that draws random numbers, counts
 its calls, remembers activations or moves a buffer at each forward pass is another function every
 time. Running statistics of BatchNorm are no such state: what moves them does not read them. What a
-pass leaves in the model's attributes may be a memo, read as a constant by the next: see `Memos`.
+pass leaves in the model's attributes may be a memo, read as a constant by the next: see
+`bilevel_lite.purity`.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -17,16 +17,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bilevel_lite.refuse import recording
-from bilevel_lite.trust import known_code, low_precision, still
+from bilevel_lite.trust import doubling, known_code, low_precision, still
 
 __all__ = [
-    "Memos",
+    "OWN",
     "SameDraws",
     "due",
     "equal_states",
+    "kept_by",
+    "moved_since",
+    "near",
     "note",
     "random_state",
     "require_same",
@@ -104,7 +106,7 @@ def equal_states(one: list[Tensor], other: list[Tensor]) -> bool:
 # ------------------------------------------------------------------ what a model keeps
 
 _local = threading.local()
-_OWN = {*vars(nn.Module()), "_flat_weights"}
+OWN = {*vars(nn.Module()), "_flat_weights"}  # what torch keeps in every module
 
 
 def note(model: nn.Module, inputs: Any = None) -> None:
@@ -125,11 +127,11 @@ class _Watch:
         if id(model) not in self.seen:
             self.seen |= {id(module) for module in model.modules()}
             _require_still_norms(model)
-            self.models.append((model, _kept(model)))
+            self.models.append((model, kept_by(model)))
 
     def moved(self) -> list[str]:
         """Names of buffers and attributes that are not what they were."""
-        return [name for model, before in self.models for name in _moved(model, before)]
+        return [name for model, before in self.models for name in moved_since(model, before)]
 
     def evaluate(self, again: Callable[[], Tensor], times: int) -> list[Tensor]:
         """Evaluate anew, so many times; buffers stay as they are."""
@@ -153,7 +155,7 @@ def _watching(every: bool) -> Iterator[_Watch]:
         yield watch
 
 
-def _kept(model: nn.Module) -> dict[str, Any]:
+def kept_by(model: nn.Module) -> dict[str, Any]:
     """Present state, by name, of what the model's own code might carry from pass to pass."""
     if known_code(model):
         return {}
@@ -165,83 +167,17 @@ def _kept(model: nn.Module) -> dict[str, Any]:
         others = [
             (k, a)
             for k, a in vars(module).items()
-            if k not in _OWN and f"{k}_g" not in own and f"{k}_orig" not in own  # weight_norm's
+            if k not in OWN and f"{k}_g" not in own and f"{k}_orig" not in own  # weight_norm's
         ]
         for name, value in (*buffers.items(), *others):
             kept[f"{path}.{name}" if path else name] = _mark(value)
     return kept
 
 
-def _moved(model: nn.Module, before: dict[str, Any]) -> list[str]:
+def moved_since(model: nn.Module, before: dict[str, Any]) -> list[str]:
     """Names of what is not as `_kept` found it before."""
-    now = _kept(model)
+    now = kept_by(model)
     return [k for k, one in now.items() if k not in before or not _same(before[k], one)]
-
-
-class Memos:
-    """Does an evaluation leave something in the model that decides the value of the next one?
-
-    A weight that is computed once and kept (under a name, or in a dict by shape) belongs to the
-    theta of the first evaluation, and the next one, with another theta, reads it as a constant.
-
-    Args:
-        model: Looked at now, before it is evaluated.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model, self.before = model, _kept(model)
-        self.attributes = _attributes(model)
-
-    def require_none(self, evaluate: Callable[[], Any], like: Tensor) -> None:
-        """Evaluate at another theta, with what was left and without, if anything was left.
-
-        Raises:
-            ValueError: naming what is kept, and the way out.
-
-        Cost: nothing, or two forward passes.
-        """
-        moved = _moved(self.model, self.before)
-        if not moved:
-            return
-        drawn, now, values = random_state(like), _attributes(self.model), []
-        try:
-            with still(self.model):
-                for attributes in (now, self.attributes):
-                    _put_back(attributes)
-                    restore_random_state(drawn, like)
-                    made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
-                    values.append(made)
-        finally:
-            _put_back(now)
-            restore_random_state(drawn, like)
-        for one, other in zip(*values, strict=True):
-            if one.is_floating_point() and not _near(one, other):
-                raise ValueError(
-                    f"model: {type(self.model).__name__} has another value after a call than it "
-                    f"would have without that call: it keeps something from call to call "
-                    f"({', '.join(map(repr, moved[:3]))}; of another theta, perhaps), so b, H and "
-                    "J would each belong to another function; compute it in every call"
-                )
-
-
-def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
-    """Of each module the attributes of its own, and copies of the containers among them."""
-    kept = []
-    for module in model.modules():
-        own = {k: a for k, a in vars(module).items() if k not in _OWN}
-        inside = {k: copy(a) for k, a in own.items() if isinstance(a, dict | list | set)}
-        kept.append((module, own, inside))
-    return kept
-
-
-def _put_back(kept: list[tuple[nn.Module, dict, dict]]) -> None:
-    for module, own, inside in kept:
-        for name in [k for k in vars(module) if k not in _OWN and k not in own]:
-            del vars(module)[name]
-        vars(module).update(own)
-        for name, was in inside.items():
-            own[name].clear()
-            (own[name].extend if isinstance(was, list) else own[name].update)(was)
 
 
 def _mark(value: Any) -> Any:
@@ -304,7 +240,7 @@ def due(of: Any, counted: WeakKeyDictionary = _uses) -> bool:
         uses = counted.get(of, 0) + 1
     except TypeError:  # has no hash or no weak references
         return True
-    return uses & (uses - 1) == 0
+    return doubling(uses)
 
 
 def was_the_same(of: Any, counted: WeakKeyDictionary = _uses) -> None:
@@ -336,7 +272,7 @@ def same_back(
         return back()
     grads = back(retain_graph=True)
     for one, other in zip(grads, back(retain_graph=True), strict=True):
-        if one is not None and not _near(one.detach(), other.detach()):
+        if one is not None and not near(one.detach(), other.detach()):
             raise ValueError(
                 f"{what}: has another gradient when the same graph is gone back once more: a "
                 "backward pass or a hook draws random numbers, or keeps something from call to "
@@ -403,7 +339,7 @@ def require_same(what: str, values: list[Tensor], moved: list[str]) -> None:
     """
     first, *others = values
     for other in others:
-        if not _near(first, other):
+        if not near(first, other):
             kept = f" ({', '.join(map(repr, moved[:3]))})" if moved else ""
             raise ValueError(
                 f"{what}: has another value when it is evaluated once more at the same point: it "
@@ -413,7 +349,7 @@ def require_same(what: str, values: list[Tensor], moved: list[str]) -> None:
             )
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def near(one: Tensor, other: Tensor) -> bool:
     """True if two values of one function differ by no more than rounding; NaN passes."""
     eps = torch.finfo(one.dtype).eps
     rtol = max(min(1e3 * eps, 3e-2), 3e-2 if low_precision(one) else 0.0)

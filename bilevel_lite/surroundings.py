@@ -27,6 +27,7 @@ __all__ = [
     "ordinary",
     "require_twice",
     "second_order",
+    "transforming",
     "way_out",
 ]
 
@@ -296,6 +297,11 @@ def require_twice(what: str, *grads: Tensor | None) -> None:
                 "once_differentiable, so its second derivative is missing; write a backward that "
                 "is differentiable"
             )
+
+
+def transforming() -> bool:
+    """True inside a transform of ``torch.func`` (grad, vmap ...), which hides the graph."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def nodes(*values: Any, without: Iterable[Tensor] = ()) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bilevel_lite.surroundings import lock_of_modules
 
 __all__ = [
+    "doubling",
     "known_code",
     "low_precision",
     "mixes_examples",
@@ -37,6 +38,11 @@ _calls = itertools.count(1)
 def verdicts_of(model: nn.Module) -> dict:
     """What is known of a model from comparisons with ordinary gradients."""
     return _verdicts.setdefault(model, {})
+
+
+def doubling(count: int) -> bool:
+    """True for 0, 1, 2, 4, 8 ...: whatever is compared now and then is compared in these uses."""
+    return count & (count - 1) == 0
 
 
 def spots(n: int) -> list[int]:

@@ -30,6 +30,7 @@ from bilevel_lite.refuse import (
 )
 from bilevel_lite.same_function import SameDraws
 from bilevel_lite.surroundings import differentiating, nodes, ordinary
+from bilevel_lite.trust import doubling
 from bilevel_lite.updates import SGD, Update
 
 __all__ = ["UnrollInfo", "unrolled_hypergradient"]
@@ -314,7 +315,7 @@ def _require_graph(step, at, ends, t):
     GPU, where a comparison waits for the device, at steps 0, 1, 2, 4, 8 ... alone.
     """
     reached = {id(end) for end in ends} | {id(getattr(n, "variable", None)) for n in nodes(*ends)}
-    if recording() or not (looked_at(ends[0]) or t & (t - 1) == 0):
+    if recording() or not (looked_at(ends[0]) or doubling(t)):
         return
     for k, name in enumerate(("lam", "theta", "q", *["the state"] * len(at[3:]))):
         if id(at[k]) in reached:

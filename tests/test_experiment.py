@@ -321,7 +321,8 @@ def test_words_that_the_command_line_does_not_know(tmp_path, arguments, message,
         (["--device", "mps"], "error: --device: got 'mps', which this torch or machine has not"),
         (["--seeds", "5"], "error: --seeds: is of a comparison; give several methods"),
         (["--storage", "sqlite://"], "error: --storage: is of a comparison"),
-        (["--stem", "imagenet"], "error: --stem: is of ResNets, and the model is linear"),
+        (["--ema", "0.9"], "error: --ema: is not read by aid-cg; it is by aid-ekfac, aid-kfac, "),
+        (["--stem", "imagenet"], "error: --stem: got 'imagenet', but only a resnet18"),
         (["--noise", "2"], "error: --noise: got 2.0, expected a number from 0 to 1"),
         (["--batch-size", "2000"], "error: --batch-size: got 2000, expected 1 to 1000, or 0 for"),
         (["--outer-batch-size", "500"], "error: --outer-batch-size: got 500, expected 1 to 200"),
@@ -361,7 +362,8 @@ def test_help_names_every_setting_once_with_its_true_defaults(capsys, monkeypatc
         with pytest.raises(SystemExit):
             main([command, "--help"])
         text += capsys.readouterr().out
-    assert "(default: None)" not in text and "(default: False)" not in text
+    for silent in (None, False, True):
+        assert f"(default: {silent})" not in text
     assert "depends on" not in text and text.count("(default: CUDA if there)") == 4
 
 
@@ -474,8 +476,21 @@ def test_collect(whole, tmp_path, monkeypatch):
     path = experiment.collect([str(whole)], "some")
     assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
     assert experiment.stored("some")["kind"] == "hyperclean"
-    experiment.collect([str(whole)], "some", add=True)
+    experiment.collect([str(whole)], "some", add=True)  # to what is there
     first, second = experiment.stored("some")["runs"]
     assert first == second
     with pytest.raises(RunError, match="holds no result.json"):
         experiment.collect([str(tmp_path)], "some")
+
+
+def test_what_no_task_draws_keeps_nobody_from_being_drawn(tmp_path, capsys):
+    folder = tmp_path / "figures" / "data"
+    folder.mkdir(parents=True)
+    own = experiment.folder.seal({"kind": "ridge_of_ones_own", "runs": []})
+    (folder / "a.json").write_text(json.dumps(own), "utf-8")
+    book = Path(bl.__file__).parent.parent / "figures" / "data" / "bench_cpu.json"
+    shutil.copy(book, folder)
+    assert main(["figures", "--to", str(tmp_path / "figures")]) == 1
+    error = capsys.readouterr().err
+    assert "a: is of kind 'ridge_of_ones_own'" in error and "(figures drawn here: 1)" in error
+    assert (tmp_path / "figures" / "bench_cpu.svg").exists()

@@ -935,6 +935,27 @@ def test_a_wrong_operation_by_another_name_is_refused(how):
         hvp(unnamed(how), *at, torch.randn(15))
 
 
+class LayerNormOfOnesOwn(torch.autograd.Function):
+    """Called like torch's, and differentiable as often as one likes."""
+
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a**3
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 3 * ctx.saved_tensors[0] ** 2 * slope
+
+
+def test_a_function_of_ones_own_with_such_a_name_passes():
+    batch, lam, theta = torch.randn(N, 4), torch.randn(N, 4), torch.randn(12)
+    named = penalised(LayerNormOfOnesOwn.apply)
+    plain = penalised(lambda h: h**3)
+    e = torch.linspace(0.5, 1.5, 12)
+    assert error(hvp(named, lam, theta, batch, e), hvp(plain, lam, theta, batch, e)) < TOLERANCE
+
+
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch before 2.13")
 def test_cross_entropy_of_a_linear_map_in_chunks():
     x, y = torch.randn(N, 4), torch.randint(3, (N,))

@@ -197,6 +197,23 @@ def test_it_is_refused(cls, solver):
             hypergradient(model := cls(), SOLVERS[solver], scale * bl.flatten(model))
 
 
+@pytest.mark.parametrize("cls", [InAList, Memo, DetachedMemo, Clamped])
+def test_it_is_refused_of_a_network_whose_parameters_are_lam(cls):
+    net, model = cls(), nn.Linear(4, 3)
+    inner = bl.WeightedRisk(model, weight=lambda lam, b: predict(net, lam, b[0]).sigmoid()[:, 0])
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    with pytest.raises(ValueError, match=WRONG[cls]):
+        bl.hypergradient(problem, bl.flatten(net), bl.flatten(model), INNER, OUTER, bl.CG(3))
+
+
+@pytest.mark.parametrize("cls", [DetachedMemo, MemoByShape, Clamped, InAClosure])
+def test_it_is_refused_in_float32(cls):
+    model = cls().float()
+    model.made()
+    with pytest.raises(ValueError, match=WRONG[cls]):
+        predict(model, bl.flatten(model) * 0.3, X.float())
+
+
 # ------------------------------------------------------------------ their repairs, and neighbours
 
 

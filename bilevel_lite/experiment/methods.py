@@ -48,6 +48,20 @@ class Recipe:
             if name not in {**common, **self.options} and isinstance(one.default, int | float)
         }
 
+    def reads(self, s: Any) -> set[str]:
+        """The settings that its options are read from, of settings ``s`` of any values."""
+        seen = set()
+
+        class Seen:
+            def __getattr__(self, name):
+                seen.add(name)
+                return getattr(s, name)
+
+        for value in self.options.values():
+            if callable(value):
+                value(Seen())
+        return seen
+
 
 def _kfac(kind: type[KFAC]) -> Callable[[Any], KFAC]:
     return lambda s: kind(s.damping, s.fisher, ema=s.ema, every=s.every, seed=s.seed)

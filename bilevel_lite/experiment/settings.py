@@ -1,13 +1,19 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, make_dataclass
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from bilevel_lite.experiment.methods import OWN
+from bilevel_lite.experiment.methods import METHODS, OWN
 from bilevel_lite.options import fraction, one_of, option, positive
 
-__all__ = ["Settings", "of", "read", "require_batches", "setting", "written"]
+__all__ = [
+    "SYSTEM", "Settings", "of", "read", "require_batches", "require_read", "setting", "written",
+]  # fmt: skip
+
+# of the linear system; each method reads some of them
+SYSTEM = ("iters", "damping", "step", "curvature", "fisher", "ema", "every")
 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
@@ -94,6 +100,22 @@ def require_batches(s: Any, train: int, validation: int) -> None:
         most = validation if name == "outer_batch_size" else train
         if name.endswith("batch_size") and not 0 <= value <= most:
             raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
+
+
+def require_read(method: str, given: Iterable[str]) -> None:
+    """Refuse settings of the linear system that were given and that the method does not read.
+
+    A method that only a task has is passed over.
+
+    Raises:
+        ValueError: naming the first of them, and the methods that read it.
+    """
+    if method not in METHODS:
+        return
+    reads = {name: recipe.reads(Settings()) for name, recipe in METHODS.items()}
+    for name in sorted(set(SYSTEM) & set(given) - reads[method]):
+        others = ", ".join(other for other in sorted(METHODS) if name in reads[other])
+        raise ValueError(f"{name}: is not read by {method}; it is by {others}")
 
 
 def written(s: Any) -> dict[str, Any]:

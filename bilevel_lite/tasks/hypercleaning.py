@@ -146,6 +146,10 @@ class Hypercleaning(Supervised, name="hyperclean"):
         own = DEFAULTS.get(given.get("dataset", "digits"), {})
         s = super().settings(**{**own, **given})
         require_batches(s, *SIZES[s.dataset][:2])
+        if s.stem != "cifar" and s.model != "resnet18":
+            raise ValueError(
+                f"stem: got {s.stem!r}, but only a resnet18 has another, not {s.model}"
+            )
         return s
 
     @classmethod

@@ -1,0 +1,182 @@
+"""Is a model a pure function of theta and its inputs? What it reads past theta, writes and keeps.
+
+Nothing in torch asks for that. A parameter that is kept in a list is trained like any other, and is
+a constant where theta stands in for the modules' parameters; a constraint by ``.data`` goes round
+the count of writes; a weight that is computed once and kept belongs to the theta of that call. Each
+model is looked at in its evaluation 1, 2, 4, 8 ...; what is kept outside of the model (a global
+dict) is not seen.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from bilevel_lite.refuse import recording
+from bilevel_lite.same_function import (
+    OWN,
+    kept_by,
+    moved_since,
+    near,
+    random_state,
+    restore_random_state,
+)
+from bilevel_lite.surroundings import nodes, transforming
+from bilevel_lite.trust import doubling, known_code, still
+
+__all__ = ["pure"]
+
+Named = dict[str, Tensor]
+
+
+def pure(
+    model: nn.Module, evaluate: Callable[[Named], Any], named: Named, inputs: tuple[Any, ...]
+) -> Any:
+    """Return ``evaluate(named)``, refused if the model is seen not to be a function of these alone.
+
+    Args:
+        model: What is evaluated.
+        evaluate: Takes the parts of theta by name, and evaluates the model with them on ``inputs``.
+        named: The parts of theta.
+        inputs: What else goes in.
+
+    Raises:
+        ValueError: if the model reads a parameter of its own in place of theta's, gives one another
+            value, or keeps what decides the next value; naming it and the way out.
+
+    Cost: nothing, or, where it is looked at and not all of its code is known, a copy of theta, and
+    two more forward passes if it kept something.
+    """
+    if not named or not _to_be_looked_at(model):
+        return evaluate(named)
+    memos, copies = None, {}
+    if not known_code(model):
+        memos, copies = _Memos(model), {k: p.detach().clone() for k, p in named.items()}
+    outputs = evaluate(named)
+    _require_parameters_unwritten(model, named, copies)
+    _require_read(model, outputs, [*named.values(), *inputs])
+    if memos is not None:
+        elsewhere = {k: _nearby(p) for k, p in copies.items()}
+        memos.require_none(lambda: evaluate(elsewhere), next(iter(copies.values())))
+    return outputs
+
+
+# model -> how many evaluations there were
+_evaluated: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _to_be_looked_at(model: nn.Module) -> bool:
+    """True at evaluation 1, 2, 4, 8 ..., and where nothing hides what is computed."""
+    if recording() or transforming():
+        return False
+    count = _evaluated[model] = _evaluated.get(model, 0) + 1
+    return doubling(count)
+
+
+def _require_parameters_unwritten(model: nn.Module, named: dict[str, Tensor], copies: dict) -> None:
+    """Refuse a model that gives its parameters other values by ``.data``, which nothing counts."""
+    for name, was in copies.items():
+        now = named[name].detach()
+        if now.shape != was.shape or bool((now != was).logical_and(was == was).any()):
+            raise ValueError(
+                f"model: {type(model).__name__} writes into parameter {name!r} in forward (by "
+                ".data, which torch does not count), so what it computes is no function of theta; "
+                "project after each step, or compute the constrained value in forward"
+            )
+
+
+def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
+    """Refuse a model that reads a parameter of its own in place of theta's part.
+
+    One that is kept outside of the modules' parameters (a list, a closure, a transpose made in
+    ``__init__``) is a constant for theta. It is seen from the graph.
+    """
+    parts = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
+    given = [one for one in given if isinstance(one, Tensor)]
+    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for one in given:
+        own.pop(id(one), None)  # handed over as theta
+    for node in nodes(*parts, without=given):
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise ValueError(
+                f"model: {type(model).__name__} reads its parameter {name!r} past the module that "
+                "holds it (from a list, a closure, or a tensor made of it in __init__), so theta "
+                "does not reach it; read it from the module in forward"
+            )
+
+
+def _nearby(p: Tensor) -> Tensor:
+    """Another value, not a multiple (a normalised weight would not show one), none of it drawn."""
+    wave = torch.arange(p.numel(), device=p.device).cos().view(p.shape).to(p)
+    return p + 0.03 * p.abs().mean() * wave
+
+
+class _Memos:
+    """Does an evaluation leave something in the model that decides the value of the next one?
+
+    A weight that is computed once and kept (under a name, or in a dict by shape) belongs to the
+    theta of the first evaluation, and the next one, with another theta, reads it as a constant.
+
+    Args:
+        model: Looked at now, before it is evaluated.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.before = model, kept_by(model)
+        self.attributes = _attributes(model)
+
+    def require_none(self, evaluate: Callable[[], Any], like: Tensor) -> None:
+        """Evaluate at another theta, with what was left and without, if anything was left.
+
+        Raises:
+            ValueError: naming what is kept, and the way out.
+
+        Cost: nothing, or two forward passes.
+        """
+        moved = moved_since(self.model, self.before)
+        if not moved:
+            return
+        drawn, now, values = random_state(like), _attributes(self.model), []
+        try:
+            with still(self.model):
+                for attributes in (now, self.attributes):
+                    _put_back(attributes)
+                    restore_random_state(drawn, like)
+                    made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
+                    values.append(made)
+        finally:
+            _put_back(now)
+            restore_random_state(drawn, like)
+        for one, other in zip(*values, strict=True):
+            if one.is_floating_point() and not near(one, other):
+                raise ValueError(
+                    f"model: {type(self.model).__name__} has another value after a call than it "
+                    f"would have without that call: it keeps something from call to call "
+                    f"({', '.join(map(repr, moved[:3]))}; of another theta, perhaps), so b, H and "
+                    "J would each belong to another function; compute it in every call"
+                )
+
+
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
+    """Of each module the attributes of its own, and copies of the containers among them."""
+    kept = []
+    for module in model.modules():
+        own = {k: a for k, a in vars(module).items() if k not in OWN}
+        inside = {k: copy(a) for k, a in own.items() if isinstance(a, dict | list | set)}
+        kept.append((module, own, inside))
+    return kept
+
+
+def _put_back(kept: list[tuple[nn.Module, dict, dict]]) -> None:
+    for module, own, inside in kept:
+        for name in [k for k in vars(module) if k not in OWN and k not in own]:
+            del vars(module)[name]
+        vars(module).update(own)
+        for name, was in inside.items():
+            own[name].clear()
+            (own[name].extend if isinstance(was, list) else own[name].update)(was)
