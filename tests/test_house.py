@@ -87,10 +87,10 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 340),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 660),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3245),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3290),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5385),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5390),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}
