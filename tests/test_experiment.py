@@ -486,11 +486,11 @@ def test_collect(whole, tmp_path, monkeypatch):
 def test_what_no_task_draws_keeps_nobody_from_being_drawn(tmp_path, capsys):
     folder = tmp_path / "figures" / "data"
     folder.mkdir(parents=True)
-    own = experiment.folder.seal({"kind": "ridge_of_ones_own", "runs": []})
+    own = experiment.folder.seal({"kind": "lasso_of_ones_own", "runs": []})
     (folder / "a.json").write_text(json.dumps(own), "utf-8")
     book = Path(bl.__file__).parent.parent / "figures" / "data" / "bench_cpu.json"
     shutil.copy(book, folder)
     assert main(["figures", "--to", str(tmp_path / "figures")]) == 1
     error = capsys.readouterr().err
-    assert "a: is of kind 'ridge_of_ones_own'" in error and "(figures drawn here: 1)" in error
+    assert "a: is of kind 'lasso_of_ones_own'" in error and "(figures drawn here: 1)" in error
     assert (tmp_path / "figures" / "bench_cpu.svg").exists()

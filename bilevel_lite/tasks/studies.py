@@ -376,6 +376,8 @@ def run(
     batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
     dataset, model = s["dataset"], s["model"]
+    if model != "resnet18" and given.get("stem") is None:
+        s["stem"] = USUAL["stem"]  # the study's own is that of its model
     same = {name: s[name] for name in SAME if name in declared.of(one.kind.Settings)}
     if none := [n for n in SAME if given.get(n) is not None and n not in same]:
         raise ValueError(f"{none[0]}: {study} has none; it has {sorted(same)}")
