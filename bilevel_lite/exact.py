@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.surroundings import nodes, transforming
+from bilevel_lite.trust import doubling
 
-__all__ = ["aside", "exactly"]
+__all__ = ["aside", "exactly", "exactly_once"]
 
 
 def exactly(loss: Callable[..., Any], *args: Any) -> Any:
@@ -36,6 +38,11 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
         ValueError: for an operation that has no right derivative, also where it came by a name that
             is not known here (``torch.export``, TorchScript, ``torch.ops``).
     """
+    return _told(loss, *args)[0]
+
+
+def _told(loss: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
+    """What `exactly` returns, and whether that need not be what a plain call returns."""
     mode = _Exactly()
     with mode:
         value = loss(*args)
@@ -44,6 +51,31 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
             value = loss(*args)
     if not transforming():
         _require_right(value, mode.differentiates)
+    return value, mode.differentiates or mode.replaces
+
+
+# loss -> [how often it was called, whether it was seen to need other forms]
+_seen: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def exactly_once(of: Any, loss: Callable[..., Any], *args: Any) -> Any:
+    """`exactly` where first derivatives alone are wanted: a call of ``loss`` that evaluates ``of``.
+
+    Torch has first derivatives wrong only of what holds a derivative itself. Whether ``of`` does,
+    or has an operation in another form, is looked at in its call 1, 2, 4, 8 ...; until it is seen
+    to, the other calls are plain ones.
+    """
+    try:
+        record = _seen.setdefault(of, [0, False])
+    except TypeError:  # has no hash or no weak references
+        return exactly(loss, *args)
+    record[0] += 1
+    needs = record[1]
+    if not (needs or doubling(record[0])):
+        return loss(*args)
+    record[1] = True  # stays so where it is refused
+    value, other = _told(loss, *args)
+    record[1] = needs or other
     return value
 
 
@@ -85,7 +117,7 @@ class _Exactly(TorchFunctionMode):
     def __init__(self, written_out: bool = False):
         super().__init__()
         self.written_out = written_out
-        self.normalises = self.differentiates = False
+        self.normalises = self.differentiates = self.replaces = False
         self.level = fwad._current_level
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -93,11 +125,13 @@ class _Exactly(TorchFunctionMode):
         if function in _DIFFERENTIATE:
             self.differentiates = self.differentiates or not _aside.get()
         elif function in _OTHER_FORMS:
+            self.replaces = True
             return _OTHER_FORMS[function](*args, **kwargs)
         elif function in _NORMALISE:
             self.normalises = True
             inside = fwad._current_level > self.level  # a forward mode of the loss's own
             if self.written_out or inside or transforming():
+                self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
         elif function in _EMBED:
             _refuse_scaled(function, *args, **kwargs)

@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import (
-    NotFinite,
-    looked_at,
-    require_batch_unwritten,
-    require_unwritten,
-    versions,
-)
+from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples"]
@@ -69,24 +63,22 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
         Scalar tensor, shape ().
 
     Raises:
-        ValueError: if the value is not a scalar tensor, if the loss writes into lam, theta or
-            the batch, or
-            (on a CPU) if the value is not finite. On a GPU the finiteness check would stall the
-            device; there `hypergradient` checks its result, and a method's step its losses and
-            variables.
+        ValueError: if the value is not a scalar tensor, if the loss writes into lam, theta or the
+            batch, or (on a CPU) if the value is not finite. On a GPU the finiteness check would
+            stall the device; there `hypergradient` checks its result, and a method's step its
+            losses and variables.
         TypeError: if the loss needs a batch and there is none.
     """
-    before, as_given = versions((lam, theta)), versions(batch)
+    before = versions((lam, theta, batch))
     try:
         with nothing_again(name):
             value = loss(lam, theta, batch)
     except (TypeError, RuntimeError) as error:
-        require_unwritten(name, before, versions((lam, theta)))
+        require_unwritten(name, before, versions((lam, theta, batch)))
         if batch is None and "NoneType" in str(error):
             raise TypeError(f"batch: got None, but {name} needs a batch ({error})") from error
         raise
-    require_unwritten(name, before, versions((lam, theta)))
-    require_batch_unwritten(name, batch, as_given)
+    require_unwritten(name, before, versions((lam, theta, batch)))
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
     if value.dim() != 0:

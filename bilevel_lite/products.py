@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.exact import exactly
+from bilevel_lite.exact import exactly, exactly_once
 from bilevel_lite.parallel import Sharded, apart
 from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate
@@ -124,9 +124,15 @@ def theta_gradient(
 
 def _first(loss, lam, theta, batch, name):
     """The value of a loss whose first derivatives are wanted; code that we know holds none."""
-    if only_reads(apart(loss)[0]):
+    of = _alone(loss)
+    if only_reads(of):
         return evaluate(loss, lam, theta, batch, name)
-    return exactly(evaluate, loss, lam, theta, batch, name)
+    return exactly_once(of, evaluate, loss, lam, theta, batch, name)
+
+
+def _alone(loss):
+    """The loss itself, without what draws the same numbers for it or shares its batch."""
+    return apart(loss.loss if isinstance(loss, SameDraws) else loss)[0]
 
 
 def _grad(value, inputs, name, **kwargs):
@@ -145,9 +151,8 @@ def _graph(value, inputs, loss):
 
 
 def _same_grad(value, inputs, name, loss, **kwargs):
-    loss = apart(loss.loss if isinstance(loss, SameDraws) else loss)[0]
-    back = partial(_grad, value, inputs, name, **kwargs)
-    return same_back(name, back, None if only_reads(loss) else loss)
+    back, of = partial(_grad, value, inputs, name, **kwargs), _alone(loss)
+    return same_back(name, back, None if only_reads(of) else of)
 
 
 def _require_dependence(**depends: bool) -> None:

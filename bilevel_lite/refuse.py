@@ -25,7 +25,6 @@ __all__ = [
     "recording",
     "require_as_drawn",
     "require_batch",
-    "require_batch_unwritten",
     "require_bias",
     "require_finite",
     "require_generator",
@@ -157,31 +156,29 @@ def require_as_drawn(name: str, batch: Any, before: Any) -> None:
         )
 
 
-def require_batch_unwritten(name: str, batch: Any, before: Any) -> None:
-    """Refuse a loss or a model that wrote into its batch, with ``before = versions(batch)``.
+def require_unwritten(name: str, before: list, after: list) -> None:
+    """Refuse a loss or a model that wrote into what it was given.
+
+    Args:
+        name: Which.
+        before: `versions` of (lam, theta) or of (lam, theta, batch); None for what is not there.
+        after: The same, afterwards.
 
     Raises:
-        ValueError: naming it and the way out.
+        ValueError: naming it, what it wrote into, and the way out.
     """
-    if versions(batch) != before:
+    if after == before:
+        return
+    if before[:2] == after[:2]:
         raise ValueError(
             f"{name}: writes into its batch, so the next evaluation is one of other data (an "
             "activation with inplace=True as the first layer does); use inplace=False"
         )
-
-
-def require_unwritten(name: str, before: list[int], after: list[int]) -> None:
-    """Refuse a loss that wrote into lam or theta: their `versions` before and after.
-
-    Raises:
-        ValueError: naming the loss, the variable and the way out.
-    """
-    for variable, was, now in zip(("lam", "theta"), before, after, strict=True):
-        if was != now:
-            raise ValueError(
-                f"{name}: changes {variable} in place, so it is no function of it (an embedding "
-                "with max_norm does: give max_norm=None, or project after each step)"
-            )
+    variable = "lam" if before[0] != after[0] else "theta"
+    raise ValueError(
+        f"{name}: changes {variable} in place, so it is no function of it (an embedding with "
+        "max_norm does: give max_norm=None, or project after each step)"
+    )
 
 
 _NOT_A_BATCH = (

@@ -27,7 +27,7 @@ from bilevel_lite.refuse import (
     NotFinite,
     check_labels,
     looked_at,
-    require_batch_unwritten,
+    require_unwritten,
     versions,
 )
 from bilevel_lite.same_function import due, same_twice, was_the_same
@@ -346,7 +346,7 @@ class WeightedRisk:
         _require_pair(batch, "batch: got")
         _require_rows(batch, "batch")
         x = batch[0]
-        as_given = versions(batch)
+        before = versions((None, None, batch))
         try:
             outputs = predict(self.model, theta, x)
         except torch.cuda.OutOfMemoryError:
@@ -363,7 +363,7 @@ class WeightedRisk:
                     f"{tuple(x.shape)} ({error})"
                 ) from error
             raise
-        require_batch_unwritten("model", batch, as_given)
+        require_unwritten("model", before, versions((None, None, batch)))
         if not isinstance(outputs, Tensor):
             raise ValueError(
                 f"model: {type(self.model).__name__} gives {type(outputs).__name__}, expected a "

@@ -81,7 +81,7 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11860),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 11890),
     "methods": ([*METHODS.values()], 920),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1320),
     "meta-learning": ([PACKAGE / "meta.py"], 340),
@@ -90,7 +90,7 @@ PARTS = {
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3290),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1045),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5390),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5395),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}
