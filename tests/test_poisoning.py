@@ -389,3 +389,18 @@ def test_what_chapter_15_says_of_the_stored_study():
         less = kfac - torch.tensor(poisoning_figures.lost(rows[name], rows["clean"])[0])
         assert float(less.mean()) == pytest.approx(middle, abs=0.006)
         assert float(less.std()) * half == pytest.approx(spread, abs=0.006)
+    grown = stats.t.ppf(1 - 0.05 / 8, 4) / stats.t.ppf(0.975, 4)  # four comparisons, Bonferroni
+    assert grown == pytest.approx(1.55, abs=0.005)
+    wide = [round(grown * spread, 2) for spread in (0.4106, 0.4805, 0.4412)]
+    assert wide == [0.64, 0.75, 0.69] and 0.7440 < grown * 0.4805
+    chosen = {name: [run["best"]["iteration"] for run in row["runs"]] for name, row in rows.items()}
+    assert set(chosen["identity"]) == {30, 45}
+    assert (min(chosen["kfac"]), max(chosen["kfac"])) == (240, 300)
+
+    def points(name, key):  # lost on the tuning rows at the last look, against the clean row
+        pairs = zip(rows["clean"]["runs"], rows[name]["runs"], strict=True)
+        return 20 * sum(clean["history"][-1][key] - run["history"][-1][key] for clean, run in pairs)
+
+    for name, own, anew in (("identity", 0.0, 0.3), ("kfac", 0.8, 2.3), ("bome", 4.0, 2.4)):
+        assert points(name, "as_trained") == pytest.approx(own, abs=0.05)
+        assert points(name, "tuning_accuracy") == pytest.approx(anew, abs=0.05)

@@ -647,3 +647,23 @@ def test_what_chapter_14_says_of_the_stored_study():
         100 * (r[at]["test_f1"] - r[at]["test_new_f1"]) for r in runs for at in ("best", "last")
     ]
     assert 3 < min(falls) < max(falls) < 22
+    early = {
+        name: [
+            [100 * look["test_f1"] for look in run["history"] if 10 <= look["iteration"] <= 20]
+            for run in row["runs"]
+        ]
+        for name, row in rows.items()
+    }  # after 100 to 200 steps
+    plain, others = early.pop("none"), early.values()
+    assert 35.5 < min(map(min, plain)) < max(map(max, plain)) < 51
+    masked = [value for row in others for looks in row for value in looks]
+    assert 20.5 < min(masked) < max(masked) < 42
+    for row in others:
+        for seed, looks in enumerate(row):
+            assert all(mine < none for mine, none in zip(looks, plain[seed], strict=True))
+    for at, texts in (("best", [3, 1]), ("last", [2, -2])):  # of 139 in the test set
+        pairs = zip(rows[kfac]["runs"], rows["frozen"]["runs"], strict=True)
+        ahead = [
+            139 * (mine[at]["test_accuracy"] - other[at]["test_accuracy"]) for mine, other in pairs
+        ]
+        assert ahead == pytest.approx(texts, abs=0.01)

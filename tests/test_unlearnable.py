@@ -508,6 +508,13 @@ def test_what_chapter_16_says_of_the_stored_study():
     ends = {name: [run["last"]["inner_loss"] for run in row["runs"]] for name, row in rows.items()}
     for name, at in (("kfac-25", (1.9, 0.1)), ("identity-25", (1.3, 0.1)), ("bome-25", (2.3, 2.3))):
         assert ends[name] == pytest.approx(at, abs=0.06)
+    assert ends["identity-8"][1] == pytest.approx(0.14, abs=0.005)
+    assert ends["bome-8"] == pytest.approx((1.57, 2.03), abs=0.006)
+    second = found["clean"]["none"][1] - found["identity-8"]["none"][1]
+    assert second == pytest.approx(2.7, abs=0.06)
+    assert lost("bome-8") > max(lost(f"{name}-8") for name in ("kfac", "cg-3", "identity"))
+    apart = [abs(one - other) for one, other in found["clean"].values() if one != 100]
+    assert max(apart) == pytest.approx(2.6, abs=0.05)
 
 
 def test_a_sign_step_goes_down_by_its_size_in_every_number():

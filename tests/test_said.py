@@ -1,0 +1,110 @@
+"""Numbers that chapters say beside their cells: small computations, and of stored studies."""
+
+import math
+
+import pytest
+import torch
+
+import bilevel_lite as bl
+from bilevel_lite.experiment.comparing import difference, fresh
+from bilevel_lite.linsolve import cg, neumann
+from bilevel_lite.tasks import hypercleaning
+
+
+def test_chapter_3_on_one_and_two_products():
+    def median(method, products):
+        errors = []
+        for seed in range(11):
+            mu = torch.logspace(0, -math.log10(2), 200)
+            b = torch.randn(200, generator=torch.Generator().manual_seed(seed))
+            e = method(lambda p, mu=mu: mu * p, b, products).solution - b / mu
+            errors.append(((e @ (mu * e)) / (b @ (b / mu))).sqrt())
+        return float(torch.stack(errors).median())
+
+    def series(matvec, b, products):
+        return neumann(matvec, b, products + 1, 1.0)
+
+    assert (median(series, 1), median(cg, 1)) == pytest.approx((0.13, 0.20), abs=0.006)
+    assert (median(series, 2), median(cg, 2)) == pytest.approx((0.06, 0.04), abs=0.006)
+
+
+def test_chapter_6_on_pixels_that_are_dark():
+    model = torch.nn.Linear(64, 10, bias=False)
+    task = hypercleaning.build(bl.data.load("digits"), model, noise=0.5, l2=1e-4,
+                               device=torch.device("cpu"), sizes=(600, 200, 200))  # fmt: skip
+    lit = (task.train[0] != task.train[0].min(0).values).sum(0)
+    assert int((lit == 0).sum()) == 4
+    assert int(((lit > 0) & (lit <= 2)).sum()) == 6
+
+
+def test_chapter_8_on_two_averages():
+    def corrected(beta, count):
+        return (1 - beta) / (1 + beta) * (1 + beta**count) / (1 - beta**count)
+
+    def started(beta, count):
+        rest = beta ** (2 * count - 2)
+        return rest + (1 - beta) / (1 + beta) * (1 - rest)
+
+    smaller = [n for n in range(2, 200) if corrected(0.9, n) < started(0.9, n) * (1 - 1e-9)]
+    assert smaller == list(range(2, 22))
+    assert all(corrected(0.5, n) > started(0.5, n) for n in range(2, 40))
+    assert (corrected(0.5, 2), started(0.5, 2)) == pytest.approx((0.556, 0.5), abs=1e-3)
+    assert (corrected(0.9, 30), started(0.9, 30)) == pytest.approx((0.057, 0.055), abs=5e-4)
+
+
+def test_chapter_11_on_batch_sizes_and_the_second_search():
+    by_size = fresh("hyperclean_mnist_batch") | fresh("hyperclean_mnist_batch_5000")
+
+    def less(size, rival):
+        return difference(by_size[f"kfac-b{size}"], by_size[f"{rival}-b{size}"])[1:]
+
+    small = [less(size, "cg-3")[0] for size in (64, 128, 256)]
+    assert (min(small), max(small)) == pytest.approx((0.03, 0.045), abs=0.005)
+    squared = [-less(size, "cg-normal-3")[0] for size in (64, 128, 256)]
+    assert (min(squared), max(squared)) == pytest.approx((0.09, 0.145), abs=0.005)
+    for rival, said in (("cg-normal-3", (0.004, 0.005)), ("cg-3", (0.005, 0.002)),
+                        ("identity", (-0.010, 0.004))):  # fmt: skip
+        assert less(5000, rival) == pytest.approx(said, abs=6e-4)
+    assert by_size["cg-3-b128"]["chosen"]["outer_lr"] == pytest.approx(6.8e6, rel=0.01)
+    wide, first = fresh("hyperclean_mnist_solvers_wide"), fresh("hyperclean_mnist_solvers")
+    for rival, said in (("neumann-10", 0.020), ("cg-normal-3", 0.055), ("identity", 0.087)):
+        assert -difference(wide["kfac"], wide[rival])[1] == pytest.approx(said, abs=6e-4)
+    assert set(wide) <= set(first)
+
+
+def test_chapter_11_on_the_mlp_and_on_what_three_visits_tell():
+    mlp = fresh("hyperclean_mnist_mlp_solvers", "hyperclean_mnist_mlp_fresh")
+    assert all([run["seed"] for run in row["runs"]] == [1, 2, 3] for row in mlp.values())
+    for rival, said in (("cg-normal-3", (-0.087, 0.025)), ("cg-3-ggn", (-0.012, 0.022))):
+        assert difference(mlp["kfac"], mlp[rival])[1:] == pytest.approx(said, abs=6e-4)
+    on_h = difference(mlp["cg-3-ggn"], mlp["cg-3"])[1:]
+    assert on_h == pytest.approx((0.002, 0.009), abs=5e-4)
+    rows = fresh("hyperclean_cifar10_solvers")
+    pairs = [(a, b) for a in rows for b in rows if a < b]
+    told = [(a, b) for a, b in pairs if (d := difference(rows[a], rows[b]))[2] < abs(d[1])]
+    assert len(pairs) == 10 and told == [("cg-3", "cg-normal-3")]
+
+
+def test_chapter_12_on_the_study_of_trec():
+    rows = fresh("text_cleaning_trec")
+
+    def less(one, other):
+        return difference(rows[one], rows[other], "test_accuracy")
+
+    learned = ("identity", "sama", "cg-3-ggn", "kfac-mc", "kfac-empirical")
+    for name in (*learned, "balanced"):
+        assert min(less(name, "noisy")[0]) > 0, name
+    decided = [name for name in learned if (d := less(name, "noisy"))[2] < d[1]]
+    assert decided == ["identity", "cg-3-ggn", "kfac-empirical"]
+    first = [
+        min(run["history"], key=lambda look: look["tuning_loss"])["iteration"]
+        for row in rows.values() for run in row["runs"]
+    ]  # fmt: skip
+    assert max(first) <= 45 and first.count(15) > 0.8 * len(first)  # 150 inner steps
+
+    def pace(name):
+        best = [run["best"] for run in rows[name]["runs"]]
+        return sum(one["seconds"] / one["iteration"] for one in best) / len(best)
+
+    for name, said in (("kfac-mc", 1.17), ("kfac-empirical", 1.16), ("cg-3-ggn", 1.44)):
+        assert pace(name) / pace("identity") == pytest.approx(said, abs=0.01)
