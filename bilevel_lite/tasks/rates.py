@@ -109,19 +109,22 @@ class Trainings:
             )
         trainings, ends = len(rates["lr"]), []
         for seed in seeds:
-            theta = u = torch.zeros(trainings, *self.shape).to(self.start)
+            theta = u = torch.zeros(self.shape[0], trainings, self.shape[1]).to(self.start)
             batch = self.order(seed)
             for t in range(self.steps):
                 lr, momentum, decay = (
-                    v[:, window(t, self.steps, v.shape[1]), None, None].to(theta)
+                    v[:, window(t, self.steps, v.shape[1]), None].to(theta)
                     for v in (rates[name] for name in RATES)
                 )
                 x, y = batch(t)
-                slope = (x @ theta).softmax(-1)
-                slope[:, torch.arange(len(y)), y] -= 1
-                u = momentum * u + x.T @ slope / len(y) + decay * theta
+                slope = torch.einsum("nd,drc->nrc", x, theta).softmax(-1)
+                slope[torch.arange(len(y)), :, y] -= 1
+                u = momentum * u + torch.einsum("nd,nrc->drc", x, slope) / len(y) + decay * theta
                 theta = theta - lr * u
-            ends.append(torch.stack([self.loss(None, one.flatten(), self.judge) for one in theta]))
+            x, y = self.judge
+            logits = torch.einsum("nd,drc->ncr", x, theta)
+            each = cross_entropy(logits, y[:, None].expand(-1, trainings), reduction="none")
+            ends.append(each.mean(0))
         return torch.stack(ends).mean(0).cpu()
 
     def searched(self, shape: str, trials: int, seed: int) -> dict[str, Tensor]:
