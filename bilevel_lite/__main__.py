@@ -309,6 +309,9 @@ def parser() -> argparse.ArgumentParser:
         "names", nargs="*", help="which, also results of the book; by default all collected ones"
     )
     figures.add_argument("--to", metavar="DIR", help="another folder of figures")
+    figures.add_argument(
+        "--task", metavar="MODULE:NAME", help="one of your own, whose results are among them"
+    )
     gather = commands.add_parser(
         "collect",
         help="gather finished runs into figures/data/NAME.json",
@@ -376,8 +379,8 @@ def draw_stored(names: list[str] | None = None, to: str | Path | None = None) ->
             written.append(path)
     if unknown:
         raise ValueError(
-            f"{'; '.join(unknown)}; known: bench, {sorted(TASKS)}; a task of your own draws its "
-            f"results by its method draw (figures drawn here: {len(written)})"
+            f"{'; '.join(unknown)}; known: bench, {sorted(TASKS)}; for a task of your own, "
+            f"--task MODULE:NAME (figures drawn here: {len(written)})"
         )
     return written
 
@@ -502,7 +505,9 @@ def _bench(options: dict) -> None:
         print("The book's record stays as it was: --publish, or make bench, replaces it.")
 
 
-def _figures(names: list[str], to: str | None) -> None:
+def _figures(names: list[str], to: str | None, task: str | None) -> None:
+    if task is not None:
+        find(task)
     drawn = draw_stored(names, to)
     for path in drawn:
         print(path.resolve())
@@ -570,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "collect":
             print(collect(**options).resolve())
         else:
-            _figures(options["names"], options["to"])
+            _figures(**options)
     except (DataError, RunError, ValueError) as error:
         name, colon, rest = str(error).partition(": ")
         if colon and name in names:  # as it was typed

@@ -1,6 +1,7 @@
 """The protocol of a task, on each one of the book and on a stranger's of forty lines."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_the_outer_problem_of_the_stranger_is_solved(tmp_path):
     assert lowest - 1e-3 < last < lowest + 0.3 * (first - lowest)
 
 
-def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
+def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("optuna")
     words = ["search", "ridge", "--method", "soba", "aid-cg", "--over", "inner_lr=0.01:0.1"]
     words += ["outer_lr=0.1:2", "--trials", "3", "--seeds", "2", "--search-steps", "4"]
@@ -125,12 +126,27 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys):
         assert len(row["runs"]) == 2
     capsys.readouterr()
     assert main(words) == 0
-    assert "holds the finished study" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "holds the finished study" in again and "criterion       s  gradients" in again
+    first = min(result["results"], key=lambda row: search.mean_best(row, "criterion"))
+    assert again.splitlines()[2].split()[:2] == [
+        first["method"], f"{search.mean_best(first, 'criterion'):.4g}"
+    ]  # fmt: skip
     assert main([word.replace("0.1:2", "0.1:3") for word in words]) == 1
     assert "was made with other settings (over: " in capsys.readouterr().err
-    (fig,) = owner(result["kind"]).draw({"kind": result["kind"], "runs": [result]}).values()
+    (fig,) = stranger.Ridge.draw({"kind": result["kind"], "runs": [result]}).values()
     assert [line.get_label() for line in fig.axes[0].lines] == ["soba", "aid-cg"]
     plotting.plt.close(fig)
+
+    to = tmp_path / "figures"
+    assert main(["collect", str(tmp_path), "--name", "mine", "--to", str(to)]) == 0
+    monkeypatch.delitem(TASKS, "ridge")  # as in a process of another day
+    monkeypatch.delitem(sys.modules, "stranger")
+    capsys.readouterr()
+    assert main(["figures", "--to", str(to)]) == 1
+    assert "for a task of your own, --task MODULE:NAME" in capsys.readouterr().err
+    assert main(["figures", "--to", str(to), "--task", "stranger:ridge"]) == 0
+    assert (to / "mine.svg").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def run(
         if (folder.path / "result.json").exists():
             result = folder.read_result()
             print(
-                f"{folder.path} holds the finished study:\n{table(result['results'], kind.columns)}"
+                f"{folder.path} holds the finished study:\n{table(result['results'], kind.shown())}"
             )
             return result
         storage = storage or f"sqlite:///{(folder.path / 'trials.db').resolve()}"
@@ -164,7 +164,7 @@ def run(
         result = {**folder.config, "source": source, **study.fits(), "results": rows}
         result["provenance"] = provenance(place, first_seed, study.clock.seconds)
         folder.finish(result)
-    print(table(rows, kind.columns))
+    print(table(rows, kind.shown()))
     return result
 
 
@@ -577,7 +577,7 @@ def table(rows: list[dict], columns: tuple[Column, ...]) -> str:
     width = max([20, *(len(row["method"]) + 1 for row in rows)])
     titles = "".join(f"{column.title:>{column.width}}" for column in columns)
     lines = [f"{'':<{width}}{titles}{'s':>8}{'gradients':>11}"]
-    for row in sorted(rows, key=lambda row: mean_best(row, columns[0].key) if columns else 0):
+    for row in sorted(rows, key=lambda row: mean_best(row, columns[0].key)):
         if not row["runs"]:
             where = "trial" if row["chosen"] is None else "seed"
             lines.append(f"{row['method']:<{width}} diverged in every {where}")

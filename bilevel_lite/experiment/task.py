@@ -85,7 +85,7 @@ class Task:
     Settings: ClassVar[type] = declared.Settings
     defaults: ClassVar[dict[str, Any]] = {}  # of settings, where the task has others
     criterion: ClassVar[str] = "criterion"  # the measure that chooses the iterate: lower is better
-    columns: ClassVar[tuple[Column, ...]] = ()  # of a search's table; the first one sorts it
+    columns: ClassVar[tuple[Column, ...]] = ()  # of a search's table, instead of the criterion
     group = None  # the processes that share each batch (`bilevel_lite.parallel.Group`)
     figures: ClassVar[str] = ""  # the module of the task's own figures, imported to draw one
     dropped: ClassVar[tuple[str, ...]] = ()  # measures that the thin log of a search leaves out
@@ -194,6 +194,12 @@ class Task:
         What a model keeps for itself is where the run ended: `refresh` brings it to ``theta``.
         """
         return {}
+
+    @classmethod
+    def shown(cls) -> tuple[Column, ...]:
+        """The columns of a search's table; the first one sorts it."""
+        title = cls.criterion.replace("_", " ")
+        return cls.columns or (Column(cls.criterion, title, ".4g", max(10, len(title) + 2)),)
 
     @classmethod
     def keep(cls, result: dict, given: dict[str, Any]) -> dict:
