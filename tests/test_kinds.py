@@ -33,6 +33,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel_lite as bl
+from bilevel_lite import exact
 from bilevel_lite.curvature import GGN, EmpiricalFisher
 from bilevel_lite.ekfac import ekfac_operator
 from bilevel_lite.kfac import kfac_factors, kfac_operator
@@ -991,3 +992,19 @@ def test_in_float32_no_wrong_slopes_agree_by_chance(name):
         v, risk = torch.randn_like(theta), bl.WeightedRisk(model)
         slopes, route = risk.slopes_and_route(theta, batch, v)
         assert error(slopes, risk._slopes_twice(theta, batch, v)) < 1e-2, route
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_derivative_taken_aside_is_none_of_the_losss_own(looks):
+    """What a loss only looks at asks for no other form of its normalisation, and no second call."""
+    calls = []
+
+    def loss(theta):
+        calls.append(theta)
+        value = F.layer_norm(theta, theta.shape).pow(3).sum()
+        with exact.aside() if looks else contextlib.nullcontext():
+            torch.autograd.grad(value, theta, retain_graph=True)
+        return value
+
+    exact.exactly(loss, torch.arange(3.0).requires_grad_())
+    assert len(calls) == (1 if looks else 2)
