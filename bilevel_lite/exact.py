@@ -32,7 +32,8 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
     """Call ``loss(*args)`` so that all derivatives of what it returns are right.
 
     A loss that both normalises and differentiates is evaluated once more, with the normalisation
-    written out: its third derivatives are slower to take, and no other loss needs them.
+    written out: its third derivatives are slower to take, and no other loss needs them. (Running
+    statistics of a layer in training mode then move twice.)
 
     Raises:
         ValueError: for an operation that has no right derivative, also where it came by a name that
@@ -42,7 +43,7 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
 
 
 def _told(loss: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
-    """What `exactly` returns, and whether that need not be what a plain call returns."""
+    """What `exactly` returns, and whether a plain call may return something else."""
     mode = _Exactly()
     with mode:
         value = loss(*args)
@@ -82,10 +83,16 @@ def exactly_once(of: Any, loss: Callable[..., Any], *args: Any) -> Any:
 # nodes of torch's own that have wrong derivatives of second order, and of third
 _WRONG = "WeightNormInterface"
 _WRONG_THIRD = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
+_SCALED = (
+    "model: an embedding has scale_grad_by_freq=True, so what training follows is the gradient of "
+    "no function, and torch's second derivative forgets the scale; use scale_grad_by_freq=False"
+)
 
 
 def _require_right(value: Any, differentiates: bool) -> None:
     for node in nodes(value):
+        if getattr(node, "_saved_scale_grad_by_freq", False):
+            raise ValueError(_SCALED)
         name = node.name()
         own_statistics = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
         wrong = name.startswith(_WRONG) or (
@@ -133,8 +140,8 @@ class _Exactly(TorchFunctionMode):
             if self.written_out or inside or transforming():
                 self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
-        elif function in _EMBED:
-            _refuse_scaled(function, *args, **kwargs)
+        elif kwargs.get("scale_grad_by_freq"):
+            raise ValueError(_SCALED)
         return function(*args, **kwargs)
 
 
@@ -196,16 +203,6 @@ def _low_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, ep
     return _instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
 
 
-def _refuse_scaled(function, *args, **kwargs):
-    place = 5 if function is F.embedding else 4
-    if kwargs.get("scale_grad_by_freq", len(args) > place and args[place]):
-        raise ValueError(
-            "model: an embedding has scale_grad_by_freq=True, so what training follows is the "
-            "gradient of no function, and torch's second derivative forgets the scale; use "
-            "scale_grad_by_freq=False"
-        )
-
-
 _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _OTHER_FORMS = {torch._weight_norm: _weight_norm}
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
@@ -218,4 +215,3 @@ _NORMALISE = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _low_instance_norm,
 }
-_EMBED = {F.embedding, F.embedding_bag}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Portion
 from bilevel_lite.surroundings import nodes
-from bilevel_lite.trust import doubling
+from bilevel_lite.trust import doubling, mixes_examples
 
 __all__ = [
     "Group", "Part", "ProcessLost", "Sharded", "Shards", "Traffic", "apart", "dealt", "part_of",
@@ -243,9 +243,10 @@ class Sharded:
 
     Raises:
         TypeError: if the loss cannot be called, is sharded already, or has several batches.
-        ValueError: where it is called, if a model in training mode has BatchNorm, whose statistics
-            would be of this process's rows; or if a variable stands in the loss of some processes
-            only (looked at in its 1st, 2nd, 4th, 8th ... call), since the others would wait.
+        ValueError: where it is called, if a BatchNorm of the model takes its statistics from the
+            batch, which would be those of this process's rows; or if a variable stands in the loss
+            of some processes only (looked at in its 1st, 2nd, 4th, 8th ... call), since the others
+            would wait.
 
     What else reads other examples (weights normalised over a batch) is not seen: it is no mean over
     examples, and is another loss for each number of processes. So is what draws in each process for
@@ -329,13 +330,11 @@ def require_shared(solver: Any, loss: Any) -> None:
 
 
 def _require_own_rows(model: Any) -> None:
-    if isinstance(model, nn.Module) and model.training:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    "model: BatchNorm in training mode takes the statistics of this process's rows "
-                    "alone; call model.eval()"
-                )
+    if isinstance(model, nn.Module) and mixes_examples(model):
+        raise ValueError(
+            "model: BatchNorm takes the statistics of this process's rows alone; call model.eval() "
+            "(and give the layer track_running_stats=True)"
+        )
 
 
 def _reaches(value: Tensor, x: Any) -> bool:

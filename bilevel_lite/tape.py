@@ -522,10 +522,12 @@ def _require_eval(model: nn.Module) -> None:
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if module.training and dropout or norm and (module.training or module.running_mean is None):
+            what = "is in training mode" if module.training else "keeps no running statistics"
             effect = "makes its output random" if dropout else "mixes the examples of a batch"
+            way = "call model.eval()" if module.training else "give it track_running_stats=True"
             raise ValueError(
-                f"model: layer {name!r} ({type(module).__name__}) is in training mode, which "
-                f"{effect}, so there is no curvature per example; call model.eval()"
+                f"model: layer {name!r} ({type(module).__name__}) {what}, which {effect}, so there "
+                f"is no curvature per example; {way}"
             )
 
 

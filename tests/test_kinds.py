@@ -1008,3 +1008,24 @@ def test_a_derivative_taken_aside_is_none_of_the_losss_own(looks):
 
     exact.exactly(loss, torch.arange(3.0).requires_grad_())
     assert len(calls) == (1 if looks else 2)
+
+
+@pytest.mark.parametrize("way", ["torch.embedding", "F.embedding", "F.embedding_bag"])
+def test_gradients_that_an_embedding_scales_are_refused_however_it_is_called(way):
+    where = torch.tensor([0, 0, 1])
+
+    def g(lam, theta, batch):
+        table = theta.view(2, 2)
+        if way == "torch.embedding":
+            rows = torch.embedding(table, where, -1, True, False)  # by place
+        elif way == "F.embedding":
+            rows = F.embedding(where, table, None, None, 2.0, True)
+        else:
+            rows = F.embedding_bag(
+                where, table, torch.arange(3), scale_grad_by_freq=True, mode="sum"
+            )
+        return (lam * rows**3).sum()
+
+    lam, theta = torch.ones(1), torch.arange(1.0, 5.0)
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True, so what training follows"):
+        cross_vp(g, lam, theta, None, torch.ones(4))

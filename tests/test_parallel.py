@@ -151,6 +151,17 @@ def test_a_group_needs_processes():
         Group()
 
 
+@pytest.mark.parametrize("part_in_training", [True, False])
+def test_statistics_of_a_processs_own_rows_are_refused(group, part_in_training):
+    """Also where the model as a whole is in evaluation mode."""
+    norm = torch.nn.BatchNorm1d(3, track_running_stats=part_in_training)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), norm, torch.nn.Linear(3, 2)).eval()
+    norm.train(part_in_training)
+    loss, batch = Sharded(bl.WeightedRisk(model), group), (torch.randn(4, 2), torch.arange(4) % 2)
+    with pytest.raises(ValueError, match=r"rows alone; call model.eval\(\) \(and .*running_stats="):
+        loss(torch.zeros(1), bl.flatten(model), batch)
+
+
 def test_losses_that_cannot_be_shared_are_refused(group):
     risk = bl.WeightedRisk(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="loss: is sharded already"):

@@ -48,6 +48,7 @@ def either(info: bool) -> None:
 d: Tensor = bl.finite_difference_hypergradient(problem, lam, lambda lam: theta)
 method = bl.AID(problem, lam, theta, solver=bl.CG(3), inner_steps=10, inner_lr=0.1, outer_lr=1.0)
 loss = method.step().outer_loss
+other = bl.NHGD(problem, lam, theta, inner_lr=0.3, outer_lr=0.1)
 dataset = bl.data.load("digits")
 model = bl.models.build("linear", 64, 10)
 flat: Tensor = bl.flatten(model)
