@@ -5,7 +5,7 @@ differences   of Phi, with the inner problem solved anew
 J v           the method's own v, J v by another route
 residual      ||b - H v|| / ||b||, H v from differences of first derivatives
 
-The judged number is a solver's, or one that somebody computed with code of his own.
+The judged number is a solver's, or one that somebody computed with other code.
 """
 
 import copy

@@ -62,11 +62,9 @@ __all__ = [
     "Probes",
     "from_curvlinops",
     "ggn_vp",
-    "output_hessian_vp",
     "output_probes",
     "output_side",
     "require_risk",
-    "sample_weights",
 ]
 
 LARGEST = 2**28  # numbers that the exact probes may hold where labels have positions
@@ -172,30 +170,6 @@ def require_risk(loss: Any, what: str) -> WeightedRisk | SumOfRisks:
     return loss
 
 
-def sample_weights(
-    risk: WeightedRisk, lam: Tensor, batch: Any, losses: Tensor | None = None, look: bool = True
-) -> Tensor | None:
-    """Return sigma detached, shape (n,), or None for all ones.
-
-    Args:
-        risk: The weighted risk.
-        lam: Outer variable.
-        batch: As the model sees it, `WeightedRisk.seen`.
-        losses: The unweighted losses, shape (n,), where the weight reads them.
-        look: Check the numbers; else whoever asks does, with `OutputSide.faulty`.
-
-    Raises:
-        ValueError: if a weight is below zero (sqrt(sigma) does not exist and the curvature would
-            be indefinite) or not finite.
-    """
-    sigma = risk.weights(lam.detach(), batch, losses)
-    if sigma is None:
-        return None
-    if look:
-        _require_weights(sigma.detach())
-    return sigma.detach()
-
-
 def _require_weights(sigma: Tensor) -> None:
     if not sigma.numel():
         return
@@ -226,8 +200,29 @@ class OutputSide:
     slope: Tensor | None = None
 
     def times(self, u: Tensor) -> Tensor:
-        """C u; see `output_hessian_vp`."""
-        return output_hessian_vp(self.risk, self.outputs, self.sigma, u, self.y, self.slope)
+        r"""C u for the GGN:  (1/n) [ sigma_i h_i u_i + V'_i s_i (s_i . u_i) ], example by example.
+
+            cross-entropy  h_i = diag(p_i) - p_i p_i^T,  p_i = softmax(outputs_i)
+                           with positions: blockdiag over t of k_it (diag(p_it) - p_it p_it^T)
+            mse            h_i = I
+
+        Args:
+            u: Direction, like the outputs.
+
+        Cost: negligible.
+        """
+        hu = u
+        if self.risk.loss == "cross_entropy":
+            p = self.outputs.softmax(-1)
+            hu = p * u - p * (p * u).sum(-1, keepdim=True)
+            share = self.risk.share(self.outputs, self.y)
+            if share is not None:
+                hu = share[..., None] * hu
+        hu = _times(hu, self.sigma)
+        if self.slope is not None:
+            s = self.risk.output_gradient(self.outputs, self.y)
+            hu = hu + _times(s, self.slope * _dots(s, u))
+        return hu / len(self.outputs)
 
     def empirical_weight(self) -> Tensor | None:
         """sigma + max(V', 0), by which an example's own second moment is multiplied; or None."""
@@ -258,79 +253,23 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor, look: bool = True) -> 
         term: From ``risk.terms(lam, batch)``.
         lam: Outer variable; gives the weights.
         outputs: ``term.risk.outputs(term.read(theta), term.batch)``.
-        look: Check the weights; see `sample_weights`.
+        look: Check the weights; else whoever asks does, with `OutputSide.faulty`.
 
     Raises:
-        ValueError: for a negative weight, an empty batch, targets that do not fit, or weights
-            without the slope that ``weight_slope=True`` asks for.
+        ValueError: for a weight that is not finite or below zero (sqrt(sigma) does not exist and
+            the curvature would be indefinite), targets that do not fit, or weights without the
+            slope that ``weight_slope=True`` asks for.
 
     Cost: that of losses and weights from the outputs; negligible.
     """
-    require_batch(outputs)
     risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
     losses = risk.output_losses(outputs, y) if risk.reads_losses else None
-    sigma = sample_weights(risk, lam, term.batch, losses, look)
-    sigma = None if sigma is None else sigma.to(outputs)
+    sigma = risk.weights(lam.detach(), term.batch, losses)
+    if sigma is not None:
+        sigma = sigma.detach().to(outputs)
+        if look:
+            _require_weights(sigma)
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
-
-
-def require_batch(outputs: Tensor) -> None:
-    """Refuse a batch without examples.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    if outputs.shape[0] == 0:
-        raise ValueError("batch: holds no example, so its curvature is undefined")
-
-
-def output_hessian_vp(
-    risk: WeightedRisk,
-    outputs: Tensor,
-    sigma: Tensor | None,
-    u: Tensor,
-    y: Tensor | None = None,
-    slope: Tensor | None = None,
-) -> Tensor:
-    r"""C u for the GGN:  (1/n) [ sigma_i h_i u_i + V'_i s_i (s_i . u_i) ], example by example.
-
-        cross-entropy  h_i = diag(p_i) - p_i p_i^T,  p_i = softmax(outputs_i)
-                       with positions: blockdiag over t of k_it (diag(p_it) - p_it p_it^T)
-        mse            h_i = I
-
-    Args:
-        risk: Gives the likelihood.
-        outputs: Model outputs, shape (n, C) or (n, T, C).
-        sigma: Weights, shape (n,), or None.
-        u: Direction, like the outputs.
-        y: Targets; needed where some may be ignored, and with ``slope``.
-        slope: V', shape (n,), or None.
-
-    Returns:
-        Like the outputs.
-
-    Raises:
-        ValueError: if the targets are needed and not there.
-
-    Cost: negligible.
-    """
-    several = outputs.dim() > 2 or risk.ignore_index is not None
-    if y is None and (slope is not None or risk.loss == "cross_entropy" and several):
-        raise ValueError(
-            "y: is None; labels with positions, ignored labels and V' need the targets"
-        )
-    hu = u
-    if risk.loss == "cross_entropy":
-        p = outputs.softmax(-1)
-        hu = p * u - p * (p * u).sum(-1, keepdim=True)
-        share = None if y is None else risk.share(outputs, y)
-        if share is not None:
-            hu = share[..., None] * hu
-    hu = _times(hu, sigma)
-    if slope is not None:
-        s = risk.output_gradient(outputs, y)
-        hu = hu + _times(s, slope * _dots(s, u))
-    return hu / len(outputs)
 
 
 def output_probes(
@@ -386,7 +325,7 @@ class Probes:
     Where the slope of the weights counts, V' s_i s_i^T is to be added, s_i the gradient at the true
     label: "exact" and "mc" get one more column, sqrt(V'_i) s_i, and "empirical" the factor
     sqrt(sigma_i + V'_i). A negative V'_i has no real column: it counts as 0, here but not in
-    `output_hessian_vp`. So the exact Fisher is then the GGN of the positive V' alone.
+    `OutputSide.times`. So the exact Fisher is then the GGN of the positive V' alone.
 
     Args:
         fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
@@ -424,11 +363,10 @@ class Probes:
             look: Check that the outputs are finite; else whoever asks does (`OutputSide.faulty`).
 
         Raises:
-            ValueError: for outputs not finite or without examples, or exact probes for so many
+            ValueError: for outputs not finite, or exact probes for so many
                 classes and positions that they would not fit.
         """
         risk, outputs, y, sigma = side.risk, side.outputs, side.y, side.sigma
-        require_batch(outputs)
         if look:
             _require_finite_outputs(outputs)
         p = outputs.softmax(-1) if risk.loss == "cross_entropy" else None

@@ -24,10 +24,10 @@ from bilevel_lite.factors import Estimate, estimate
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.kronecker import (
     Columns,
+    EigenbasisInverse,
     Factor,
     Matrix,
     Spectrum,
-    eigenbasis_inverse,
     in_basis,
     spectra,
 )
@@ -197,8 +197,8 @@ class EKFAC(KFAC):
         try:
             return Block(
                 layer,
-                None if weight is None else eigenbasis_inverse(a, b, weight, tau),
-                None if bias is None else eigenbasis_inverse(None, b, bias, tau),
+                None if weight is None else EigenbasisInverse(a, b, weight, tau),
+                None if bias is None else EigenbasisInverse(None, b, bias, tau),
                 columns=None if a is None else a.inputs,
             )
         except ValueError as error:

@@ -1,6 +1,5 @@
 """One pass of forward-mode differentiation, with the derivatives that training follows."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,29 +47,22 @@ class _AsTrained(TorchFunctionMode):
 
 def _without_padding(function, out, *args, **kwargs):
     """The output of an embedding, its tangent zero where the padding row was read."""
-    given = inspect.signature(_EMBEDDINGS[function]).bind(*args, **kwargs).arguments
+    given = {**dict(zip(_BY_PLACE[function], args, strict=False)), **kwargs}
     if given.get("scale_grad_by_freq"):
         raise NoForwardMode("embedding: scale_grad_by_freq changes the gradient only")
     value, along = fwad.unpack_dual(out)
     padding = given.get("padding_idx")
     if along is None or padding is None or (function is torch.embedding and padding < 0):
         return out
-    read = given["index"] == padding % len(given["weight"])
+    read = given["indices"] == padding % len(given["weight"])
     return fwad.make_dual(value, along.masked_fill(read[..., None], 0))
 
 
-def _embedding(
-    index, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False,
-    sparse=False,
-):  # fmt: skip
-    """The arguments of torch.nn.functional.embedding, the first under a name of ours."""
-
-
-def _low_embedding(weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
-    """The arguments of torch.embedding."""
-
-
-_EMBEDDINGS = {F.embedding: _embedding, torch.embedding: _low_embedding}
+# the first arguments, by place
+_BY_PLACE = {
+    F.embedding: ("indices", "weight", "padding_idx"),
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq"),
+}
 
 
 def push_forward(

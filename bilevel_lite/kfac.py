@@ -273,7 +273,7 @@ class KFAC(Solver):
         ema: beta in F <- beta F + (1 - beta) F_new for every factor and diagonal; 0 is off. The
             first estimate initialises; there is no bias correction.
         every: Build the factors on every ``every``-th call and reuse them in between.
-        damping_rule: ``"heuristic"``, ``"factored"`` or ``"exact"``; see the module.
+        damping_rule: ``"heuristic"``, ``"factored"`` or ``"exact"``; see `bilevel_lite.kronecker`.
         bias: ``"joint"`` or ``"separate"``.
         rest: What parameters without a Kronecker block (BatchNorm, LayerNorm, embeddings, grouped
             convolutions, shared weights) get: ``"diagonal"``, the diagonal of the same Fisher, or

@@ -35,7 +35,6 @@ __all__ = [
     "Matrix",
     "Spectrum",
     "batched",
-    "eigenbasis_inverse",
     "heuristic_damping",
     "in_basis",
     "kronecker_inverse",
@@ -599,16 +598,36 @@ class FactoredInverse:
 
 @dataclass
 class EigenbasisInverse:
-    r"""V -> U_B [ (U_B^T V U_A) * inverse ] U_A^T, and V / tau on what thin bases leave out."""
+    r"""V -> U_B [ (U_B^T V U_A) / (values + tau) ] U_A^T, and V / tau on what thin bases leave out.
+
+    Attributes:
+        a: Eigenbasis on the input side, r2 vectors; None for a bias.
+        b: Eigenbasis on the output side, r1 vectors.
+        values: Eigenvalues of the block in that basis, shape (r1, r2), or (r1,) for a bias.
+        tau: damping + 2 l2.
+
+    Raises:
+        ValueError: if tau is zero and an eigenvalue is zero to working precision.
+    """
 
     a: Spectrum | None
     b: Spectrum
-    inverse: Tensor  # 1 / (values + tau)
+    values: Tensor
     tau: float
+
+    def __post_init__(self):
+        self.thin = self.b.thin or (self.a is not None and self.a.thin)
+        if self.tau == 0 and (self.thin or _singular(self.values)):
+            raise ValueError(
+                "damping: is 0 and a Kronecker block is singular to working precision; "
+                "give a positive damping or l2"
+            )
+        values = self.values if self.a is not None else self.values[:, None]
+        self.inverse = 1 / (values + self.tau)
 
     def __call__(self, v: Tensor) -> Tensor:
         """The damped inverse times V, shape (d1, d2), or (d1, 1) for a bias."""
-        if not (self.b.thin or (self.a is not None and self.a.thin)):
+        if not self.thin:
             return in_basis(self.a, self.b, self.inverse, v)
         return in_basis(self.a, self.b, self.inverse - 1 / self.tau, v) + v / self.tau
 
@@ -676,7 +695,7 @@ def kronecker_inverse(
     if rule == "exact":
         a, b = a.spectrum(), b.spectrum()
         outer = b.values[:, None] * a.values
-        return eigenbasis_inverse(a, b, outer, tau), eigenbasis_inverse(None, b, b.values, tau)
+        return EigenbasisInverse(a, b, outer, tau), EigenbasisInverse(None, b, b.values, tau)
     if rule == "heuristic":
         delta_a, delta_b = heuristic_damping(a, b, tau)
     else:
@@ -690,33 +709,6 @@ def kronecker_inverse(
 
 def _bias_inverse(b: DampedFactor, on: Tensor, tau: float, v: Tensor) -> Tensor:
     return torch.where(on > 0, b(v), v / tau if tau else v)
-
-
-def eigenbasis_inverse(
-    a: Spectrum | None, b: Spectrum, values: Tensor, tau: float
-) -> EigenbasisInverse:
-    r"""V -> U_B [ (U_B^T V U_A) / (values + tau) ] U_A^T, and V / tau on what thin bases leave out.
-
-    Args:
-        a: Eigenbasis on the input side, r2 vectors; None for a bias.
-        b: Eigenbasis on the output side, r1 vectors.
-        values: Eigenvalues of the block in that basis, shape (r1, r2), or (r1,) for a bias.
-        tau: damping + 2 l2.
-
-    Returns:
-        A function of V, shape (d1, d2), or (d1, 1) for a bias.
-
-    Raises:
-        ValueError: if tau is zero and an eigenvalue is zero to working precision.
-    """
-    thin = b.thin or (a is not None and a.thin)
-    if tau == 0 and (thin or _singular(values)):
-        raise ValueError(
-            "damping: is 0 and a Kronecker block is singular to working precision; "
-            "give a positive damping or l2"
-        )
-    values = values if a is not None else values[:, None]
-    return EigenbasisInverse(a, b, 1 / (values + tau), tau)
 
 
 def _require_regular(*factors: Factor | None) -> None:

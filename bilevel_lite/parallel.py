@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Portion
+from bilevel_lite.problem import BilevelProblem, Loss, NotFinite, Portion, tensors
 from bilevel_lite.surroundings import nodes
 from bilevel_lite.trust import doubling, mixes_examples
 
@@ -430,16 +430,8 @@ def dealt(costs: list[float], size: int) -> list[int]:
 
 
 def _rows(batch: Any) -> int:
-    first = next(_tensors(batch), None)
+    first = next(tensors(batch), None)
     return len(first) if first is not None and first.dim() else 1
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, tuple | list | Mapping):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
 
 
 def shard(batch: Any, group: Group) -> Any:
@@ -460,7 +452,7 @@ def shard(batch: Any, group: Group) -> Any:
         (tensor([2, 3, 4]), tensor([2, 3, 4]))
     """
     n, r, size = _rows(batch), group.rank, group.size
-    lengths = {len(x) if x.dim() else 0 for x in _tensors(batch)}
+    lengths = {len(x) if x.dim() else 0 for x in tensors(batch)}
     if lengths - {n}:
         raise ValueError(
             f"batch: its tensors have {sorted(lengths)} rows; expected the same number in each"

@@ -5,7 +5,7 @@ tasks it is a tuple (x, y, index), where ``index`` holds the examples' positions
 set: that is how a weight finds its entry of lam.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
-__all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples"]
+__all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples", "tensors"]
 
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -101,15 +101,21 @@ class Portion(tuple):
     whole: int
 
 
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch: itself, or those of its tuples, lists and dicts, one in another."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, tuple | list | Mapping):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors(part)
+
+
 def examples(batch: Any) -> int | None:
-    """Number of examples: rows of the first tensor of a tuple, list or dict; None for others."""
+    """Number of examples: rows of the first of the `tensors`; None if it has none."""
     if isinstance(batch, Portion):
         return batch.whole
-    parts = list(batch.values()) if isinstance(batch, dict) else batch
-    if not isinstance(parts, tuple | list) or not parts:
-        return None
-    first = parts[0]
-    return len(first) if isinstance(first, Tensor) and first.dim() else None
+    first = next(tensors(batch), None)
+    return len(first) if first is not None and first.dim() else None
 
 
 def relative_size(batch: Any, unit: Any) -> float:

@@ -176,13 +176,33 @@ def _value(loss, lam, theta, batch):
     return value
 
 
-def _gradient_graph(loss, lam, theta, batch):
-    """Gradient of the loss in theta with its graph kept: the thing that HVPs differentiate."""
+def _gradients(loss, lam, theta, batch, need_lam=True):
+    """Value and both gradients of the inner loss, these with the graph that products go back by."""
     with second_order(), way_out():
         value = _value(loss, lam, theta, batch)
-        (grad,) = _graph(value, (theta,), loss)
+        grad_lam, grad = _graph(value, (lam, theta), loss)
+    _require_dependence(lam=grad_lam is not None or not need_lam, theta=grad is not None)
+    return value, grad_lam, grad
+
+
+def _theta_graph(loss, lam, theta, batch):
+    """That in theta alone."""
+    with second_order(), way_out():
+        (grad,) = _graph(_value(loss, lam, theta, batch), (theta,), loss)
     _require_dependence(theta=grad is not None)
     return grad
+
+
+@differentiating
+def _back(grad, variables, v, keep=False):
+    """The derivatives of < grad, v >, each like its variable: zeros where there is none of it."""
+    out = [None] * len(variables)
+    if grad.requires_grad:
+        with way_out():
+            out = torch.autograd.grad(
+                grad, variables, ordinary(v), retain_graph=keep, allow_unused=True
+            )
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(variables, out, strict=True)]
 
 
 @differentiating
@@ -220,18 +240,8 @@ def hvp_operator(
         tensor([ 6., 12.])
     """
     lam, theta = lam.detach().clone(), _leaf(theta, loss)
-    grad = _gradient_graph(loss, lam, theta, batch)
-    if not grad.requires_grad:  # linear in theta: the Hessian is zero
-        return lambda v: torch.zeros_like(v)
-
-    @differentiating
-    def matvec(v: Tensor) -> Tensor:
-        v = ordinary(v)
-        with way_out():
-            (out,) = torch.autograd.grad(grad, theta, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if out is None else out
-
-    return matvec
+    grad = _theta_graph(loss, lam, theta, batch)
+    return lambda v: _back(grad, (theta,), v, keep=True)[0]
 
 
 class SecondDerivatives:
@@ -257,7 +267,7 @@ class SecondDerivatives:
     def __init__(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None):
         self.lam, self.theta = lam.detach().requires_grad_(), theta.detach().requires_grad_()
         self.at = loss, batch
-        self.grad = _gradient_graph(loss, self.lam, self.theta, batch)
+        self.grad = _theta_graph(loss, self.lam, self.theta, batch)
         self.freed = False
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -272,20 +282,13 @@ class SecondDerivatives:
             gradient(loss, self.lam, self.theta, batch, "inner_loss", need_lam=True)
         return out
 
-    @differentiating
     def _product(self, variable: Tensor, v: Tensor, keep: bool) -> Tensor:
         if self.freed:
             raise ValueError(
                 "solver: J v was read from the graph of H, which is gone with it; prepare anew"
             )
         self.freed = not keep
-        if not self.grad.requires_grad:  # linear in theta
-            return torch.zeros_like(variable)
-        with way_out():
-            (out,) = torch.autograd.grad(
-                self.grad, variable, v, retain_graph=keep, allow_unused=True
-            )
-        return torch.zeros_like(variable) if out is None else out
+        return _back(self.grad, (variable,), v, keep)[0]
 
 
 def hvp(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
@@ -404,24 +407,17 @@ def has_slopes(loss: Loss) -> bool:
 
 
 def _cross_twice(loss, lam, theta, batch, v):
-    lam, theta, v = _leaf(lam, loss), _leaf(theta, loss), ordinary(v)
-    with second_order(), way_out():
-        value = _value(loss, lam, theta, batch)
-        grad_lam, grad = _graph(value, (lam, theta), loss)
-        _require_dependence(lam=grad_lam is not None, theta=grad is not None)
-        along = dot(grad, v)
-        if not along.requires_grad:  # g is a sum of a part in lam and a part in theta
-            return torch.zeros_like(lam)
-        (out,) = torch.autograd.grad(along, lam, allow_unused=True)
-        return torch.zeros_like(lam) if out is None else out
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
+    return _back(_gradients(loss, lam, theta, batch)[2], (lam,), v)[0]
 
 
-def cross_differences(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor, step: float | None = None
-) -> Tensor:
+def cross_differences(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
     r"""J v by central differences along v; first derivatives only, for `bilevel_lite.check`.
 
         J v ~ ( grad_lam g(lam, theta + h v) - grad_lam g(lam, theta - h v) ) / (2 h)
+
+    h ||v|| / max(1, ||theta||) is the cube root of theta's machine epsilon, where the error of the
+    differences and that of rounding are about equal.
 
     Args:
         loss: ``loss(lam, theta, batch)`` -> scalar.
@@ -429,8 +425,6 @@ def cross_differences(
         theta: Inner variable, shape (d,).
         batch: Passed on to ``loss``.
         v: Direction, shaped like ``theta``.
-        step: h ||v|| / max(1, ||theta||); by default the cube root of theta's machine epsilon,
-            where the error of the differences and that of rounding are about equal.
 
     Cost: 2 gradients.
     """
@@ -438,20 +432,18 @@ def cross_differences(
     if size == 0:
         return torch.zeros_like(lam)
     if is_structured(loss) and any(t.risk.reads_losses for t in loss.terms(lam, batch)):
-        return _field_differences(loss, lam, theta, batch, v, step)
-    step = torch.finfo(theta.dtype).eps ** (1 / 3) if step is None else step
-    h = step * max(1.0, float(theta.norm())) / size
+        return _field_differences(loss, lam, theta, batch, v)
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / size
     up, down = (gradient(loss, lam, theta + s * h * v, batch, "inner_loss")[1] for s in (1, -1))
     return (up - down) / (2 * h)
 
 
-def _field_differences(loss, lam, theta, batch, v, step):
+def _field_differences(loss, lam, theta, batch, v):
     """The same for weights that read the losses: < grad_theta g, v > along each entry of lam.
 
     There grad_lam g is not the derivative of what grad_theta g is the gradient of.
     """
-    step = torch.finfo(lam.dtype).eps ** (1 / 3) if step is None else step
-    h = step * max(1.0, float(lam.abs().max()))
+    h = torch.finfo(lam.dtype).eps ** (1 / 3) * max(1.0, float(lam.abs().max()))
     axes = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
 
     def along(point):
@@ -511,20 +503,10 @@ def first_and_second(
     Cost: counted as 3 gradients: 1 for the gradient, 2 for both products together (one double
     backward pass).
     """
-    lam, theta, p = _leaf(lam, loss), _leaf(theta, loss), ordinary(p)
-    with second_order(), way_out():
-        value = _value(loss, lam, theta, batch)
-        grad_lam, grad = _graph(value, (lam, theta), loss)
-        _require_dependence(lam=grad_lam is not None, theta=grad is not None)
-        jp = hp = None
-        if grad.requires_grad:
-            jp, hp = torch.autograd.grad(grad, (lam, theta), p, allow_unused=True)
-    return (
-        value.detach(),
-        grad.detach(),
-        torch.zeros_like(lam) if jp is None else jp,
-        torch.zeros_like(theta) if hp is None else hp,
-    )
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
+    value, _, grad = _gradients(loss, lam, theta, batch)
+    jp, hp = _back(grad, (lam, theta), p)
+    return value.detach(), grad.detach(), jp, hp
 
 
 @differentiating
@@ -548,19 +530,11 @@ def update_graph(
     Cost: 1 gradient; the function, counted as 2, both products from one double backward pass.
     """
     lam, theta = _leaf(lam, loss), _leaf(theta, loss)
-    with second_order(), way_out():
-        value = _value(loss, lam, theta, batch)
-        grad_lam, q = _graph(value, (lam, theta), loss)
-    _require_dependence(lam=grad_lam is not None or not need_lam, theta=q is not None)
+    _, grad_lam, q = _gradients(loss, lam, theta, batch, need_lam)
 
-    @differentiating
     def back(p: Tensor) -> tuple[Tensor, Tensor]:
-        jp = hp = None
-        if q.requires_grad:
-            with way_out():
-                jp, hp = torch.autograd.grad(q, (lam, theta), ordinary(p), allow_unused=True)
-        zeros = torch.zeros_like
-        return zeros(lam) if jp is None else jp, zeros(theta) if hp is None else hp
+        jp, hp = _back(q, (lam, theta), p)
+        return jp, hp
 
     back.reads_lam = grad_lam is not None
     return q.detach(), back

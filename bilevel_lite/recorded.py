@@ -38,7 +38,7 @@ from bilevel_lite.risk import WeightedRisk, only_reads
 from bilevel_lite.same_function import equal_states, random_state, restore_random_state
 from bilevel_lite.solvers import Prepared, Solver
 from bilevel_lite.surroundings import differentiating, second_order
-from bilevel_lite.trust import low_precision, still
+from bilevel_lite.trust import doubling, low_precision, still
 
 __all__ = ["CudaGraphs", "Recordings"]
 
@@ -103,7 +103,7 @@ class _Kept:
     def due(self) -> bool:
         """True at the 1st, 2nd, 4th, 8th ... use."""
         self.uses += 1
-        return self.uses & (self.uses - 1) == 0
+        return doubling(self.uses)
 
 
 # ------------------------------------------------------------------ what is recorded
@@ -310,7 +310,8 @@ def _fresh(solver: Solver, loss: Loss) -> bool:
 class Recordings:
     """What one method has recorded, and a line for each computation that it has not.
 
-    Where nothing can be recorded (on a CPU, say), each of its methods is the plain computation.
+    Where nothing can be recorded (on a CPU, say), its gradients are the plain ones, and `second`
+    and `kfac` return None.
     """
 
     def __init__(self, on: bool = True):

@@ -160,7 +160,7 @@ def require_unwritten(name: str, before: list, after: list) -> None:
     """Refuse a loss or a model that wrote into what it was given.
 
     Args:
-        name: Which.
+        name: What messages call the loss or the model.
         before: `versions` of (lam, theta) or of (lam, theta, batch); None for what is not there.
         after: The same, afterwards.
 

@@ -175,7 +175,7 @@ def kept_by(model: nn.Module) -> dict[str, Any]:
 
 
 def moved_since(model: nn.Module, before: dict[str, Any]) -> list[str]:
-    """Names of what is not as `_kept` found it before."""
+    """Names of what is not as `kept_by` found it before."""
     now = kept_by(model)
     return [k for k, one in now.items() if k not in before or not _same(before[k], one)]
 

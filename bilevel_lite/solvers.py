@@ -100,7 +100,7 @@ class Prepared:
         if v is not None:
             v = v.detach()
         if solver.warm_start:
-            solver._v = v.clone()  # the caller may write into his
+            solver._v = v.clone()  # the caller may write into theirs
         if diagnose and info.residual is None:
             info.measured(b - self.matvec(v) - solver.damping * v, b)
         return v, info
@@ -266,8 +266,7 @@ class Direct(Solver):
 
     Args:
         damping: Added to the diagonal.
-        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
-            positive semi-definite, so that CG never breaks down on it).
+        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`).
         max_dim: Refuse larger problems: H takes max_dim^2 numbers and d^3 operations.
 
     Raises:
@@ -340,8 +339,7 @@ class Neumann(Solver):
         terms: Number of summands: 1 is `Identity`, K is K truncated steps of unrolling.
         step: Step size; needs step < 2 / (largest curvature).
         damping: Added to H's diagonal, once.
-        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
-            positive semi-definite, so that CG never breaks down on it).
+        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`).
 
     Raises:
         ValueError: in `solve`, if the series diverges beyond the largest number.

@@ -211,7 +211,7 @@ def nothing_again(what: str) -> Iterator[None]:
         ValueError: naming ``what`` and the way out.
     """
     with ExitStack() as stack:
-        with suppress(RuntimeError):  # the caller has hooks of his own around all of it
+        with suppress(RuntimeError):  # the caller has hooks of their own around all of it
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
         stack.enter_context(_fast_path_off)
         if torch.is_grad_enabled():

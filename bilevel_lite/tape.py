@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
-from bilevel_lite.curvature import require_batch
 from bilevel_lite.params import leaves, predict, trainable
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.same_function import same_twice
@@ -142,7 +141,6 @@ class Tape:
         self.owners = sorted({o for _, where in self.places.values() for o, _ in where})
         self.known = known_code(risk.model)
         self._run(risk, batch)
-        require_batch(self.outputs)
         self.n = self.outputs.shape[0]
         self.once = {
             name for name, calls in self.calls.items() if len(calls) == 1 and calls[0].usable

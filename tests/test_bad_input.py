@@ -474,6 +474,8 @@ def test_a_plain_function_takes_what_it_likes():
             )  # fmt: skip
             method.step()
     assert bl.problem.relative_size({"x": x}, {"x": x[:1]}) == 3
+    assert bl.problem.relative_size(x, x[:1]) == 3
+    assert bl.problem.relative_size({"in": {"x": x}}, (["text"], x[:1])) == 3
     assert bl.problem.relative_size((), {}) == 1
     with pytest.raises(ValueError, match=r"value is nan; batch\['x'\] has 1 entries"):
         bl.hypergradient(problem, LAM, THETA, {"x": x}, {"x": x / x})

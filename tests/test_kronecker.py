@@ -8,7 +8,7 @@ import torch
 
 from bilevel_lite import kronecker
 from bilevel_lite.experiment import bench
-from bilevel_lite.kronecker import Columns, Matrix, Spectrum, eigenbasis_inverse, kronecker_inverse
+from bilevel_lite.kronecker import Columns, EigenbasisInverse, Matrix, Spectrum, kronecker_inverse
 
 D1, D2, R = 5, 9, 4  # fewer columns than rows: thin bases
 
@@ -88,7 +88,7 @@ def test_corrected_block_times_inputs_equals_dense_algebra(full):
     basis = torch.kron(b.vectors.contiguous(), a.vectors.contiguous())
     dense = basis * e.flatten() @ basis.T + 0.01 * torch.eye(D1 * D2)
     truth = torch.linalg.solve(dense, v.flatten()).view(D1, D2)
-    inverse = eigenbasis_inverse(a, b, e, 0.01)
+    inverse = EigenbasisInverse(a, b, e, 0.01)
     assert error(inverse(v), truth) < 1e-12
     assert error(inverse.along(v, x), truth @ x) < 1e-12
     other = draw(D2, 6, seed=4)  # has a part outside of the span

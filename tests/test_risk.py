@@ -784,7 +784,6 @@ def test_no_caller_can_forget_the_inputs_or_apply_them_twice():
         lambda b: c.risk.outputs(c.theta, b),
         lambda b: c.risk.losses(c.theta, b),
         lambda b: c.risk.weights(c.lam, b),
-        lambda b: curvature.sample_weights(c.risk, c.lam, b),
     ):
         use(seen)
         with pytest.raises(ValueError, match=r"give risk.seen\(lam, batch\)"):
@@ -837,8 +836,6 @@ def test_exact_probes_that_would_not_fit_are_refused():
     outputs = torch.zeros(2, 40, 1000)
     with pytest.raises(ValueError, match="1000 x 40 probes of shape .* use 'mc' or 'empirical'"):
         curvature.output_probes(risk, outputs, torch.zeros(2, 40).long(), None, "exact")
-    with pytest.raises(ValueError, match="y: is None; labels with positions"):
-        curvature.output_hessian_vp(risk, outputs, None, outputs)
 
 
 def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_curvature():

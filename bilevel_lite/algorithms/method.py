@@ -298,7 +298,9 @@ class Method(Resumable):
         amount = COST[what] if isinstance(what, str) else what
         self.gradients += times * amount * relative_size(batch, self._unit)
 
-    def _slope(self, gradient: str, name: str, batch: Any, theta: Any, lam: Any) -> tuple:
+    def _slope(
+        self, gradient: str, name: str, batch: Any, theta: Any = None, lam: Any = None
+    ) -> tuple:
         """A loss and a gradient of it, counted and looked at."""
         self._spend("gradient", batch)
         at = self.lam if lam is None else lam, self.theta if theta is None else theta, batch
@@ -310,9 +312,9 @@ class Method(Resumable):
         """g with both gradients, here or at another point: 1 gradient."""
         return Slope(*self._slope("gradient", "inner_loss", batch, theta, lam))
 
-    def _f(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
-        """f with both gradients, here or at another point: 1 gradient."""
-        return Slope(*self._slope("gradient", "outer_loss", batch, theta, lam))
+    def _f(self, batch: Any) -> Slope:
+        """f with both gradients: 1 gradient."""
+        return Slope(*self._slope("gradient", "outer_loss", batch))
 
     def _g_theta(
         self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
@@ -320,11 +322,9 @@ class Method(Resumable):
         """g and its gradient in theta alone, here or at another point: 1 gradient."""
         return self._slope("theta_gradient", "inner_loss", batch, theta, lam)
 
-    def _f_theta(
-        self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """f and its gradient in theta alone, here or at another point: 1 gradient."""
-        return self._slope("theta_gradient", "outer_loss", batch, theta, lam)
+    def _f_theta(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """f and its gradient in theta alone: 1 gradient."""
+        return self._slope("theta_gradient", "outer_loss", batch)
 
     def _value(self, name: str, batch: Any, theta: Tensor) -> Tensor:
         """g or f at another theta without a gradient, not looked at: half a gradient."""

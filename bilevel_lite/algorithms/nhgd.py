@@ -54,9 +54,7 @@ class NHGD(Method):
         default=0.99, none=True, help="Memory of the average; None: plain", search=(0.5, 0.99)
     )
     initial: float = positive(default=1.0, help="F at the start, times the identity")
-    scale: str = one_of(
-        "fisher", "plain", default="fisher", help="n (1 for a batch without rows), or 1"
-    )
+    scale: str = one_of("fisher", "plain", default="fisher", help="n (1 without rows), or 1")
     kfac: KFAC | None = instance(
         KFAC, "a bilevel_lite.KFAC", default=None, help="For F, without beta, initial and scale"
     )
