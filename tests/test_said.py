@@ -108,3 +108,28 @@ def test_chapter_12_on_the_study_of_trec():
 
     for name, said in (("kfac-mc", 1.17), ("kfac-empirical", 1.16), ("cg-3-ggn", 1.44)):
         assert pace(name) / pace("identity") == pytest.approx(said, abs=0.01)
+
+
+def test_chapter_12_on_the_study_of_semeval():
+    rows = fresh("text_cleaning_semeval")
+
+    def less(rival, what):
+        return difference(rows["kfac-mc"], rows[rival], what)
+
+    each, *gain = less("noisy", "test_accuracy")
+    assert all(0.02 < one < 0.04 for one in each)
+    assert gain == pytest.approx((0.027, 0.017), abs=6e-4) and gain[0] > gain[1]
+    assert less("identity", "test_accuracy")[1:] == pytest.approx((0.012, 0.058), abs=6e-4)
+    last = {k: [run["last"]["test_accuracy"] for run in row["runs"]] for k, row in rows.items()}
+    ends = [a - b for a, b in zip(last["kfac-mc"], last["noisy"], strict=True)]
+    assert ends == pytest.approx((0.0167, 0.025, 0), abs=1e-3)
+    gains = [-d for d in difference(rows["noisy"], rows["identity"], "test_accuracy")[0]]
+    assert sorted(gain > 0 for gain in gains) == [False, True, True]
+    assert max(less("identity", "auc")[0]) < 0
+    areas = [sum(r["best"]["auc"] for r in rows[k]["runs"]) / 3 for k in ("identity", "kfac-mc")]
+    assert areas == pytest.approx((0.736, 0.596), abs=6e-4)
+    for name, end in (("identity", 4.0), ("kfac-mc", 4.0)):  # winners near an end, by one text
+        row = rows[name]
+        assert abs(math.log(row["chosen"]["outer_lr"] / end)) < 0.2
+        errors = sorted(round(89 * trial["tuning_error"]) for trial in row["trials"])
+        assert errors[1] - errors[0] == 1
