@@ -363,10 +363,12 @@ class Probes:
             look: Check that the outputs are finite; else whoever asks does (`OutputSide.faulty`).
 
         Raises:
-            ValueError: for outputs not finite, or exact probes for so many
+            ValueError: for outputs not finite or without examples, or exact probes for so many
                 classes and positions that they would not fit.
         """
         risk, outputs, y, sigma = side.risk, side.outputs, side.y, side.sigma
+        if not len(outputs):
+            raise ValueError("outputs: of no example, which has no curvature")
         if look:
             _require_finite_outputs(outputs)
         p = outputs.softmax(-1) if risk.loss == "cross_entropy" else None

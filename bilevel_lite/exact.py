@@ -140,7 +140,7 @@ class _Exactly(TorchFunctionMode):
             if self.written_out or inside or transforming():
                 self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
-        elif kwargs.get("scale_grad_by_freq"):
+        elif kwargs.get("scale_grad_by_freq") and transforming():  # hides the graph
             raise ValueError(_SCALED)
         return function(*args, **kwargs)
 

@@ -19,7 +19,7 @@ identity gives it in R dimensions, and 1 / delta, which is what float32 loses, d
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from functools import cache, cached_property, partial
 
 import numpy as np
@@ -612,17 +612,18 @@ class EigenbasisInverse:
 
     a: Spectrum | None
     b: Spectrum
-    values: Tensor
+    values: InitVar[Tensor]
     tau: float
+    inverse: Tensor = field(init=False)  # 1 / (values + tau)
 
-    def __post_init__(self):
+    def __post_init__(self, values: Tensor):
         self.thin = self.b.thin or (self.a is not None and self.a.thin)
-        if self.tau == 0 and (self.thin or _singular(self.values)):
+        if self.tau == 0 and (self.thin or _singular(values)):
             raise ValueError(
                 "damping: is 0 and a Kronecker block is singular to working precision; "
                 "give a positive damping or l2"
             )
-        values = self.values if self.a is not None else self.values[:, None]
+        values = values if self.a is not None else values[:, None]
         self.inverse = 1 / (values + self.tau)
 
     def __call__(self, v: Tensor) -> Tensor:
