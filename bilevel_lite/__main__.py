@@ -410,7 +410,7 @@ def _hyperclean(options: dict) -> None:
         return
     if given := [f"--{k.replace('_', '-')}" for k, value in search.items() if value is not None]:
         raise ValueError(f"{given[0]}: is of a comparison; give several methods, or one --seed")
-    settings.require_read(methods[0], [k for k in OPTIONS if options[k] is not None])
+    settings.require_read(methods, [k for k in OPTIONS if options[k] is not None])
     hypercleaning.run(method=methods[0], **options)
 
 
@@ -426,7 +426,7 @@ def _run(task: str, out: str, device: str | None, **more) -> None:
     if twice := sorted(set(given) & set(own)):
         raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
     s = kind.settings(**{"seed": 0, **given, **own})
-    settings.require_read(s.method, own)
+    settings.require_read([s.method], own)
     with processes(device) as (group, place):
         job.run(kind, s, out, place, group)
 
@@ -449,6 +449,7 @@ def _search(options: dict) -> None:
         "method": "--method",
         "outer_steps": "--outer-steps",
     }
+    settings.require_read(options["method"], [*base, *over])
     for name in [*own, *over]:
         if name in base:
             raise ValueError(f"set: {name} is chosen by the search ({own.get(name, '--over')})")

@@ -89,6 +89,11 @@ _SCALED = (
 )
 
 
+def _scaled(function, args, kwargs):
+    by_place = args[3:4] if function in (torch.embedding, torch.embedding_bag) else ()
+    return kwargs.get("scale_grad_by_freq", any(by_place))
+
+
 def _require_right(value: Any, differentiates: bool) -> None:
     for node in nodes(value):
         if getattr(node, "_saved_scale_grad_by_freq", False):
@@ -140,7 +145,7 @@ class _Exactly(TorchFunctionMode):
             if self.written_out or inside or transforming():
                 self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
-        elif kwargs.get("scale_grad_by_freq") and transforming():  # hides the graph
+        elif transforming() and _scaled(function, args, kwargs):  # the graph is hidden
             raise ValueError(_SCALED)
         return function(*args, **kwargs)
 

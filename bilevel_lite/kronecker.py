@@ -600,7 +600,7 @@ class FactoredInverse:
 class EigenbasisInverse:
     r"""V -> U_B [ (U_B^T V U_A) / (values + tau) ] U_A^T, and V / tau on what thin bases leave out.
 
-    Attributes:
+    Args:
         a: Eigenbasis on the input side, r2 vectors; None for a bias.
         b: Eigenbasis on the output side, r1 vectors.
         values: Eigenvalues of the block in that basis, shape (r1, r2), or (r1,) for a bias.

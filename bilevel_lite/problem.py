@@ -111,7 +111,10 @@ def tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def examples(batch: Any) -> int | None:
-    """Number of examples: rows of the first of the `tensors`; None if it has none."""
+    """Number of examples: rows of the first of the `tensors`; None if it has none.
+
+    Of several batches, those of a sum of risks, the first counts.
+    """
     if isinstance(batch, Portion):
         return batch.whole
     first = next(tensors(batch), None)

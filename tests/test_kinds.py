@@ -1010,22 +1010,39 @@ def test_a_derivative_taken_aside_is_none_of_the_losss_own(looks):
     assert len(calls) == (1 if looks else 2)
 
 
-@pytest.mark.parametrize("way", ["torch.embedding", "F.embedding", "F.embedding_bag"])
-def test_gradients_that_an_embedding_scales_are_refused_however_it_is_called(way):
-    where = torch.tensor([0, 0, 1])
+def _scaled_rows(table, way):
+    where, ends = torch.tensor([0, 0, 1]), torch.arange(3)
+    return {
+        "torch.embedding": lambda: torch.embedding(table, where, -1, True, False),
+        "torch.embedding_bag": lambda: torch.embedding_bag(table, where, ends, True, 0)[0],
+        "F.embedding": lambda: F.embedding(where, table, None, None, 2.0, True),
+        "F.embedding_bag": lambda: F.embedding_bag(where, table, ends, None, 2.0, True, "sum"),
+    }[way]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", [False, True])  # in a transform, as in `bl.meta`
+@pytest.mark.parametrize(
+    "way", ["torch.embedding", "torch.embedding_bag", "F.embedding", "F.embedding_bag"]
+)
+def test_gradients_that_an_embedding_scales_are_refused_however_it_is_called(way, hidden, dtype):
+    def g(lam, theta, batch):
+        return (lam * _scaled_rows(theta.view(2, 2), way) ** 3).sum()
+
+    lam, theta = torch.ones(1, dtype=dtype), torch.arange(1.0, 5.0, dtype=dtype)
+    with pytest.raises(ValueError, match="scale_grad_by_freq=True, so what training follows"):
+        if hidden:
+            torch.func.grad(lambda theta: exact.exactly(g, lam, theta, None))(theta)
+        else:
+            cross_vp(g, lam, theta, None, torch.ones_like(theta))
+
+
+def test_a_frozen_embedding_may_scale_what_nobody_follows():
+    model = nn.Embedding(2, 2, scale_grad_by_freq=True).requires_grad_(False)
 
     def g(lam, theta, batch):
-        table = theta.view(2, 2)
-        if way == "torch.embedding":
-            rows = torch.embedding(table, where, -1, True, False)  # by place
-        elif way == "F.embedding":
-            rows = F.embedding(where, table, None, None, 2.0, True)
-        else:
-            rows = F.embedding_bag(
-                where, table, torch.arange(3), scale_grad_by_freq=True, mode="sum"
-            )
-        return (lam * rows**3).sum()
+        return (lam * theta**2 * model(torch.tensor([0, 0, 1])).sum()).sum()
 
-    lam, theta = torch.ones(1), torch.arange(1.0, 5.0)
-    with pytest.raises(ValueError, match="scale_grad_by_freq=True, so what training follows"):
-        cross_vp(g, lam, theta, None, torch.ones(4))
+    hv = hvp(g, torch.ones(1), torch.ones(1), None, torch.ones(1))
+    rows = torch.tensor([0, 0, 1])
+    assert hv.item() == pytest.approx(2 * float(model.weight[rows].sum()), rel=1e-5)

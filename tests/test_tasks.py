@@ -184,6 +184,10 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
         (["run", "long_tail", "--set", "imbalance=0"], "imbalance: got 0.0, expected at least 1"),
         (["search", "ridge", "--method", "soba", "--over", "inner_lr=1"], "over: got 'inner_lr=1'"),
         (["search", "ridge", "--method", "soba", "--over", "rows=1:9"], "expected a real setting"),
+        (
+            ["search", "ridge", "--method", "soba", "sama", "--over", "damping=1:9"],
+            "damping: is not read by soba, sama; it is by aid-cg, ",
+        ),
     ],
 )
 def test_bad_input(tmp_path, words, message, capsys):

@@ -102,20 +102,20 @@ def require_batches(s: Any, train: int, validation: int) -> None:
             raise ValueError(f"{name}: got {value}, expected 1 to {most}, or 0 for all {most}")
 
 
-def require_read(method: str, given: Iterable[str]) -> None:
-    """Refuse settings of the linear system that were given and that the method does not read.
+def require_read(methods: list[str], given: Iterable[str]) -> None:
+    """Refuse settings of the linear system that were given and that none of the methods reads.
 
-    A method that only a task has is passed over.
+    Methods that only a task has are passed over.
 
     Raises:
         ValueError: naming the first of them, and the methods that read it.
     """
-    if method not in METHODS:
+    if not set(methods) <= set(METHODS):
         return
     reads = {name: recipe.reads(Settings()) for name, recipe in METHODS.items()}
-    for name in sorted(set(SYSTEM) & set(given) - reads[method]):
+    for name in sorted(set(SYSTEM) & set(given) - set().union(*(reads[one] for one in methods))):
         others = ", ".join(other for other in sorted(METHODS) if name in reads[other])
-        raise ValueError(f"{name}: is not read by {method}; it is by {others}")
+        raise ValueError(f"{name}: is not read by {', '.join(methods)}; it is by {others}")
 
 
 def written(s: Any) -> dict[str, Any]:
