@@ -36,6 +36,7 @@ import bilevel_lite as bl
 from bilevel_lite import exact
 from bilevel_lite.curvature import GGN, EmpiricalFisher
 from bilevel_lite.ekfac import ekfac_operator
+from bilevel_lite.forward_mode import push_forward
 from bilevel_lite.kfac import kfac_factors, kfac_operator
 from bilevel_lite.products import cross_vp, hvp, theta_gradient
 from bilevel_lite.products import gradient as gradient_and_value
@@ -1046,3 +1047,22 @@ def test_a_frozen_embedding_may_scale_what_nobody_follows():
     hv = hvp(g, torch.ones(1), torch.ones(1), None, torch.ones(1))
     rows = torch.tensor([0, 0, 1])
     assert hv.item() == pytest.approx(2 * float(model.weight[rows].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+@pytest.mark.parametrize("padding", [0, -1, None])
+def test_the_padding_row_of_an_embedding_has_no_tangent(padding, by_place):
+    """Without a second route to fall back to: the outputs are linear, so the tangent is known."""
+    words, v = torch.tensor([[0, 2], [1, 0]]), torch.arange(1.0, 7.0)
+
+    def outputs(theta):
+        table = theta.view(3, 2)
+        if by_place:  # where -1 is no padding
+            return torch.embedding(table, words, -1 if padding is None else padding % 3)
+        return F.embedding(words, table, padding)
+
+    _, along = push_forward(outputs, torch.zeros(6), v)
+    rows = v.view(3, 2).clone()
+    if padding is not None:
+        rows[padding] = 0
+    assert torch.equal(along, rows[words])
