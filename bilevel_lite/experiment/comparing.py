@@ -74,13 +74,16 @@ def _rows(run: dict) -> list[dict]:
     return [{"method": s["method"], "settings": {}, "chosen": s, "trials": [], "runs": [one]}]
 
 
-def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[float], float, float]:
-    """Compare two variants by pairs, at the chosen look of the seeds that both have.
+def difference(
+    one: dict, other: dict, key: str = "test_loss", at: str = "best"
+) -> tuple[list[float], float, float]:
+    """Compare two variants by pairs, at one look of the seeds that both have.
 
     Args:
         one: A row of a study's result.
         other: Another one.
         key: The measure.
+        at: Which look: ``"best"``, the chosen one, or ``"last"``.
 
     Returns:
         ``one`` minus ``other`` for each seed, their mean, and the half width of its 95 % interval
@@ -88,7 +91,7 @@ def difference(one: dict, other: dict, key: str = "test_loss") -> tuple[list[flo
     """
     from scipy import stats
 
-    a, b = ({run["seed"]: run["best"][key] for run in row["runs"]} for row in (one, other))
+    a, b = ({run["seed"]: run[at][key] for run in row["runs"]} for row in (one, other))
     each = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
     if len(each) < 2:
         return each, mean(each) if each else np.nan, np.inf
