@@ -47,6 +47,10 @@ Solve = Callable[..., Tensor]
 RULES = ("heuristic", "factored", "exact")
 NARROW = 0.7  # columns are kept where there are fewer than this many times d (measured)
 MANY = 1024  # from this size on one after the other: cuSOLVER's batches are made for small ones
+_NO_INVERSE = (  # one sentence: which of the two notices it first hangs on the last digits
+    "damping: is 0 and a Kronecker block is singular to working precision; give a positive damping "
+    "or l2"
+)
 LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
 
 
@@ -619,10 +623,7 @@ class EigenbasisInverse:
     def __post_init__(self, values: Tensor):
         self.thin = self.b.thin or (self.a is not None and self.a.thin)
         if self.tau == 0 and (self.thin or _singular(values)):
-            raise ValueError(
-                "damping: is 0 and a Kronecker block is singular to working precision; "
-                "give a positive damping or l2"
-            )
+            raise ValueError(_NO_INVERSE)
         values = values if self.a is not None else values[:, None]
         self.inverse = 1 / (values + self.tau)
 
@@ -716,10 +717,7 @@ def _require_regular(*factors: Factor | None) -> None:
     """Without damping, refuse a spectrum that has no inverse; other forms meet it in Cholesky."""
     for f in factors:
         if isinstance(f, Spectrum) and (f.thin or _singular(f.values)):
-            raise ValueError(
-                f"damping: is 0 and a Kronecker factor of size {f.dim} is singular to working "
-                "precision; give a positive damping or l2"
-            )
+            raise ValueError(_NO_INVERSE)
 
 
 def _singular(values: Tensor) -> bool:

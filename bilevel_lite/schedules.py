@@ -60,8 +60,8 @@ def forward_schedule(
         mode: ``"forward"``, or ``"reverse"`` for the same numbers the other way.
 
     Returns:
-        By name, the derivative in each schedule that is a tensor, of its shape; and an
-        `UnrollInfo`. Public code divides by the steps of a window; this is the derivative itself.
+        By name, the derivative in each schedule that is a tensor, of its shape, dtype and device;
+        and an `UnrollInfo`. Public code divides by the steps of a window; this is the derivative itself.
 
     Raises:
         TypeError, ValueError: as `bilevel_lite.unrolled_hypergradient`; if no schedule is a
@@ -100,7 +100,8 @@ def forward_schedule(
         update=SGD(**rates), return_info=True,
     )  # fmt: skip
     parts = h.split([len(values) for values in learned.values()])
-    return dict(zip(learned, parts, strict=True)), info
+    named = zip(learned.items(), parts, strict=True)
+    return {name: part.to(values) for (name, values), part in named}, info
 
 
 def _windowed(first: int, values: int, steps: int):

@@ -83,6 +83,12 @@ def test_forward_and_reverse_mode_are_one_number(training):
         assert error(both[0][name], both[1][name]) < 1e-12
 
 
+def test_a_derivative_is_of_its_schedules_type(training):
+    problem, theta0, batch = training
+    h, _ = forward_schedule(problem, theta0, T, torch.full((2,), 0.3).float(), inner_batch=batch)
+    assert h["lr"].dtype == torch.float32 != theta0.dtype
+
+
 def test_a_window_is_the_sum_of_its_steps_and_a_number_is_fixed(training):
     problem, theta0, batch = training
     at = {"momentum": 0.6, "weight_decay": 0.01, "inner_batch": batch}

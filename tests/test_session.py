@@ -76,7 +76,8 @@ def test_first_use_runs_anywhere_silently_and_draws_nothing(mode, monkeypatch, c
 def test_the_first_backward_pass_of_a_process_prints_nothing():
     code = (
         "import torch, bilevel_lite as bl; x = torch.ones(4, 4, device=bl.setup()); "
-        "x.requires_grad_(); (x @ x).sum().backward(); torch.linalg.cholesky(x @ x.T + 9)"
+        "x.requires_grad_(); (x @ x).sum().backward(); "
+        "torch.linalg.cholesky(x @ x.T + 9 * torch.eye(4, device=x.device))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
