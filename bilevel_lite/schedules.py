@@ -61,7 +61,8 @@ def forward_schedule(
 
     Returns:
         By name, the derivative in each schedule that is a tensor, of its shape, dtype and device;
-        and an `UnrollInfo`. Public code divides by the steps of a window; this is the derivative itself.
+        and an `UnrollInfo`. Public code divides by the steps of a window; this is the derivative
+        itself.
 
     Raises:
         TypeError, ValueError: as `bilevel_lite.unrolled_hypergradient`; if no schedule is a

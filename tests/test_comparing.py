@@ -23,10 +23,12 @@ STORED = {
     ]}]},
     "later": {"runs": [{"results": [row("kfac", [run(3, 0.6)], damping=0.1)]}]},
     "elsewhere": {"runs": [{"results": [row("kfac", [run(3, 0.6)], damping=0.3)]}]},
-    "alone": {"runs": [{
-        "settings": {"method": "cg", "seed": 3, "damping": 0.2}, "best": {"test_loss": 0.65},
-        "history": [{"seconds": 9}],
-    }]},
+    "alone": {"runs": [
+        {
+            "settings": {"method": "cg", "seed": seed, "damping": 0.2}, "best": {"test_loss": 0.65},
+            "history": [{"seconds": 8}, {"seconds": 6 + seed}],
+        } for seed in (4, 3)
+    ]},
 }  # fmt: skip
 
 
@@ -38,7 +40,8 @@ def _stored(monkeypatch):
 def test_the_searchs_own_seed_is_left_out_and_later_seeds_join():
     rows = comparing.fresh("study", "later", "alone")
     seeds = {name: [one["seed"] for one in r["runs"]] for name, r in rows.items()}
-    assert seeds == {"kfac": [1, 2, 3], "cg": [1, 2, 3]}
+    assert seeds == {"kfac": [1, 2, 3], "cg": [1, 2, 4, 3]}
+    assert comparing.fresh("alone")["cg"]["runs"][0]["last"] == {"seconds": 10}
     assert [one["seed"] for one in STORED["study"]["runs"][0]["results"][0]["runs"]] == [0, 1, 2]
 
 

@@ -65,6 +65,14 @@ def test_chapter_11_on_batch_sizes_and_the_second_search():
     for rival, said in (("cg-normal-3", (0.004, 0.005)), ("cg-3", (0.005, 0.002)),
                         ("identity", (-0.010, 0.004))):  # fmt: skip
         assert less(5000, rival) == pytest.approx(said, abs=6e-4)
+    whole = fresh("hyperclean_mnist_batch_50000")
+    for rival, said in (("cg", (0.007, 0.005)), ("identity", (-0.001, 0.005))):
+        found = difference(whole["aid-kfac"], whole[f"aid-{rival}"])
+        assert found[1:] == pytest.approx(said, abs=6e-4) and len(found[0]) == 3
+    first, second, third = difference(whole["aid-kfac"], whole["aid-cg-normal"])[0]
+    assert max(abs(first), abs(third)) < 0.004 and second < -0.07
+    diverged = [run["last"]["test_loss"] > 0.6 for run in whole["aid-cg-normal"]["runs"]]
+    assert diverged == [False, True, False]
     assert by_size["cg-3-b128"]["chosen"]["outer_lr"] == pytest.approx(6.8e6, rel=0.01)
     wide, first = fresh("hyperclean_mnist_solvers_wide"), fresh("hyperclean_mnist_solvers")
     for rival, said in (("neumann-10", 0.020), ("cg-normal-3", 0.055), ("identity", 0.087)):
@@ -134,3 +142,44 @@ def test_chapter_12_on_the_study_of_semeval():
         assert abs(math.log(row["chosen"]["outer_lr"] / end)) < 0.2
         errors = sorted(round(89 * trial["tuning_error"]) for trial in row["trials"])
         assert errors[1] - errors[0] == 1
+
+
+def test_chapter_12_on_the_study_of_youtube():
+    rows = fresh("text_cleaning_youtube")
+
+    def less(one, rival, at="best"):
+        return difference(rows[one], rows[rival], "test_accuracy", at)[1:]
+
+    assert less("kfac-mc", "noisy") == pytest.approx((0.135, 0.025), abs=6e-4)
+    assert less("kfac-mc", "noisy", "last") == pytest.approx((0.127, 0.041), abs=6e-4)
+    assert less("kfac-mc", "sama") == pytest.approx((0.055, 0.023), abs=6e-4)
+    for at in ("best", "last"):  # level
+        for rival in ("identity", "validation"):
+            middle, half = less("kfac-mc", rival, at)
+            assert abs(middle) < half
+    middle, half = less("kfac-mc", "sama", "last")
+    assert abs(middle) < half
+    means = {k: sum(r["best"]["test_accuracy"] for r in row["runs"]) / 3 for k, row in rows.items()}
+    assert means["validation"] == pytest.approx(0.927, abs=6e-4)
+    assert means["kfac-mc"] == pytest.approx(0.936, abs=6e-4)
+    assert means["sama"] == pytest.approx(0.881, abs=6e-4)
+    assert means["noisy"] == pytest.approx(0.801, abs=6e-4)
+    assert less("kfac-mc", "noisy")[0] / less("clean", "noisy")[0] == pytest.approx(0.75, abs=0.01)
+    falls = {  # from the chosen iterate to the end
+        name: means[name] - sum(r["last"]["test_accuracy"] for r in rows[name]["runs"]) / 3
+        for name in ("identity", "kfac-mc")
+    }
+    assert falls["identity"] > falls["kfac-mc"] > 0
+    errors = {
+        name: sorted(round(60 * trial["tuning_error"]) for trial in rows[name]["trials"])
+        for name in ("identity", "kfac-mc")
+    }
+    assert errors["identity"][1] - errors["identity"][0] == 4
+    assert errors["kfac-mc"][0] == errors["kfac-mc"][1]
+    areas = {
+        k: sum(r["best"]["auc"] for r in rows[k]["runs"]) / 3
+        for k in ("sama", "kfac-mc", "identity")
+    }
+    assert areas["sama"] == pytest.approx(0.853, abs=6e-4) and max(areas, key=areas.get) == "sama"
+    assert rows["kfac-mc"]["chosen"]["outer_lr"] == pytest.approx(0.3567)  # box: 0.04 to 4
+    assert rows["identity"]["chosen"]["outer_lr"] > 0.9 * 400

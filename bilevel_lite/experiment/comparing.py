@@ -70,8 +70,10 @@ def _rows(run: dict) -> list[dict]:
     if "results" in run:
         return run["results"]
     s = run["settings"]
-    one = {"seed": s["seed"], "best": run["best"], "history": run["history"]}
-    return [{"method": s["method"], "settings": {}, "chosen": s, "trials": [], "runs": [one]}]
+    history = run["history"]
+    one = {"seed": s["seed"], "best": run["best"], "last": history[-1], "history": history}
+    point = {name: value for name, value in s.items() if name != "seed"}
+    return [{"method": s["method"], "settings": {}, "chosen": point, "trials": [], "runs": [one]}]
 
 
 def difference(

@@ -17,6 +17,7 @@ the iterate and the settings, by their loss; f sees the others if it is to see h
 others, on all test texts and on those that are not training texts too (`pretraining.seen`).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -257,7 +258,7 @@ class Pretraining(Supervised, name="pretraining"):
 
     def V(self, lam: Tensor, losses: Tensor) -> Tensor:  # noqa: N802
         """The weights of masked texts with these losses, 2 sigmoid(network(m / log V))."""
-        share = losses / torch.log(losses.new_tensor(len(self.words.bias)))
+        share = losses / math.log(len(self.words.bias))
         return 2 * predict(self.net, lam, share[:, None]).sigmoid().squeeze(1)
 
     def shares(self, lam: Tensor) -> Tensor:

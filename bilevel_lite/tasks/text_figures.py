@@ -119,8 +119,9 @@ def draw_study(result: dict):
                         if key in row["runs"][0][at]:
                             values = [scale * one[at][key] for one in row["runs"]]
                             _spread(ax, values, y + (0 if filled else -0.25), colour, filled)
-                if row["method"] not in BASELINES:
-                    axes[2].plot(pace(row, "seconds"), y, "o", color=colour)
+                if row["method"] not in BASELINES:  # each seed: beside other work they differ
+                    each = [pace({"runs": [one]}, "seconds") for one in row["runs"]]
+                    _spread(axes[2], each, y, colour, True)
             for ax, label in zip(
                 axes, ("test accuracy, %", "AUC of the weights", "seconds an outer iteration"),
                 strict=True,
@@ -130,7 +131,12 @@ def draw_study(result: dict):
             axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
             title = _title({**run, **run["base"], **run["final"]}, run["source"])
             seeds = _seeds(run, max(len(row["runs"]) for row in rows))
-            axes[0].set_title(f"{title}\n{seeds}", fontsize=7, loc="left")
+            # as wide as the three panels, which as a title it would push apart; its height is kept
+            axes[1].set_title(" \n ", fontsize=9)
+            axes[0].annotate(
+                f"{title}\n{seeds}", (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7,
+                va="bottom",
+            ).set_in_layout(False)  # fmt: skip
         for filled, label in ((True, "chosen by the tuning texts"), (False, "at the end")):
             grid[0, 0].plot([], [], "o", color="0.3", mfc=None if filled else "none", label=label)
         grid[0, 0].legend(fontsize=6)
