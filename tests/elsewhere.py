@@ -69,7 +69,7 @@ def rounding():
 
 
 def other_sum(values, /, start=0):
-    """Python's `sum` of floats as the other versions have it: exact from 3.12 on, plain before."""
+    """Python's `sum` of floats as the other versions have it: compensated from 3.12 on."""
     values = list(values)
     kinds = {type(value) for value in (start, *values)}
     if sys.version_info < (3, 12) and kinds <= {int, float} and float in kinds:
