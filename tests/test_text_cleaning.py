@@ -498,7 +498,7 @@ def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
             one["best"]["seconds"] = 1.0
     fig = TextCleaning.draw(stored)[""]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["kfac-empirical", "noisy"]
-    assert "random weights, claims nothing" in fig.axes[0].get_title(loc="left")
+    assert "random weights, claims nothing" in fig.axes[0].texts[0].get_text()
     text_figures.plt.close(fig)
 
 

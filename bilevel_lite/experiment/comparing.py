@@ -69,11 +69,9 @@ def _rows(run: dict) -> list[dict]:
     """The rows of a study, or a run of its own as one."""
     if "results" in run:
         return run["results"]
-    s = run["settings"]
-    history = run["history"]
-    one = {"seed": s["seed"], "best": run["best"], "last": history[-1], "history": history}
-    point = {name: value for name, value in s.items() if name != "seed"}
-    return [{"method": s["method"], "settings": {}, "chosen": point, "trials": [], "runs": [one]}]
+    s, history = dict(run["settings"]), run["history"]
+    one = {"seed": s.pop("seed"), "best": run["best"], "last": history[-1], "history": history}
+    return [{"method": s["method"], "settings": {}, "chosen": s, "trials": [], "runs": [one]}]
 
 
 def difference(

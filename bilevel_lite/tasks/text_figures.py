@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 
 from bilevel_lite.drawings import ch12
 from bilevel_lite.experiment.comparing import joined
-from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 from bilevel_lite.tasks.text_variants import BASELINES, SOLVERS
 
@@ -108,7 +107,7 @@ def draw_study(result: dict):
     with mpl.rc_context(STYLE):
         fig, grid = plt.subplots(
             len(panels), 3, figsize=(9.0, 0.4 + sum(heights)), squeeze=False, layout="constrained",
-            height_ratios=heights,
+            height_ratios=heights, sharey="row",
         )  # fmt: skip
         for axes, (where, parts) in zip(grid, panels.items(), strict=True):
             run, rows = parts[0], [row for row in shown[where] if row["runs"]][::-1]
@@ -119,24 +118,19 @@ def draw_study(result: dict):
                         if key in row["runs"][0][at]:
                             values = [scale * one[at][key] for one in row["runs"]]
                             _spread(ax, values, y + (0 if filled else -0.25), colour, filled)
-                if row["method"] not in BASELINES:  # each seed: beside other work they differ
-                    each = [pace({"runs": [one]}, "seconds") for one in row["runs"]]
+                if row["method"] not in BASELINES:
+                    each = [b["seconds"] / b["iteration"] for b in (r["best"] for r in row["runs"])]
                     _spread(axes[2], each, y, colour, True)
             for ax, label in zip(
                 axes, ("test accuracy, %", "AUC of the weights", "seconds an outer iteration"),
                 strict=True,
             ):  # fmt: skip
                 ax.set(xlabel=label, ylim=(-0.7, len(rows) - 0.3))
-                ax.set_yticks(range(len(rows)), [])
             axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
             title = _title({**run, **run["base"], **run["final"]}, run["source"])
-            seeds = _seeds(run, max(len(row["runs"]) for row in rows))
-            # as wide as the three panels, which as a title it would push apart; its height is kept
-            axes[1].set_title(" \n ", fontsize=9)
-            axes[0].annotate(
-                f"{title}\n{seeds}", (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7,
-                va="bottom",
-            ).set_in_layout(False)  # fmt: skip
+            title += "\n" + _seeds(run, max(len(row["runs"]) for row in rows))
+            axes[1].set_title(" \n ", fontsize=9)  # room for one as wide as the three panels
+            axes[0].text(0, 1.04, title, size=7, in_layout=False, transform=axes[0].transAxes)
         for filled, label in ((True, "chosen by the tuning texts"), (False, "at the end")):
             grid[0, 0].plot([], [], "o", color="0.3", mfc=None if filled else "none", label=label)
         grid[0, 0].legend(fontsize=6)
