@@ -404,3 +404,18 @@ def test_what_chapter_15_says_of_the_stored_study():
     for name, own, anew in (("identity", 0.0, 0.3), ("kfac", 0.8, 2.3), ("bome", 4.0, 2.4)):
         assert points(name, "as_trained") == pytest.approx(own, abs=0.05)
         assert points(name, "tuning_accuracy") == pytest.approx(anew, abs=0.05)
+
+
+def test_chapter_15_on_the_mlp():
+    rows = joined(bl.experiment.stored("poisoning_mnist_mlp")["runs"])
+    lost = {k: poisoning_figures.lost(row, rows["clean"]) for k, row in rows.items()}
+    assert all(len(three[0]) == 3 for three in lost.values())
+    attacks = [name for name in lost if name != "clean"]
+    assert max(max(lost[name][0]) for name in attacks) == pytest.approx(0.15, abs=0.006)
+    for name, said in (("kfac", -0.04), ("bome", -0.02), ("flip", -0.14)):
+        assert sum(lost[name][0]) / 3 == pytest.approx(said, abs=0.006)
+    assert max(sum(lost[name][0]) / 3 for name in attacks) < 0.1
+    prices = [sum(lost["clean"][k]) / 3 for k in (1, 2)]
+    assert prices == pytest.approx((0.65, 1.84), abs=0.006)
+    base = [run["defender"]["test_accuracy"] for run in rows["clean"]["runs"]]
+    assert 100 * sum(base) / 3 == pytest.approx(97.04, abs=0.006)
