@@ -47,11 +47,11 @@ Solve = Callable[..., Tensor]
 RULES = ("heuristic", "factored", "exact")
 NARROW = 0.7  # columns are kept where there are fewer than this many times d (measured)
 MANY = 1024  # from this size on one after the other: cuSOLVER's batches are made for small ones
-_NO_INVERSE = (  # one sentence: which of the two notices it first hangs on the last digits
+LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
+_NO_INVERSE = (  # one sentence: whether a factor or the block notices hangs on the last digits
     "damping: is 0 and a Kronecker block is singular to working precision; give a positive damping "
     "or l2"
 )
-LARGE = 64  # from this size on NumPy's symmetric product and SciPy's Cholesky pay (measured)
 
 
 # ------------------------------------------------------------------ the three forms

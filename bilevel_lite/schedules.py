@@ -169,8 +169,9 @@ class SignSteps:
             raise ValueError(f"h: got shapes {shapes[0]}, expected {shapes[1]}")
         require_finite({f"h of {name}": value for name, value in h.items()})
         for name, value in self.values.items():
-            sign = h[name].sign()
-            self.size[name] = torch.where(sign * self.sign[name] < 0, 0.5, 1.0) * self.size[name]
+            sign = h[name].sign().to(value)  # values keep their type and place
+            size = self.size[name]
+            self.size[name] = torch.where(sign * self.sign[name] < 0, size / 2, size)
             self.sign[name] = torch.where(sign == 0, self.sign[name], sign)
             self.values[name] = (value - self.size[name] * sign).clamp(*self.bounds[name])
 

@@ -312,6 +312,7 @@ def test_a_schedule_stays_where_its_caller_has_it():
         h, _ = schedules.forward_schedule(problem, torch.ones(3).to(device), 4, rates)
         outer = schedules.SignSteps({"lr": rates}, {"lr": 0.1})
         outer.step(h)
+        outer.step({"lr": h["lr"].to(device)})
     assert h["lr"].device == outer.values["lr"].device == rates.device
 
 

@@ -83,6 +83,17 @@ def test_forward_and_reverse_mode_are_one_number(training):
         assert error(both[0][name], both[1][name]) < 1e-12
 
 
+@pytest.mark.parametrize("own, other", [("float32", "float64"), ("float64", "float32")])
+def test_sign_steps_keep_the_type_of_the_values(own, other):
+    own, other = getattr(torch, own), getattr(torch, other)
+    outer = SignSteps({"lr": torch.zeros(2, dtype=own)}, {"lr": 0.25})
+    for h in ([-3.0, 2.0], [1.0, -1.0]):
+        outer.step({"lr": torch.tensor(h, dtype=other)})
+    assert outer.values["lr"].tolist() == [0.125, 0.125]
+    kept = (outer.values, outer.size, outer.sign)
+    assert {one["lr"].dtype for one in kept} == {own}
+
+
 def test_a_derivative_is_of_its_schedules_type(training):
     problem, theta0, batch = training
     h, _ = forward_schedule(problem, theta0, T, torch.full((2,), 0.3).float(), inner_batch=batch)

@@ -499,6 +499,9 @@ def test_the_study_runs_is_resumed_and_drawn(tmp_path, monkeypatch, capsys):
     fig = TextCleaning.draw(stored)[""]
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["kfac-empirical", "noisy"]
     assert "random weights, claims nothing" in fig.axes[0].texts[0].get_text()
+    (mark,) = (line for line in fig.axes[2].lines if line.get_marker() == "o")  # kfac alone
+    looks = [one["best"]["iteration"] for one in kfac["runs"]]  # each at one second
+    assert mark.get_xdata()[0] == pytest.approx(sum(1 / look for look in looks) / len(looks))
     text_figures.plt.close(fig)
 
 

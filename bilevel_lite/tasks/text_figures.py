@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 
 from bilevel_lite.drawings import ch12
 from bilevel_lite.experiment.comparing import joined
+from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 from bilevel_lite.tasks.text_variants import BASELINES, SOLVERS
 
@@ -119,12 +120,10 @@ def draw_study(result: dict):
                             values = [scale * one[at][key] for one in row["runs"]]
                             _spread(ax, values, y + (0 if filled else -0.25), colour, filled)
                 if row["method"] not in BASELINES:
-                    each = [b["seconds"] / b["iteration"] for b in (r["best"] for r in row["runs"])]
+                    each = [pace({"runs": [one]}, "seconds") for one in row["runs"]]
                     _spread(axes[2], each, y, colour, True)
-            for ax, label in zip(
-                axes, ("test accuracy, %", "AUC of the weights", "seconds an outer iteration"),
-                strict=True,
-            ):  # fmt: skip
+            labels = "test accuracy, %", "AUC of the weights", "seconds an outer iteration"
+            for ax, label in zip(axes, labels, strict=True):
                 ax.set(xlabel=label, ylim=(-0.7, len(rows) - 0.3))
             axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows])
             title = _title({**run, **run["base"], **run["final"]}, run["source"])
