@@ -7,14 +7,18 @@ import pytest
 
 from bilevel_lite import exercises
 
-ANSWERS = {}
+ANSWERS, ALSO, TOLD = {}, [], []  # other right answers; mistakes and what is said of them
 for path in sorted((Path(__file__).parent / "exercise_answers").glob("ch*.py")):
     spec = importlib.util.spec_from_file_location(f"exercise_answers.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     importlib.import_module(f"bilevel_lite.exercises.{path.stem}")
     for number in module.RIGHT.keys() | module.WRONG.keys():
-        ANSWERS[number] = (module.RIGHT.get(number), module.WRONG.get(number, []))
+        told = getattr(module, "TOLD", {}).get(number, [])
+        wrong = [*module.WRONG.get(number, []), *(answer for answer, _ in told)]
+        ANSWERS[number] = (module.RIGHT.get(number), wrong)
+        ALSO += [(number, answer) for answer in getattr(module, "ALSO", {}).get(number, [])]
+        TOLD += [(number, answer, said) for answer, said in told]
 
 WRONG = [(n, i) for n, (_, wrong) in sorted(ANSWERS.items()) for i in range(len(wrong))]
 
@@ -44,6 +48,19 @@ def test_every_exercise_has_answers_to_test_it_with():
 def test_right_is_correct(number, capsys):
     assert exercises.check(number, ANSWERS[number][0])
     assert capsys.readouterr().out == f"{name(number)}: correct.\n"
+
+
+@pytest.mark.parametrize(("number", "answer"), ALSO, ids=[n for n, _ in ALSO])
+def test_another_right_answer_is_correct(number, answer):
+    assert exercises.judge(number, answer) == ("correct", "")
+    with exercises.fresh(1):
+        assert exercises.judge(number, answer) == ("correct", "")
+
+
+@pytest.mark.parametrize(("number", "answer", "said"), TOLD, ids=[n for n, *_ in TOLD])
+def test_a_mistake_is_told_by_its_own_name(number, answer, said):
+    verdict, sentence = exercises.judge(number, answer)
+    assert verdict == "not yet" and said in sentence
 
 
 @pytest.mark.parametrize(("number", "index"), WRONG)

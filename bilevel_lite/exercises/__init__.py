@@ -22,7 +22,7 @@ import torch
 
 __all__ = [
     "Wrong", "check", "close", "compare", "draw", "exercise", "fresh", "judge", "known",
-    "name_mistake", "near", "numbers",
+    "name_mistake", "near", "numbers", "several",
 ]  # fmt: skip
 
 _CHECKS = {}
@@ -335,6 +335,19 @@ def numbers(answer, count: int) -> list[float]:
     if len(values) != count:
         raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
     return values
+
+
+def several(answer, count: int, sentence: str) -> list:
+    """The parts of an answer: a tuple or list of so many, or one tensor with a row for each.
+
+    Raises:
+        Wrong: with the sentence, if it is something else, or has another number of them.
+    """
+    if isinstance(answer, torch.Tensor) and answer.dim() > 1:
+        answer = answer.unbind()
+    if not isinstance(answer, tuple | list) or len(answer) != count:
+        raise Wrong(sentence)
+    return list(answer)
 
 
 def near(value: float, truth: float, name: str, mistakes: list, hint: str, rtol: float) -> None:

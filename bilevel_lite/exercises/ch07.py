@@ -10,6 +10,7 @@ def _tensors(result, names, what):
     """The answer as a tuple of tensors in float64, one for each name."""
     if not isinstance(result, tuple | list) or len(result) != len(names):
         raise Wrong(f"Return {what}, in this order.")
+    result = [_array(value) for value in result]
     for name, value in zip(names, result, strict=True):
         if not isinstance(value, torch.Tensor):
             raise Wrong(f"{name} should be a tensor, got {type(value).__name__}.")

@@ -119,35 +119,55 @@ def check_rest(answer):
     )  # fmt: skip
 
 
-def _quadratic(seed, d=5, p=3):
-    """g and f with known matrices, and one AmIGO iteration by matrices."""
+def _cubic(seed, d=5, p=3):
+    """g and f with known derivatives, and one AmIGO iteration by matrices.
+
+    H, J and the direct term move with theta, so that it is seen where each was taken.
+    """
     generator = torch.Generator().manual_seed(seed)
     root = draw(generator, d + 3, d)
     H = root.T @ root / d
     J, target, centre = draw(generator, p, d), draw(generator, d), draw(generator, p)
+    bend, pull = 0.3 * draw(generator, d), 0.3 * draw(generator, p)
 
     def inner_loss(lam, theta, batch):
-        return batch * (0.5 * theta @ H @ theta + lam @ J @ theta)
+        cube = (bend * theta**3).sum() / 6 + (lam @ pull) * theta.square().sum() / 2
+        return batch * (0.5 * theta @ H @ theta + lam @ J @ theta + cube)
 
     def outer_loss(lam, theta, batch):
-        return batch * (0.5 * (theta - target).square().sum() + 0.5 * (lam - centre).square().sum())
+        both = (lam @ pull) * (theta @ bend)
+        return batch * (
+            0.5 * (theta - target).square().sum() + 0.5 * (lam - centre).square().sum() + both
+        )
+
+    def hessian(lam, theta):
+        return H + torch.diag(bend * theta) + (lam @ pull) * torch.eye(d).double()
+
+    def cross(theta):
+        return J + torch.outer(pull, theta)
 
     scale, weight = 0.7, 1.3  # the batches: both losses must be given theirs
 
     def iterate(lam, theta, v, inner_steps, linear_steps, a, eta, gamma, variant=""):
         before = theta
         for _ in range(inner_steps):
-            theta = theta - a * scale * (H @ theta + J.T @ lam)
-        at = before if variant == "old b" else theta
-        b = weight * (at - target)
+            slope = H @ theta + J.T @ lam + bend * theta**2 / 2 + (lam @ pull) * theta
+            theta = theta - a * scale * slope
+
+        def at(part):
+            return before if variant == f"old {part}" else theta
+
+        b = weight * (at("b") - target + (lam @ pull) * bend)
+        curved = hessian(lam, at("H"))
         v = torch.zeros_like(v) if variant == "cold" else v
         given = v
         for _ in range(1 if variant == "one" else linear_steps):
-            v = v - eta * ((weight if variant == "outer H" else scale) * H @ v - b)
-        direct = 0 if variant == "direct" else weight * (lam - centre)
+            v = v - eta * ((weight if variant == "outer H" else scale) * curved @ v - b)
+        slope = weight * (lam - centre + (at("direct") @ bend) * pull)
+        direct = 0 if variant == "direct" else slope
         sign = -1 if variant == "sign" else 1
         u = {"b": b, "old v": given}.get(variant, v)
-        return lam - gamma * (direct - sign * scale * J @ u), theta, v
+        return lam - gamma * (direct - sign * scale * cross(at("J")) @ u), theta, v
 
     batches = [torch.tensor(factor, dtype=torch.float64) for factor in (scale, weight)]
     starts = draw(generator, p), draw(generator, d), draw(generator, d)
@@ -160,6 +180,9 @@ def check_amigo(amigo_scratch):
     mistakes = {
         "cold": "v starts from zero: it should go on from the v that is given.",
         "old b": "b is taken at the old theta: theta moves first.",
+        "old direct": "the direct term is taken at the old theta: theta moves first.",
+        "old H": "H is taken at the old theta: theta moves first.",
+        "old J": "J is taken at the old theta: theta moves first.",
         "one": "v takes one step only, not linear_steps.",
         "direct": "the direct term grad_lam f is missing.",
         "sign": "J v has the wrong sign.",
@@ -168,7 +191,7 @@ def check_amigo(amigo_scratch):
         "outer H": "H v is on the outer batch; it belongs to the inner one.",
     }
     for seed, steps in ((93, (3, 4)), (94, (1, 2))):
-        problem, starts, batches, iterate = _quadratic(seed)
+        problem, starts, batches, iterate = _cubic(seed)
         rates = 0.11, 0.07, 0.05
         truth = iterate(*starts, *steps, *rates)
         copies = [t.clone() for t in starts]

@@ -1,6 +1,7 @@
 """Checks of chapter 12, hypercleaning with BERT."""
 
 import math
+from itertools import product
 
 import torch
 
@@ -166,10 +167,11 @@ def check_sizes(answer):
     near(
         dense, gib, "The dense block",
         [(gib / 4, "a number in float32 takes four bytes."), (2 * gib, "that is float64."),
+         (((wide + 1) * width) ** 2 * 4 / 2**30, "that is the map back, from 1,536 to 384."),
          (count**2 * 4 / 2**30, "that is the block of all six together."),
          (gib * 2**30 / 1e9, "a GiB is 2^30 bytes."),
          (gib * (width / (width + 1)) ** 2, "the bias is a parameter, too.")],
-        "It is a square matrix with a row for each parameter of the map.", 0.002,
+        "It is a square matrix with a row for each parameter of the map.", 7e-4,
     )  # fmt: skip
 
 
@@ -210,7 +212,12 @@ def check_head(head_block):
              ("vec(V) goes row by row: kron(omega, m m^T), not the other way round.",
               swapped.mean(0)),
              ("KFAC takes the mean of both factors apart; the exact block takes that of their "
-              "Kronecker products.", torch.kron(omega.mean(0), moments.mean(0)))],
+              "Kronecker products.", torch.kron(omega.mean(0), moments.mean(0))),
+             ("That is KFAC of the head that meets every token, (12.2). W acts on a text once, on "
+              "its mean.", torch.kron((omega / lengths[:, None, None]).mean(0),
+                                      a[mask].T @ a[mask] / lengths.sum())),
+             ("The head meets the mean of a text's tokens, not their sum.",
+              block(moments * lengths[:, None, None] ** 2).mean(0))],
             f"With {n} texts the block", 1e-9,
         )  # fmt: skip
 
@@ -224,7 +231,7 @@ def check_pool(pool):
         lengths = (2, 4, 3)
         ids = torch.full((3, 6), pad)
         for i, length in enumerate(lengths):
-            ids[i, :length] = torch.tensor([0, 3, 5, 2])[:length]  # 0 is a token like others
+            ids[i, :length] = torch.tensor([0, 3, 5, 2]).roll(i)[:length]  # 0 is a token, too
         hidden = draw(generator, 3, 6, width)
         truth = torch.stack([
             (h[:k] @ query).softmax(0) @ h[:k] for h, k in zip(hidden, lengths, strict=True)
@@ -236,7 +243,19 @@ def check_pool(pool):
             return (scores.softmax(dim)[..., None] * hidden).sum(1)
 
         out = float("-inf")
+
+        def slipped(zero, times, texts, ids=ids, scores=scores, mean=mean, pad=pad):
+            kept = ids != (0 if zero else pad)
+            masked = scores * kept if times else scores.masked_fill(~kept, -1e30)
+            return mean(masked, 0 if texts else 1)
+
+        slips = "padding's id", "the score of padding", "the dimension of the softmax"
+        left = [
+            (" and ".join(slip for slip, bad in zip(slips, made, strict=True) if bad), made)
+            for made in product((False, True), repeat=3) if sum(made) > 1
+        ]  # fmt: skip
         mistakes = [
+            *((f"Still wrong: {said}.", slipped(*made)) for said, made in left),
             ("Padding's id is `pad`; 0 may be a word.", mean(scores.masked_fill(~zero, out))),
             ("Padding keeps a share: a score of 0 is exp(0) = 1. It must be minus infinity.",
              mean(scores * mask)),
@@ -274,8 +293,10 @@ def check_needed(texts_needed):
             ]),
         ):  # fmt: skip
             exact = z**2 * variance
-            if exact * (1 - 1e-9) <= value <= math.ceil(exact) + 1e-9:
+            if value in (math.ceil(exact), math.ceil(exact * (1 - 1e-9))):
                 continue
+            if value != int(value):
+                raise Wrong(f"{name}: there are no parts of texts: round {value:.6g} up.")
             if value == math.floor(exact):
                 raise Wrong(f"{name}: round up: with {value} texts it is not reached yet.")
             for wrong, sentence in known:

@@ -2,7 +2,7 @@
 
 import torch
 
-from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers
+from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers, several
 from bilevel_lite.linsolve import cg
 
 
@@ -134,12 +134,17 @@ def check_anchored(anchored):
                 raise Wrong(
                     f"{len(calls)} products for {iters} iterations: one an iteration is enough."
                 )
+    if anchored.returned != "of type Tensor":
+        return  # NumPy and lists know no vmap: their numbers are all there is to judge
     roots, b = draw(generator, 3, 4, 4), draw(generator, 3, 4)
     try:
         torch.func.vmap(lambda R, b: anchored(lambda v: R @ (R.mT @ v), b, 1.0, 2))(roots, b)
-    except RuntimeError as error:
-        if "vmap" in str(error):  # else NumPy, say, which knows no vmap
-            raise Wrong("It does not run under vmap: some line looks at a number.") from error
+    except Exception as error:
+        raise Wrong(
+            "It does not run under torch.func.vmap. Some line looks at a number, leaves torch, or "
+            f"writes into a tensor that has no place for all tasks (v = v + ..., not v += ...): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _ends(A, c, lr, steps):
@@ -157,16 +162,15 @@ def _ends(A, c, lr, steps):
 def check_ends(ends):
     """By linear algebra; the directions are held against autograd through the steps."""
     generator = torch.Generator().manual_seed(1303)
-    for n, d, lr, steps in ((3, 2, 0.3, 2), (4, 3, 0.1, 5)):
+    for n, d, lr, steps in ((3, 2, 0.3, 3), (4, 3, 0.1, 5)):
         root = draw(generator, n, d, d)
         A = root @ root.mT / d + 0.2 * torch.eye(d).double()
         A = A / torch.linalg.eigvalsh(A).amax(1)[:, None, None]
         A = A * torch.linspace(0.5, 1.5, n).double()[:, None, None]
         c = draw(generator, n, d)
         truth = _ends(A, c, lr, steps)
-        got = ends(A.clone(), c.clone(), lr, steps)
-        if not isinstance(got, tuple | list) or len(got) != 3:
-            raise Wrong("Return three vectors: where MAML, FOMAML and Reptile stand still.")
+        asked = "Return three vectors: where MAML, FOMAML and Reptile stand still."
+        got = several(ends(A.clone(), c.clone(), lr, steps), 3, asked)
         other = {
             "one step more": _ends(A, c, lr, steps + 1),
             "one step less": _ends(A, c, lr, steps - 1),
@@ -202,9 +206,8 @@ def check_limits(limits):
         weak, strong = P @ (lam - q), lam - q
         assert (h(1e-5) - weak).norm() < 1e-2 * weak.norm() + 1e-2  # this check's own limits
         assert (h(1e6) - strong).norm() < 1e-3 * strong.norm()
-        got = limits(A.clone(), c.clone(), q.clone(), lam.clone())
-        if not isinstance(got, tuple | list) or len(got) != 2:
-            raise Wrong("Return two vectors: h as tau goes to zero, and as tau goes to infinity.")
+        asked = "Return two vectors: h as tau goes to zero, and as tau goes to infinity."
+        got = several(limits(A.clone(), c.clone(), q.clone(), lam.clone()), 2, asked)
         compare(
             got[0], weak,
             [("A has directions without curvature: there the anchor is all that there is.",

@@ -174,27 +174,40 @@ def check_memory(memory):
     generator = torch.Generator().manual_seed(145)
     for n, C in ((12, 3), (25, 4)):
         train = [f"text {k} of the train" for k in range(n)]
-        y = torch.randint(C, (n,), generator=generator)
-        y[: n // 2] = most = int(torch.randint(C, (1,), generator=generator))
-        old = torch.randperm(n, generator=generator)[: n // 3].tolist()
-        test = [f" {train[k]}\n" if k % 2 else train[k] for k in old] + ["quite new", "Text 1"]
-        truth = torch.tensor([*(int(y[k]) for k in old), most, most])
+        most = int(torch.randint(C, (1,), generator=generator))
+        y = (most + torch.arange(n) * (torch.arange(n) % 2)) % C  # every other one is `most`
+        y[[1, 3, 4]] = (most + 1) % C
+        seen = torch.randperm(n, generator=generator)[: n // 3].tolist()
+        old = [1, 3, 4, *(k for k in seen if k not in (1, 3, 4))]  # these are not of class `most`
+        # what stands nowhere: nearly text 3, by its case, its blanks inside, and as a piece of it
+        new = ["quite new", train[3].upper(), train[3].replace(" ", "  "), train[3][:-2]]
+        test = [f" {train[k]}\n" if k % 2 else train[k] for k in old] + new
         given = [f"{one} \n" if k % 3 == 0 else one for k, one in enumerate(train)]
-        got = memory(list(given), y.clone(), list(test))
-        pairs = zip(old, test, strict=False)  # the old ones come first
-        exact = torch.tensor(
-            [*(int(y[k]) if given[k] == t else most for k, t in pairs), most, most]
-        )
-        half = torch.tensor([*(int(y[k]) if k % 3 else most for k in old), most, most])
+        order = [1, *(k for k in torch.randperm(n, generator=generator).tolist() if k != 1)]
+        got = memory([given[k] for k in order], y[order], list(test))
+
+        def guesses(known=lambda k: True, unknown=most, taken=None, y=y, old=old, most=most):
+            said = [int(y[k]) if known(k) else most for k in old] + 4 * [unknown]
+            if taken is not None:  # one of the new texts, for text 3
+                said[len(old) + taken] = int(y[3])
+            return torch.tensor(said).double()
+
+        truth = guesses()
         compare(
-            torch.as_tensor(got).double(), truth.double(),
-            [("Blanks at the ends make no other text: strip them.", exact.double()),
-             ("Strip the training texts, too.", half.double()),
-             ("A text that was seen has the label that it had there.",
-              torch.full_like(truth, most).double()),
-             ("A new text gets the most frequent training label, not class 0.",
-              torch.cat([truth[:-2], torch.zeros(2).long()]).double()),
+            torch.as_tensor(got).double(), truth,
+            [("A text that was seen has the label that it had there.", guesses(lambda k: False)),
+             ("Blanks at the ends make no other text: strip them.",
+              guesses(lambda k: k % 2 == 0 and k % 3)),
+             ("Strip the training texts, too.", guesses(lambda k: k % 3)),
+             ("Strip the test texts, too.", guesses(lambda k: k % 2 == 0)),
+             ("Capitals make another text.", guesses(taken=1)),
+             ("Blanks inside a text make another text.", guesses(taken=2)),
+             ("A piece of a text is another text.", guesses(taken=3)),
              ("A new text gets the most frequent training label; nobody knows test labels.",
-              torch.cat([truth[:-2], torch.full((2,), -1)]).double())],
+              guesses(unknown=-1)),
+             ("A new text gets the most frequent training label, not the first.",
+              guesses(unknown=int(y[1]))),
+             ("A new text gets the most frequent training label, not class 0.",
+              guesses(unknown=0))],
             "The guesses", 1e-9,
         )  # fmt: skip

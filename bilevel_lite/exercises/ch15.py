@@ -1,5 +1,7 @@
 """Checks of chapter 15, data poisoning."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -114,7 +116,7 @@ def check_pull(input_pull):
 def check_keep(keep_near):
     """By a loop over the rows."""
     generator = torch.Generator().manual_seed(153)
-    for n, C, removed in ((38, 2, 0.1), (60, 3, 0.1)):
+    for n, C, removed in ((38, 2, 0.1), (32, 2, 0.1), (60, 3, 0.1)):
         # class 1 is wide, class 0 far from the origin, a few of class 1 are called 0: so that each
         # mistake leaves out other rows
         y, count = torch.arange(n) % C, round(removed * n)
@@ -148,7 +150,13 @@ def check_keep(keep_near):
              ("The label of a row says which mean is its own, not the nearest mean.",
               but(nearest)),
              ("One ranking for all rows: here each class lost its own share.", in_class),
-             ("The distance to the origin is not the distance to a mean.", but(x.norm(dim=1)))],
+             ("The distance to the origin is not the distance to a mean.", but(x.norm(dim=1))),
+             ("Rounded, not rounded up: `round(removed * n)` rows go.",
+              but(far, count=math.ceil(removed * n))),
+             ("Rounded, not rounded down: `round(removed * n)` rows go.",
+              but(far, count=math.floor(removed * n))),
+             ("The distance itself, not in units of the class's own mean distance.",
+              but(far / torch.stack([far[y == c].mean() for c in range(C)])[y]))],
             f"With {n} rows the mask", 1e-9,
         )  # fmt: skip
     x = torch.tensor([[5.0, 0], [-5, 0], [3, 3], [-3, -3]]).double()

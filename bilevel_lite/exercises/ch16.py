@@ -150,8 +150,8 @@ def check_sign_step(sign_step):
              ("The step is one of lam, which is in units of r already.",
               limited(lam - r * step * slope.sign())),
              ("Return lam, not the images.", x + r * truth),
-             ("Step first, then project: this projects and then steps.",
-              limited(lam) - step * slope.sign())],
+             ("The result is not projected: step first, then project.",
+              lam - step * slope.sign())],
             f"With r = {r} the new lam", 1e-9,
         )  # fmt: skip
 

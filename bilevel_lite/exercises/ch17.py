@@ -5,7 +5,7 @@ from itertools import combinations, product
 import torch
 import torch.nn.functional as F
 
-from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers
+from bilevel_lite.exercises import Wrong, compare, draw, exercise, numbers, several
 from bilevel_lite.problem import BilevelProblem
 
 
@@ -75,9 +75,7 @@ def check_scale(answer):
 
 def _pair(answer, what):
     """Two tensors, theta and v."""
-    if not isinstance(answer, tuple | list) or len(answer) != 2:
-        raise Wrong(f"{what} should return two tensors, theta and v.")
-    return answer
+    return several(answer, 2, f"{what} should return two tensors, theta and v.")
 
 
 def _problem(generator, n=40, d=4, gamma=0.02):
@@ -195,6 +193,7 @@ def check_fisher(fisher_from_batches):
             raise AssertionError("the formula of the check is wrong")
         Q = every[torch.randperm(len(every), generator=generator)[:kept]]
         second, own = Q.T @ Q / len(Q), torch.outer(Q.mean(0), Q.mean(0))
+        around = (Q - mean).T @ (Q - mean) / len(Q)
         compare(
             fisher_from_batches(Q.clone(), mean.clone(), N, n),
             estimate(Q, mm, factor),
@@ -210,6 +209,11 @@ def check_fisher(fisher_from_batches):
                  estimate(Q, mm, n * N / (N - n))),
                 ("That is the second moment of the batches, without any scale.", second),
                 ("That is a sum over batches, not a mean.", mm + factor * (Q.T @ Q - mm)),
+                *(
+                    ("That is unbiased, too, but not (17.7) turned around: put the average of the "
+                     "rows' q q^T in the place of its mean.", mm + factor * spread)
+                    for spread in (around, torch.cov(Q.T))
+                ),
                 ("You use the mean of the rows of Q; that is biased. Use the mean that is given.",
                  estimate(Q, own, factor)),
                 ("You use the mean of the rows of Q in one of its two places.",
@@ -278,7 +282,7 @@ def check_shared_step(shared_step):
 def check_repaired(fisher_update):
     """The inverse of the accumulated matrix."""
     generator = torch.Generator().manual_seed(175)
-    d, size, beta = 4, 5, 0.8
+    d, size, beta = 4, 6, 0.7
     root = draw(generator, 2 * d, d)
     fisher = root.T @ root / d
     gradients = draw(generator, size, d)
@@ -310,7 +314,9 @@ def check_repaired(fisher_update):
         ("The weights are missing.", inverse(0, True, False)),
         ("The old matrix is never multiplied by beta.", inverse(0.5, True, False, 1.0)),
         ("The inverse is never divided by beta.", beta * truth),
-    ]
+        ("The new part carries 1 - beta, too.",
+         torch.linalg.inv(beta * fisher + (gradients.T * sigma) @ gradients / size)),
+    ]  # fmt: skip
     half = (
         "Half of each repair: forget first, M / beta, and then beta must not stand in the "
         "denominator again; or leave it there, and divide once after the loop."

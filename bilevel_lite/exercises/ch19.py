@@ -75,7 +75,7 @@ def check_moments(pooled):
 def check_seconds(seconds):
     """Against the rounds of the ring, counted one by one."""
     for d, columns, Q, latency, rate in (
-        (500, 30, 8, 1e-5, 1e10), (100, 300, 3, 1e-3, 1e8), (2000, 5, 64, 2e-6, 5e10),
+        (500, 30, 6, 1e-5, 1e10), (100, 300, 3, 1e-3, 1e8), (2000, 5, 64, 2e-6, 5e10),
     ):  # fmt: skip
         got = numbers(seconds(d, columns, Q, latency, rate), 2)
         each = latency + 4 * d**2 / Q / rate
@@ -87,6 +87,7 @@ def check_seconds(seconds):
                 (sum(each for _ in range(Q - 1)), "one way round only: a sum goes round twice"),
                 (2 * (Q - 1) * (latency + 4 * d**2 / rate), "a Q-th part of the matrix a round"),
                 (2 * (Q - 1) * (latency + d**2 / Q / rate), "a number has four bytes"),
+                (2 * (Q - 1) * (latency + 32 * d**2 / Q / rate), "count bytes, not bits"),
                 (2 * Q * each, "Q - 1 rounds, not Q"),
                 (2 * (Q - 1) * 4 * d**2 / Q / rate, "each round also waits for the latency"),
             ],
@@ -101,6 +102,7 @@ def check_seconds(seconds):
                 ((Q - 1) * (latency + 4 * d * columns * Q / rate),
                  "in each round a process sends one part, not all"),
                 ((Q - 1) * (latency + d * columns / rate), "a number has four bytes"),
+                ((Q - 1) * (latency + 32 * d * columns / rate), "count bytes, not bits"),
             ],
             "Q - 1 rounds, each of d columns numbers", 1e-9,
         )  # fmt: skip
@@ -138,7 +140,7 @@ def check_rows(assembled):
     for counts, m in (([3, 5], 12), ([4, 1, 2], 9)):
         n = sum(counts)
         index = torch.randint(m, (n,), generator=generator)
-        index[-1] = index[0]  # an example that two processes have
+        index[1] = index[-1] = index[0]  # an example twice in one part, and in another
         slopes, lam = draw(generator, n), draw(generator, m).requires_grad_()
         (truth,) = torch.autograd.grad((lam[index].sigmoid() * slopes).mean(), lam)
         given = [
@@ -151,6 +153,9 @@ def check_rows(assembled):
         placed, last = partial(torch.zeros(m).double().index_add, 0, index), torch.zeros(m).double()
         last[index] = slopes / n
         each = torch.cat([s / len(s) for _, s in given])
+        once = torch.zeros(m).double()
+        for i, s in given:
+            once[i] = once[i] + s / n
         compare(
             got, truth,
             [
@@ -158,6 +163,8 @@ def check_rows(assembled):
                 ("A mean of the processes' means: by n, once.", rows * placed(each) / len(counts)),
                 ("The mean over the n examples is missing.", rows * placed(slopes)),
                 ("An example is in two parts, and only one of its terms is kept.", rows * last),
+                ("An example is twice in one part, and only one of its terms is kept.",
+                 rows * once),
                 ("The derivative of the sigmoid is missing.", placed(slopes / n)),
                 ("That is sigma itself, not its derivative.", sigma * placed(slopes / n)),
             ],
@@ -179,7 +186,11 @@ def check_deal(deal):
         for cost in costs:
             order.append(load.index(min(load)))
             load[order[-1]] += cost
+        ranks = sorted(range(len(costs)), key=lambda k: -costs[k])
         mistakes = {
+            "Those are the processes of the sorted layers: bring them back into the given order.": [
+                dealt(costs, size)[k] for k in ranks
+            ],
             "In the order given: sort first, or a large job comes last.": order,
             "In turns: what counts is the work, not the number of jobs.": [
                 k % size for k in range(len(costs))

@@ -11,16 +11,20 @@ def amigo(
     inner_lr, linear_lr, outer_lr, variant="",
 ):  # fmt: skip
     g, before = problem.inner_loss, theta
+
+    def at(part):
+        return before if variant in (f"old {part}", "all old") else theta
+
     for _ in range(inner_steps):
         theta = theta - inner_lr * gradient(g, lam, theta, inner)[2]
-    at = before if variant == "old b" else theta
-    _, direct, b = gradient(problem.outer_loss, lam, at, outer)
+    direct = gradient(problem.outer_loss, lam, at("direct"), outer)[1]
+    b = gradient(problem.outer_loss, lam, at("b"), outer)[2]
     if variant == "cold":
         v = torch.zeros_like(v)
     given, of = v, outer if variant == "outer H" else inner
     for _ in range(1 if variant == "one" else linear_steps):
-        v = v - linear_lr * (hvp(g, lam, theta, of, v) - b)
-    jv = cross_vp(g, lam, theta, inner, {"b": b, "old v": given}.get(variant, v))
+        v = v - linear_lr * (hvp(g, lam, at("H"), of, v) - b)
+    jv = cross_vp(g, lam, at("J"), inner, {"b": b, "old v": given}.get(variant, v))
     if variant == "direct":
         direct = torch.zeros_like(direct)
     if variant == "sign":
@@ -137,3 +141,10 @@ WRONG = {
         lambda problem, lam, theta, i, o: tuned(problem, lam + 1, theta, i, o),
     ],
 }
+
+TOLD = {
+    "9.3": [
+        (lambda *a, part=part: amigo(*a, variant=f"old {part}"), f"{said} is taken at the old")
+        for part, said in (("direct", "direct term"), ("H", "H"), ("J", "J"))
+    ] + [(lambda *a: amigo(*a, variant="all old"), "off by")],
+}  # fmt: skip

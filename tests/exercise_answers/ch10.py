@@ -167,3 +167,7 @@ WRONG = {
         for variant in ("sum", "luck", "raw", "max", "columns")
     ],
 }  # fmt: skip
+
+TOLD = {
+    "10.6": [(lambda T: breaking_rate(T, "columns"), "compare with the largest entry of a column")],
+}

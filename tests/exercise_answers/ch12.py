@@ -151,3 +151,37 @@ WRONG = {
         for variant in ("square", "one", "swapped", "no square", "down")
     ],
 }  # fmt: skip
+
+
+def bugs(hidden, ids, query, pad, zero=True, times=True, texts=True):
+    """The function as it is handed out, or with some of its mistakes mended."""
+    mask, scores = ids != (0 if zero else pad), hidden @ query
+    scores = scores * mask if times else scores.masked_fill(~mask, -1e30)
+    return (scores.softmax(0 if texts else 1)[..., None] * hidden).sum(1)
+
+
+def per_token(a, mask, omega):
+    """KFAC of the head that meets every token."""
+    lengths = mask.sum(1)[:, None, None]
+    return torch.kron((omega / lengths).mean(0), a[mask].T @ a[mask] / mask.sum())
+
+
+def of_sums(a, mask, omega):
+    sums = (mask[..., None] * a).sum(1)
+    return torch.stack(
+        [torch.kron(o, torch.outer(s, s)) for o, s in zip(omega, sums, strict=True)]
+    ).mean(0)
+
+
+ALSO = {"12.3": [(1537, ENTRIES, PARAMETERS, 1303), (1537, ENTRIES, PARAMETERS, 1302.8)]}
+TOLD = {
+    "12.3": [((1537, ENTRIES, PARAMETERS, (1537 * 384) ** 2 * 4 / 2**30), "the map back")],
+    "12.4": [(per_token, "KFAC of the head"), (of_sums, "not their sum")],
+    "12.5": [
+        (bugs, "padding's id and the score of padding and the dimension"),
+        (lambda *a: bugs(*a, zero=False), "the score of padding and the dimension"),
+        (lambda *a: bugs(*a, times=False), "padding's id and the dimension"),
+        (lambda *a: bugs(*a, texts=False), "padding's id and the score"),
+    ],
+    "12.6": [(lambda *a: [n - 0.5 for n in texts_needed(*a)], "no parts of texts")],
+}

@@ -117,3 +117,13 @@ WRONG = {
         for variant in ("mean first", "one look", "held out", "lowest", "luckiest", "order")
     ],
 }  # fmt: skip
+
+ALSO = {"13.B": [(1.02, 20.4)], "13.2": [lambda *a: torch.stack(attached(*a))]}
+TOLD = {
+    "13.4": [
+        (lambda *a: one_step(*a, stop_b=False), "b is a constant"),
+        (lambda *a: one_step(*a, stop_b=False, mean=False), "a mean over the batch. b is a"),
+        (lambda *a: one_step(*a, detach=False, mean=False), "not detached. The inner loss is"),
+        (lambda *a: one_step(*a, detach=False, at_new=False, mean=False), "The meta images judge"),
+    ],
+}

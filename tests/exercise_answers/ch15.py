@@ -1,5 +1,7 @@
 """Answers to the exercises of chapter 15: right ones, and the mistakes that students make."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -61,7 +63,12 @@ def keep_near(x, y, removed, variant=""):
             rows = (y == c).nonzero().squeeze(1)
             keep[rows[far[rows].topk(round(removed * len(rows))).indices]] = False
         return keep
-    gone = far.topk(round(removed * len(y))).indices
+    count = removed * len(y)
+    if variant == "quantile":
+        return far <= torch.quantile(far, 1 - removed)
+    if variant == "relative":
+        far = far / torch.stack([far[y == c].mean() for c in range(classes)])[y]
+    gone = far.topk({"up": math.ceil, "down": int}.get(variant, round)(count)).indices
     keep[gone] = False
     return {"other way": ~keep, "indices": gone}.get(variant, keep)
 
@@ -135,3 +142,12 @@ WRONG = {
         "two",
     ),
 }  # fmt: skip
+
+TOLD = {
+    "15.3": [
+        (lambda *a: keep_near(*a, variant="up"), "not rounded up"),
+        (lambda *a: keep_near(*a, variant="down"), "not rounded down"),
+        (lambda *a: keep_near(*a, variant="relative"), "mean distance"),
+        (lambda *a: keep_near(*a, variant="quantile"), "not rounded up"),
+    ],
+}

@@ -46,7 +46,7 @@ def sign_step(x, lam, slope, r, step, variant=""):
     if variant == "project first":
         lam = lam.clamp(-1, 1)
     new = lam + length * move if variant == "ascent" else lam - length * move
-    if variant == "project first":
+    if variant in ("project first", "no projection"):
         return new
     bound = r if variant == "bounded by r" else torch.inf if variant == "no radius" else 1
     new = new.clamp(-bound, bound)
@@ -129,3 +129,5 @@ WRONG = {
         "no bits", "unshuffled", "labels", "back", "alone",
     ),
 }  # fmt: skip
+
+TOLD = {"16.3": [(lambda *a: sign_step(*a, variant="no projection"), "is not projected")]}

@@ -160,3 +160,23 @@ WRONG = {
         lambda *a: newton_pair(*a)[::-1],
     ],
 }
+
+
+def around(Q, m, N, B, divisor=0):
+    """Unbiased, too, but another estimate: centred before it is scaled."""
+    spread = torch.cov(Q.T) if divisor else (Q - m).T @ (Q - m) / len(Q)
+    return torch.outer(m, m) + B * (N - 1) / (N - B) * spread
+
+
+def keeps_all(M, gradients, sigma, beta):
+    return update(M, gradients, sigma / (1 - beta), beta)
+
+
+ALSO = {
+    "17.4": [lambda *a: torch.stack(shared(*a))],
+    "17.6": [lambda *a: torch.stack(newton_pair(*a))],
+}
+TOLD = {
+    "17.3": [(around, "unbiased, too"), (lambda *a: around(*a, divisor=1), "unbiased, too")],
+    "17.5": [(keeps_all, "carries 1 - beta")],
+}

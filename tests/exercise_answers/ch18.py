@@ -51,7 +51,8 @@ def parts(each, L, variant=""):
     excess = gaps.var(0).mean() / n
     excess = {"plain": 0.0, "all": each.var(0).mean() / n, "not mean": excess * n,
               "plus": -excess}.get(variant, excess)  # fmt: skip
-    return float(noise), float(gaps.mean(0).square().mean() - excess)
+    sharing = float(gaps.mean(0).square().mean() - excess)
+    return float(noise), max(0.0, sharing) if variant == "cut off" else sharing
 
 
 def greedy_and_far(mu, theta, s2, steps, grid, variant=""):
@@ -60,11 +61,14 @@ def greedy_and_far(mu, theta, s2, steps, grid, variant=""):
 
     def after(eta):
         second = theta**2
-        for _ in range(1 if variant == "one" else steps):
+        for _ in range({"one": 1, "less": steps - 1, "more": steps + 1}.get(variant, steps)):
             second = (1 - eta * mu) ** 2 * second + eta**2 * (0.0 if variant == "far quiet" else s2)
-        return float((mu * second).sum())
+        return float(((1 if variant == "no mu" else mu) * second).sum())
 
     far = min(grid.tolist(), key=after)
+    if variant == "grid":
+        variant = "one"
+        return min(grid.tolist(), key=after), far
     return (far, greedy) if variant == "swapped" else (float(greedy), far)
 
 
@@ -119,3 +123,14 @@ WRONG = {
     "18.4": all_of(greedy_and_far, "quiet", "unweighted", "one", "far quiet", "swapped"),
     "18.5": all_of(best_window, "no drift", "rule", "half", "speed"),
 }
+
+TOLD = {
+    "18.3": [(lambda *a: parts(*a, variant="cut off"), "no longer unbiased")],
+    "18.4": [
+        (lambda *a, v=v: greedy_and_far(*a, variant=v), said)
+        for v, said in (
+            ("less", "not theta_{T-1}"), ("more", "not theta_{T+1}"), ("no mu", "with mu"),
+            ("far quiet", "without the noise"), ("grid", "any real number"),
+        )
+    ],
+}  # fmt: skip

@@ -19,7 +19,7 @@ def pooled(parts, variant=""):
 
 
 def seconds(d, columns, Q, latency, rate, variant=""):
-    size = 1 if variant == "numbers" else 4
+    size = {"numbers": 1, "bits": 32}.get(variant, 4)
     piece = d**2 if variant == "whole" else d**2 / Q
     rounds = {"once": Q - 1, "Q": 2 * Q}.get(variant, 2 * (Q - 1))
     wait = 0.0 if variant == "no latency" else latency
@@ -47,6 +47,8 @@ def rows(parts, lam, variant=""):
         by = {"own": len(index), "means": len(index) * len(parts), "sum": 1}.get(variant, n)
         if variant == "last":
             out[index] = slopes / by
+        elif variant == "once":
+            out[index] += slopes / by
         else:
             out.index_add_(0, index, slopes / by)
     return {"plain": 1.0, "value": sigma}.get(variant, sigma * (1 - sigma)) * out
@@ -66,6 +68,8 @@ def deal(costs, size, variant=""):
     for k in order:
         owners[k] = load.index(max(load) if variant == "most" else min(load))
         load[owners[k]] += costs[k]
+    if variant == "sorted order":
+        return [owners[k] for k in order]
     return [k + 1 for k in owners] if variant == "from one" else owners
 
 
@@ -94,3 +98,9 @@ WRONG = {
     "19.4": all_of(rows, "own", "means", "sum", "last", "plain", "value"),
     "19.5": all_of(deal, "turns", "unsorted", "cheapest", "most", "from one"),
 }  # fmt: skip
+
+TOLD = {
+    "19.2": [(lambda *a: seconds(*a, variant="bits"), "bytes, not bits")],
+    "19.4": [(lambda *a: rows(*a, variant="once"), "twice in one part")],
+    "19.5": [(lambda *a: deal(*a, variant="sorted order"), "back into the given order")],
+}
