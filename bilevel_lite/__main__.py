@@ -54,6 +54,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class Once(argparse.Action):
+    """Stores a value; a second one is refused, where argparse would take it instead."""
+
+    taken = False
+
+    def __call__(self, parser, namespace, values, option=None):
+        """Store it."""
+        if self.taken:
+            raise argparse.ArgumentError(self, "is given twice, expected once; give one")
+        self.taken = True
+        setattr(namespace, self.dest, values)
+
+
 def _defaults(name: str) -> str:
     """What a setting is where it is not given, in words: one value, or one for each dataset."""
     _, usual, _ = OPTIONS[name]
@@ -233,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
             description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
             formatter_class=Help,
         )
+        one.register("action", None, Once)  # as are settings
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
             "--set", nargs="+", action="extend", metavar="NAME=VALUE",
@@ -441,6 +455,8 @@ def _search(options: dict) -> None:
             raise ValueError(f"over: got {word!r}, expected NAME=LOW:HIGH") from None
         if settings.of(kind.Settings).get(name, (None,))[0] is not float or not 0 < low < high:
             raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+        if name in over:
+            raise ValueError(f"over: {name} is given twice, expected once; give one")
         over[name] = (low, high)
     variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
     base = settings.read(kind.Settings, options["set"] or [])
@@ -533,11 +549,23 @@ def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:
     out = {}
     for word in words or []:
         name, _, value = word.partition("=")
+        if name in out:
+            raise ValueError(f"{option}: {name} is given twice, expected once; give one")
         try:
             out[name] = float(value)
         except ValueError:
             raise ValueError(f"{option}: got {word!r}, expected SETTING=NUMBER") from None
     return out or None
+
+
+def _check(options: dict) -> None:
+    """Refuse empty names, which would be the working folder, and a device without numbers."""
+    for name in ("out", "to", "name"):
+        if options.get(name) == "":
+            raise ValueError(f"{name}: got '', expected a name; give one")
+    device = options.get("device") or os.environ.get("BILEVEL_LITE_DEVICE") or ""
+    if "device" in options and device.startswith("meta"):
+        raise ValueError(f"device: got {device!r}, which holds no numbers, expected cpu or cuda")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -557,6 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{command} runs in one process; start it on each machine, with --storage where a "
                 "search shares its trials. torchrun is for `run`"
             )
+        _check(options)
         if command == "hyperclean":
             _hyperclean(options)
         elif command == "study":

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, resumed, refused; the command line; stored results and figures."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -87,9 +88,11 @@ def test_a_lost_file_of_the_chosen_iterate_is_told(whole, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     (copy / "result.json").unlink()
-    next(copy.glob("best-*.pt")).write_bytes(b"nonsense")
-    assert main([*SMALL, "--out", str(copy)]) == 1
-    assert "is damaged (" in capsys.readouterr().err
+    best = next(copy.glob("best-*.pt"))
+    for damage in (lambda: best.write_bytes(b"nonsense"), lambda: torch.save({}, best)):
+        damage()
+        assert main([*SMALL, "--out", str(copy)]) == 1
+        assert f"{best} is damaged (" in capsys.readouterr().err
 
 
 def test_a_run_writes_all_that_it_promises(whole, capsys):
@@ -150,6 +153,13 @@ def test_an_edited_result_and_one_of_another_version_are_refused(whole, tmp_path
         assert message in capsys.readouterr().err
         assert main(["collect", str(copy), "--name", "nothing"]) == 1
         assert message in capsys.readouterr().err
+    for cut in ("{", '"x"', "[]", b"\xff"):  # no object, or no JSON
+        path.write_bytes(cut if isinstance(cut, bytes) else cut.encode())
+        for command in (words, ["collect", str(copy), "--name", "nothing"]):
+            assert main(command) == 1
+            error = capsys.readouterr().err
+            assert f"{path} cannot be read: " in error and "; remove it and make it" in error
+            assert error.count("\n") == 1
     path.write_text(json.dumps(result, indent=None))  # other spaces, the same content
     assert main(words) == 0
 
@@ -225,6 +235,30 @@ def test_a_disk_that_is_really_full(tmp_path):
         assert torch.equal(folder.state["x"], torch.ones(3))
 
 
+class Small(io.FileIO):
+    """A file on a disk with little room: what no longer fits is refused, as by the system."""
+
+    def write(self, part):
+        if room := 4000 - self.tell():
+            return super().write(bytes(part)[:room])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_within_a_checkpoint(tmp_path, monkeypatch):
+    """torch itself tells a file written in part in words of its own, which change."""
+    with RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        folder.checkpoint({"x": torch.ones(3)})
+        monkeypatch.setattr(
+            experiment.folder, "open", lambda path, mode: io.BufferedWriter(Small(path, "w")),
+            raising=False,
+        )  # fmt: skip
+        with pytest.raises(RunError, match="the disk is full; the last checkpoint is kept"):
+            folder.checkpoint({"x": torch.zeros(3000)})
+    monkeypatch.undo()
+    with RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        assert torch.equal(folder.state["x"], torch.ones(3))
+
+
 def test_stopped_by_the_keyboard(tmp_path, monkeypatch, capsys):
     def stop(self):
         raise KeyboardInterrupt
@@ -278,9 +312,49 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
     (folder / "config.json").write_text('{"format": 0, "a": 1}')
     with pytest.raises(RunError, match="made by another version"):
         RunFolder(folder, {"a": 1})
-    (folder / "config.json").write_text("{")
-    with pytest.raises(RunError, match="config.json cannot be read"):
-        RunFolder(folder, {"a": 1})
+    for text in ("{", "[]", '"x"', "1"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(RunError, match="config.json cannot be read: .*; use another folder"):
+            RunFolder(folder, {"a": 1})
+
+
+@pytest.mark.parametrize("there", [[1], torch.ones(2), "x", {}, {"log_bytes": 0}])
+def test_a_file_that_is_no_checkpoint_is_told(whole, tmp_path, there, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    torch.save(there, copy / "checkpoint.pt")
+    assert main([*SMALL, "--out", str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert "checkpoint.pt" in error and "anew" in error and error.count("\n") == 1
+
+
+def test_a_checkpoint_knows_its_settings(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    config, words = copy / "config.json", [*SMALL, "--out", str(copy)]
+    other = json.loads(config.read_text()) | {"seed": 1}
+    config.unlink()
+    for _ in range(2):  # nothing is written that would be taken for the settings
+        assert main([*words, "--seed", "1"]) == 1
+        assert "was made with other settings (seed: 0 there, 1 h" in capsys.readouterr().err
+    (copy / "result.json").unlink()
+    config.write_text(json.dumps(other))
+    assert main([*words, "--seed", "1"]) == 1
+    assert "was made with other settings (seed: 0 there, 1 h" in capsys.readouterr().err
+    config.unlink()
+    assert main(words) == 0 and numbers(copy) == numbers(whole)
+    # one of an earlier version does not tell: it needs its config.json
+    state = torch.load(copy / "checkpoint.pt")
+    del state["config"]
+    torch.save(state, copy / "checkpoint.pt")
+    (copy / "result.json").unlink()
+    (kept := tmp_path / "kept").write_bytes(config.read_bytes())
+    config.unlink()
+    assert main(words) == 1
+    assert "has lost its config.json" in capsys.readouterr().err
+    shutil.copy(kept, config)
+    assert main(words) == 0 and numbers(copy) == numbers(whole)
 
 
 def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path):
@@ -290,6 +364,70 @@ def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     with pytest.raises(RunError, match="it was changed"):
         RunFolder(tmp_path, {})
+
+
+def test_a_damaged_line_of_the_log_is_told_at_the_start(tmp_path):
+    with RunFolder(tmp_path, {}) as folder:
+        for row in ({"a": 1}, {"a": 2}):
+            folder.log(row)
+        folder.checkpoint({})
+    for line in (b"xx", b"\xff", b"{}0", b"[0]"):
+        (tmp_path / "log.jsonl").write_bytes(b'{"a": 1}\n' + line.ljust(8) + b"\n")
+        told = r"log.jsonl, line 2, cannot be read: .*; remove .*checkpoint.pt to start this run an"
+        with pytest.raises(RunError, match=told):
+            RunFolder(tmp_path, {})
+    (tmp_path / "checkpoint.pt").unlink()
+    with RunFolder(tmp_path, {}) as folder:
+        assert folder.rows() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--set outer_steps=3 --set outer_steps=4", "outer_steps: is given twice"),
+        ("--set outer_steps=3 outer_steps=3", "outer_steps: is given twice"),
+        ("--outer-steps 3 --set outer_steps=4", "outer_steps: is given twice"),
+        ("--outer-steps 3 --outer-steps=4", "outer_steps: is given twice"),
+        ("--seed 1 --set seed=2", "--seed: is given as an option and among the settings"),
+    ],
+)
+def test_settings_that_are_given_twice(tmp_path, arguments, message, capsys):
+    assert main(["run", "hyperclean", *arguments.split(), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_options_given_twice_and_a_first_seed_too_large(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(["run", "hyperclean", "--seed", "1", "--seed", "2", *out])
+    assert "argument --seed: is given twice" in capsys.readouterr().err
+    over = ["--method", "aid-cg", "--over", "outer_lr=1:2", "outer_lr=1:3"]
+    for words, message in (
+        (["search", "hyperclean", *over, *out], "--over: outer_lr is given twice"),
+        (["study", "ema", "--at", "inner_lr=1", "inner_lr=2", *out], "--at: inner_lr is given tw"),
+        (["study", "ema", "--first-seed", "9" * 20, *out], "--first-seed: got 9999999999"),
+    ):
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words, name in (
+        ([*SMALL, "--out", ""], "out"),
+        (["figures", "hyperclean_mnist_linear", "--to", ""], "to"),
+        (["collect", ".", "--name", ""], "name"),
+    ):
+        assert main(words) == 1
+        assert capsys.readouterr().err == f"error: --{name}: got '', expected a name; give one\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_holds_no_numbers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_LITE_DEVICE", "meta")
+    assert main([*SMALL[:-2], "--out", str(tmp_path / "run")]) == 1
+    assert "--device: got 'meta', which holds no numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -319,6 +457,11 @@ def test_words_that_the_command_line_does_not_know(tmp_path, arguments, message,
         (["--inner-momentum", "1.5"], "error: --inner-momentum: got 1.5, expected a number from 0"),
         (["--outer-momentum", "5"], "error: --outer-momentum: got 5.0, expected a number from 0"),
         (["--device", "mps"], "error: --device: got 'mps', which this torch or machine has not"),
+        (["--device", "meta"], "error: --device: got 'meta', which holds no numbers, expected cpu"),
+        (["--budget", "nan"], "error: --budget: got nan, expected at least 0 (0 or inf: no limit)"),
+        (["--budget", "-1"], "error: --budget: got -1.0, expected at least 0"),
+        (["--seed", "9" * 20], f"error: --seed: got {'9' * 20}, expected an integer from 0 to"),
+        (["--seed", "-1"], "error: --seed: got -1, expected an integer from 0 to 2**63 - 1"),
         (["--seeds", "5"], "error: --seeds: is of a comparison; give several methods"),
         (["--storage", "sqlite://"], "error: --storage: is of a comparison"),
         (["--ema", "0.9"], "error: --ema: is not read by aid-cg; it is by aid-ekfac, aid-kfac, "),
@@ -335,6 +478,12 @@ def test_settings_out_of_range(tmp_path, arguments, message, capsys):
     assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_largest_seed_and_an_endless_budget(tmp_path):
+    words = ["--seed", str(2**63 - 1), "--budget", "inf", "--outer-steps", "2", "--baselines", "0"]
+    assert main([*SMALL, *words, "--out", str(tmp_path / "run")]) == 0
+    assert numbers(tmp_path / "run")[1][-1]["iteration"] == 2
 
 
 def test_help_names_every_setting_once_with_its_true_defaults(capsys, monkeypatch):

@@ -9,6 +9,7 @@ the checkpoint and goes on; the numbers are those of a run that was never interr
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -67,11 +68,19 @@ class RunFolder:
             raise
 
     def _open(self):
-        if (self.path / "config.json").exists():
-            self._compare(self._read_json("config.json"))
-        else:
-            self._write("config.json", _json(self.config))
+        told = (self.path / "config.json").exists()
+        if told:
+            self._compare(_read(self.path / "config.json", "use another folder"))
         self.state = self._read_checkpoint()
+        if self.state and "config" in self.state:  # checkpoints of earlier versions do not tell
+            self._compare(self.state["config"])
+        elif not told and (self.state or self.finished):
+            raise RunError(
+                f"{self.path} has lost its config.json, so that nobody knows the settings of what "
+                "it holds; use another folder"
+            )
+        if not told:
+            self._write("config.json", _json(self.config))
         if self.state is None and self.finished:
             return  # finished and thinned: the log is whole
         kept = self.state["log_bytes"] if self.state else 0
@@ -81,6 +90,8 @@ class RunFolder:
             raise RunError(f"{log} is shorter than its checkpoint says: it was changed; start anew")
         with self._writing("written"), open(log, "ab") as file:
             file.truncate(kept)
+        if not self.finished:
+            self.rows()  # a damaged line is told now and not at the end
 
     @property
     def finished(self) -> bool:
@@ -104,26 +115,25 @@ class RunFolder:
                 "give the same settings to resume it, or another folder"
             )
 
-    def _read_json(self, name: str) -> dict:
-        try:
-            return json.loads((self.path / name).read_text("utf-8"))
-        except (ValueError, OSError) as error:
-            raise RunError(f"{self.path / name} cannot be read: {error}") from error
-
     def _read_checkpoint(self) -> dict | None:
         if not (self.path / "checkpoint.pt").exists():
             return None
-        return self.read_tensors("checkpoint.pt")
+        return self.read_tensors("checkpoint.pt", "log_bytes")
 
-    def read_tensors(self, name: str) -> dict:
+    def read_tensors(self, name: str, *parts: str) -> dict:
         """Read what `write_tensors` wrote, onto the CPU.
+
+        Args:
+            name: Of the file.
+            parts: What it must hold.
 
         Raises:
             RunError: if it is missing or damaged.
         """
         path = self.path / name
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            return {**state, **{part: state[part] for part in parts}}
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise RunError(
                 f"{path} is damaged ({type(error).__name__}); remove "
@@ -140,10 +150,12 @@ class RunFolder:
         Raises:
             RunError: if it cannot be written; the previous one is kept.
         """
+        content = io.BytesIO()  # first: written by torch itself, a full disk is told in its words
+        torch.save(state, content)
         with self._writing("written"):
             temporary = self.path / f"{Path(name).stem}.tmp"
             with open(temporary, "wb") as file:
-                torch.save(state, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path / name)
@@ -173,12 +185,20 @@ class RunFolder:
             RunError: if it cannot be written; the previous checkpoint is kept.
         """
         log = self.path / "log.jsonl"
-        self.write_tensors("checkpoint.pt", {**state, "log_bytes": log.stat().st_size})
+        own = {"log_bytes": log.stat().st_size, "config": self.config}
+        self.write_tensors("checkpoint.pt", {**state, **own})
 
     def rows(self) -> list[dict]:
-        """Read the log back."""
-        lines = (self.path / "log.jsonl").read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """Read the log back.
+
+        Raises:
+            RunError: if a line is damaged.
+        """
+        log, anew = self.path / "log.jsonl", self.path / "checkpoint.pt"
+        return [
+            _object(line, f"{log}, line {number},", f"remove {anew} to start this run anew")
+            for number, line in enumerate(log.read_bytes().splitlines(), 1)
+        ]
 
     def read_result(self) -> dict:
         """Read ``result.json`` of a finished run.
@@ -186,7 +206,7 @@ class RunFolder:
         Raises:
             RunError: if it cannot be read, was edited, or was made by another version.
         """
-        return unseal(self._read_json("result.json"), self.path / "result.json")
+        return read_sealed(self.path / "result.json")
 
     def finish(self, result: dict) -> None:
         """Write ``result.json``, sealed."""
@@ -226,8 +246,8 @@ def writing(path: Path, verb: str = "written", kept: str = ""):
         yield
     except RunError:
         raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        if getattr(error, "errno", None) == errno.ENOSPC or "file write failed" in str(error):
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
             reason = f"the disk is full{kept}"
         else:
             reason = str(error)
@@ -236,6 +256,35 @@ def writing(path: Path, verb: str = "written", kept: str = ""):
 
 def _json(value: dict) -> str:
     return json.dumps(value, indent=1) + "\n"
+
+
+def _object(text: bytes, what: str, way_out: str) -> dict:
+    """A JSON object, or one sentence."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{what} cannot be read: {error}; {way_out}") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise RunError(f"{what} cannot be read: got a {kind}, expected an object; {way_out}")
+    return value
+
+
+def _read(path: Path, way_out: str) -> dict:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}; {way_out}") from error
+    return _object(text, str(path), way_out)
+
+
+def read_sealed(path: Path) -> dict:
+    """Read a result without its seal.
+
+    Raises:
+        RunError: if it cannot be read, was made by another version, or edited.
+    """
+    return unseal(_read(path, "remove it and make it anew"), path)
 
 
 def seal(result: dict) -> dict:
@@ -402,7 +451,7 @@ def stored(name: str, to: str | Path | None = None) -> dict:
     for folder in _sources(to):
         path = folder / f"{name}.json"
         if path.exists():
-            return unseal(json.loads(path.read_text("utf-8")), path)
+            return read_sealed(path)
     raise ValueError(f"name: there is no stored result {name!r}; known: {stored_names(to)}")
 
 
@@ -442,7 +491,7 @@ def collect(folders: list[str], name: str, to: str | Path | None = None, add: bo
         path = Path(folder) / "result.json"
         if not path.exists():
             raise RunError(f"{folder} holds no result.json: is the run finished?")
-        runs.append(_without_folders(unseal(json.loads(path.read_text("utf-8")), path)))
+        runs.append(_without_folders(read_sealed(path)))
     kinds = sorted({run.get("kind") for run in runs})
     if len(kinds) != 1:
         raise RunError(f"the runs are of different kinds: {kinds}")

@@ -95,16 +95,18 @@ def run_job(
         RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
     """
     method = task.method(s)
-    state = folder.state or {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
-    if state["method"] is not None:
-        try:
+    state = {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
+    try:
+        state = {part: (folder.state or state)[part] for part in state}
+        if state["method"] is not None:
             method.load_state_dict(state["method"])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{folder.path} was left by a version whose checkpoints this one cannot resume "
-                f"({type(error).__name__}: {error}); use another folder, or remove its "
-                "checkpoint.pt to start anew"
-            ) from error
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder.path} was left by a version whose checkpoints this one cannot resume "
+            f"({type(error).__name__}: {error}); use another folder, or remove its "
+            "checkpoint.pt to start anew"
+        ) from error
+    if state["method"] is not None:
         print(f"resuming {folder.path} after iteration {method.iteration}")
     group = task.group
     clock = Clock(state["seconds"], device, waits=group is not None)
@@ -169,7 +171,7 @@ def run_job(
     for line in method.recorded.lines:  # on a GPU: what ran kernel by kernel, and why
         print(line)
     best = state["best"]
-    chosen = best if "theta" in best else folder.read_tensors(_chosen(state))
+    chosen = best if "theta" in best else folder.read_tensors(_chosen(state), "lam", "theta")
     lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
     result = {
         "kind": task.name,

@@ -26,7 +26,7 @@ import torch
 
 from bilevel_lite.experiment import job
 from bilevel_lite.experiment import settings as declared
-from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, unseal
+from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, read_sealed
 from bilevel_lite.experiment.stopping import Stopped, stoppable
 from bilevel_lite.experiment.task import Column, Task
 from bilevel_lite.refuse import NotFinite
@@ -112,8 +112,8 @@ def run(
         ("seeds", seeds, 1), ("trials", trials, 1), ("looks", looks, 1),
         ("first_seed", first_seed, 0), ("widen", widen, 0),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
+        if not least <= value < 2**63:
+            raise ValueError(f"{name}: got {value}, expected at least {least} and below 2**63")
     for prefix, length in (("search_", search), ("", final)):
         for name, value in length.items():
             if not value > 0:
@@ -369,7 +369,7 @@ class _Study:
         path = self._path(name, s) / "result.json"
         if not path.exists():
             return None
-        result = unseal(json.loads(path.read_text("utf-8")), path)
+        result = read_sealed(path)
         here, before = declared.written(s), result["settings"]
         for key in here.keys() | before.keys():
             if key not in ("outer_steps", "evaluate_every", "budget"):  # of `_of_length`

@@ -41,7 +41,10 @@ class Common:
     """How long, on which batches, by which method; `Settings` adds the methods' own options."""
 
     method: str = setting("aid-cg", "the method, see bilevel_lite.experiment.methods.METHODS")
-    seed: int = setting(0, "of splits, initial values and batches")
+    seed: int = option(
+        "an integer from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, 0,
+        help="of splits, initial values and batches",
+    )  # fmt: skip
     outer_steps: int = setting(100, "outer iterations", least=1)
     inner_steps: int = setting(10, "inner steps per outer iteration")
     inner_lr: float = positive(0.1, help="inner step size")
@@ -68,7 +71,10 @@ class Common:
         10, "outer iterations between evaluations and checkpoints", least=1
     )
     baselines: int = setting(1, "also train what the task compares with; 0 does not")
-    budget: float = setting(0.0, "stop after so many gradients (of one inner batch), 0: no limit")
+    budget: float = option(
+        "at least 0 (0 or inf: no limit)", lambda v: v >= 0, 0.0,
+        help="stop after so many gradients (of one inner batch), 0: no limit",
+    )  # fmt: skip
 
 
 def _own(name: str) -> tuple[str, Any, Any]:
@@ -145,7 +151,7 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
     """Read ``name=value`` words as settings of a dataclass.
 
     Raises:
-        ValueError: for a name that it does not have, or a value of another type.
+        ValueError: for a name that it does not have, or has twice, or a value of another type.
     """
     known, out = of(kind), {}
     for word in words:
@@ -156,6 +162,8 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
             raise ValueError(
                 f"set: got {word!r}, expected NAME=VALUE, NAME one of {sorted(known)}{meant}"
             )
+        if name in out:
+            raise ValueError(f"{name}: is given twice (again in {word!r}), expected once; give one")
         to = known[name][0]
         try:
             out[name] = {"0": False, "1": True}[text] if to is bool else to(text)
