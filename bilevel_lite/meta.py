@@ -8,6 +8,9 @@ theta_i may not leave for free (`imaml`). A batch of tasks is a pair (x, y) of t
 leading entry for each task; ``loss(theta, batch) -> scalar`` knows one task only, and is
 differentiated in reverse mode alone, twice.
 
+At the 1st, 2nd, 4th, 8th ... use of a loss its first task is also computed by itself, at lam, under
+the guards of `hypergradient`, and held against what ``vmap`` makes of it.
+
 Example:
     >>> from bilevel_lite import meta
     >>> def loss(theta, batch):
@@ -20,17 +23,31 @@ Example:
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp, vmap
+from torch.utils._pytree import tree_map
 
+from bilevel_lite import products
 from bilevel_lite.exact import exactly
 from bilevel_lite.linsolve import NegativeCurvatureWarning
-from bilevel_lite.refuse import at_least, require_finite, require_variable
+from bilevel_lite.refuse import at_least, require_finite, require_generator, require_variable
+from bilevel_lite.same_function import due, random_state, restore_random_state, was_the_same
+from bilevel_lite.surroundings import (
+    differentiating,
+    ordinary,
+    second_order,
+    transforming,
+    way_out,
+)
+from bilevel_lite.trust import tolerance
 
 __all__ = ["ImplicitInfo", "adapt", "few_shot", "imaml", "maml", "sinusoids"]
 
@@ -68,7 +85,9 @@ def adapt(
     Raises:
         TypeError: if ``lam`` is not a floating-point tensor.
         ValueError: if ``lam`` is not flat, ``steps`` below 1, ``lr`` not positive, ``tau``
-            negative, ``theta`` of another shape, or x and y not of equally many tasks.
+            negative, ``theta`` of another shape, or x and y not of equally many tasks; if the loss
+            cannot be mapped over tasks, is another function when it is, or is refused as by
+            `hypergradient`.
 
     Cost: T gradients.
 
@@ -91,8 +110,9 @@ def adapt(
         _require_theta(theta, tasks, lam)
     slope = vmap(grad(partial(exactly, loss)))
     theta = lam.expand(tasks, -1) if theta is None else theta
-    for _ in range(steps):
-        theta = theta - lr * (slope(theta, support) + tau * (theta - lam))
+    with _mapped(loss, lam, support, twice=lam.requires_grad and torch.is_grad_enabled()):
+        for _ in range(steps):
+            theta = theta - lr * (slope(theta, support) + tau * (theta - lam))
     return theta
 
 
@@ -151,7 +171,8 @@ def maml(
             theta = theta.detach() + (lam - lam.detach())
         return vmap(partial(exactly, loss))(theta, query).mean()
 
-    h, value = grad_and_value(phi)(lam.detach())
+    with _mapped(loss, lam, support, twice=not first_order):
+        h, value = grad_and_value(phi)(lam.detach())
     require_finite({"Phi": value, "h": h}, lambda: f"; lower lr ({lr}) or steps ({steps})")
     return value, h
 
@@ -201,7 +222,7 @@ def imaml(
     Raises:
         TypeError: as `adapt`.
         ValueError: if ``lam`` is not flat, ``tau`` not positive, ``iters`` below 1, ``theta`` of
-            another shape, or support and query not of equally many tasks.
+            another shape, or support and query not of equally many tasks; for a loss, as `adapt`.
         NotFinite: if Phi, h or a residual is NaN or infinite.
 
     Warns:
@@ -233,7 +254,8 @@ def imaml(
         v, r, low = _cg(lambda p: product(p)[0] + tau * p, b, iters)
         return value, tau * v, r.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny), low
 
-    values, h, residual, curvature = vmap(one)(theta.detach(), support, query)
+    with _mapped(loss, lam, support, twice=True):
+        values, h, residual, curvature = vmap(one)(theta.detach(), support, query)
     require_finite({"Phi": values, "h": h, "residual": residual})
     if bad := int((curvature <= 0).sum()):
         warnings.warn(
@@ -283,6 +305,7 @@ def sinusoids(
         (support, query), each a pair (x, y) of shape (tasks, points, 1).
 
     Raises:
+        TypeError: if the generator is none.
         ValueError: if a number is below 1.
 
     Source: Finn et al. (2017), section 5.1.
@@ -293,9 +316,11 @@ def sinusoids(
         >>> support[0].shape
         torch.Size([4, 10, 1])
     """
+    require_generator(generator)
     for name, value in (("tasks", tasks), ("shots", shots), ("query", query)):
         at_least(name, value, 1)
-    draw = torch.rand(tasks, 2 + shots + query, generator=generator, dtype=torch.float64)
+    how = {"generator": generator, "device": generator.device, "dtype": torch.float64}
+    draw = torch.rand(tasks, 2 + shots + query, **how)
     a, s, x = 0.1 + 4.9 * draw[:, :1], math.pi * draw[:, 1:2], 10 * draw[:, 2:] - 5
     y = a * torch.sin(x - s)
     x, y = (part[..., None].to(device, torch.get_default_dtype()) for part in (x, y))
@@ -326,8 +351,9 @@ def few_shot(
         (support, query): x of shape (tasks, ways * points, ...), y of (tasks, ways * points).
 
     Raises:
-        ValueError: if a number is below 1, there are fewer than ``ways`` classes, or a class has
-            fewer than ``shots + query`` examples.
+        TypeError: if the generator is none.
+        ValueError: if a number is below 1, y holds no label for each example, there are fewer than
+            ``ways`` classes, or a class has fewer than ``shots + query`` examples.
 
     Source: Vinyals et al. (2016), section 4.1; Ravi and Larochelle (2017).
 
@@ -338,10 +364,13 @@ def few_shot(
         >>> support[0].shape, query[1][0]
         (torch.Size([5, 2]), tensor([0, 0, 0, 1, 1, 1]))
     """
+    require_generator(generator)
     for name, value in (("tasks", tasks), ("ways", ways), ("shots", shots), ("query", query)):
         at_least(name, value, 1)
-    (x, y), each = data, shots + query
-    members = {int(c): (y.cpu() == c).nonzero().flatten() for c in classes}
+    (x, y), each, place = data, shots + query, generator.device
+    if y.shape != (len(x),):
+        raise ValueError(f"data: y has shape {tuple(y.shape)}, expected ({len(x)},), a label each")
+    members = {int(c): (y.to(place) == c).nonzero().flatten() for c in classes}
     if len(members) < ways:
         raise ValueError(f"ways: got {ways}, but there are {len(members)} classes to draw from")
     for c, found in members.items():
@@ -351,13 +380,13 @@ def few_shot(
             )
 
     def some(among, count):
-        return among[torch.randperm(len(among), generator=generator)[:count]]
+        return among[torch.randperm(len(among), generator=generator, device=place)[:count]]
 
-    known = torch.tensor(list(members))
+    known = torch.tensor(list(members), device=place)
     rows = torch.stack(
         [some(members[c], each) for _ in range(tasks) for c in some(known, ways).tolist()]
     ).view(tasks, ways, each)
-    labels = torch.arange(ways)[:, None].expand(tasks, ways, each)
+    labels = torch.arange(ways, device=place)[:, None].expand(tasks, ways, each)
     sets = []
     for part in (slice(0, shots), slice(shots, each)):
         at = rows[..., part].flatten(1).to(x.device)
@@ -374,6 +403,8 @@ def _require(lam: Tensor, *sets: Batch) -> int:
     if len(set(counts)) != 1:
         name = "support" if len(sets) == 1 else "support and query"
         raise ValueError(f"{name}: x and y hold {counts} tasks, expected equally many in each")
+    if not counts[0]:
+        raise ValueError("support: x and y hold no tasks, expected at least one")
     return counts[0]
 
 
@@ -382,3 +413,129 @@ def _require_theta(theta: Tensor, tasks: int, lam: Tensor) -> None:
     if theta.shape != (tasks, lam.numel()):
         wanted = f"({tasks}, {lam.numel()}), a row for each task"
         raise ValueError(f"theta: got shape {tuple(theta.shape)}, expected {wanted}")
+
+
+# ------------------------------------------------------------------ one task by itself, and mapped
+
+# how often a loss was used: where its first derivatives are wanted, and where its second
+_uses: dict[bool, WeakKeyDictionary] = {False: WeakKeyDictionary(), True: WeakKeyDictionary()}
+_PARTS = ("value", "gradient", "product with the Hessian")
+_TRANSFORM = ("vmap", "torch.func", "functorch", "transform", "atching rule")  # torch's words
+_LOOP = (
+    "take the tasks in a loop, by bl.hypergradient (in place of maml by bl.unrolled_hypergradient, "
+    "with theta = lam + delta)"
+)
+_WAYS = (
+    ("randomness", "call model.eval() (dropout), or put what is drawn into the batch"),
+    ("mutate", "call model.eval() (BatchNorm), or write into new tensors only"),
+    ("in-place", "call model.eval() (BatchNorm), or write into new tensors only"),
+    (".item()", "let no branch and no number hang on values: torch.where, and tensors throughout"),
+    ("dynamic shape", "let no shape hang on values: torch.where in place of a boolean mask"),
+    ("accessing `data`", "use .detach() in place of .data"),
+)
+
+
+@contextmanager
+def _mapped(loss: Loss, lam: Tensor, tasks: Batch, twice: bool) -> Iterator[None]:
+    """Where ``loss`` is mapped over tasks: compared before, now and then; refused in our words.
+
+    Raises:
+        ValueError: if a task by itself is refused, as by `bilevel_lite.hypergradient`, comes out
+            otherwise under ``vmap``, or ``vmap`` cannot take it; naming the way out.
+
+    Cost: nothing, or at use 1, 2, 4, 8 ... of a loss a few gradients and products of one task. A
+    function that is made anew for each call is at its first use each time.
+    """
+    if transforming():  # inside of maml, or of a transform of the caller's
+        alone = None
+    else:
+        alone = partial(_alone, loss, lam, tasks, twice)
+    with second_order(), way_out("loss"), _our_words(alone):
+        if alone is not None:
+            if due(loss, _uses[twice]):
+                _require_alike(loss, lam, tasks, twice)
+            was_the_same(loss, _uses[twice])
+        yield
+
+
+@contextmanager
+def _our_words(alone: Callable[[], Any] | None) -> Iterator[None]:
+    """Refuse in a sentence what a task by itself allows, and ``vmap`` does not."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if alone is not None:
+            alone()  # a fault of the loss itself comes first
+        elif not any(words in said for words in _TRANSFORM):
+            raise
+        way = next((way for words, way in _WAYS if words in said), _LOOP)
+        raise ValueError(
+            f"loss: cannot be mapped over the tasks by torch.func.vmap ({said[:300]}); {way}"
+        ) from error
+
+
+def _require_alike(loss: Loss, lam: Tensor, tasks: Batch, twice: bool) -> None:
+    """Refuse a loss whose first task comes out otherwise under ``vmap`` than by itself."""
+    alone, mapped = _alone(loss, lam, tasks, twice), _first_mapped(loss, lam, tasks, twice)
+    off = [float((b - a).norm()) for a, b in zip(alone, mapped, strict=True)]
+    allowed = [tolerance(lam) * float(a.norm()) for a in alone]
+    if all(not o > most for o, most in zip(off, allowed, strict=True)):
+        return
+    far = _first_mapped(loss, lam / 2 + _wave(lam) / 10, tasks, twice)
+    for name, o, most, size in zip(_PARTS, off, allowed, far, strict=False):
+        rounding = 1e3 * torch.finfo(lam.dtype).eps * float(size.norm())  # of terms that cancel
+        if o > most + (rounding if math.isfinite(rounding) else 0.0):
+            raise ValueError(
+                f"loss: the {name} of a task is off by {o:.1e} under torch.func.vmap from what it "
+                "is by itself: it keeps something from call to call (a weight computed once, for "
+                "another theta), or holds what a transform treats otherwise (.data, a hook on a "
+                f"gradient); compute all of it in every call with .detach() and no hook, or {_LOOP}"
+            )
+
+
+@differentiating
+def _alone(loss: Loss, lam: Tensor, tasks: Batch, twice: bool) -> list[Tensor]:
+    """Value, gradient and with ``twice`` H v of the first task, by itself; nothing is drawn."""
+    batch, drawn = _first(tasks), random_state(lam)
+
+    def lone(_, theta, batch):
+        return loss(theta, batch)
+
+    try:
+        value, _, slope = products.gradient(lone, lam, lam, batch)
+        along = [_wave(lam)] if twice else []
+        return [value, slope, *(products.hvp(lone, lam, lam, batch, v) for v in along)]
+    except ValueError as error:
+        if not (said := str(error)).startswith("inner_loss"):
+            raise
+        raise type(error)(said.removeprefix("inner_")) from error
+    finally:
+        restore_random_state(drawn, lam)
+
+
+@differentiating
+def _first_mapped(loss: Loss, theta: Tensor, tasks: Batch, twice: bool) -> list[Tensor]:
+    """The same by ``vmap``."""
+    right = partial(exactly, loss)
+
+    def one(theta, batch):
+        slope, value = grad_and_value(right)(theta, batch)
+        if not twice:
+            return value, slope
+        back = vjp(lambda theta: grad(right)(theta, batch), theta)[1]
+        return value, slope, back(_wave(theta))[0]
+
+    batch = tree_map(lambda part: part[None], _first(tasks))
+    return [part[0].detach() for part in vmap(one)(theta.detach()[None], batch)]
+
+
+def _first(tasks: Batch) -> Batch:
+    return tree_map(lambda part: ordinary(part[0]), tasks)
+
+
+def _wave(like: Tensor) -> Tensor:
+    """A direction along which nothing is zero, none of it drawn."""
+    return torch.arange(like.numel(), device=like.device).cos().to(like.dtype)

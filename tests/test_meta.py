@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import bilevel_lite as bl
 from bilevel_lite import meta
@@ -312,6 +314,10 @@ def test_episodes_are_of_their_classes_and_share_no_example():
             lambda lam, s, q: meta.maml(loss, lam[None], s, q, 1, 0.1),
             r"lam: got shape \(1, 12\), expected a flat vector",
         ),
+        (
+            lambda lam, s, q: meta.adapt(loss, lam, (s[0][:0], s[1][:0]), 1, 0.1),
+            "support: x and y hold no tasks",
+        ),
         (lambda lam, s, q: meta.sinusoids(gen(), 0, 3), "tasks: got 0"),
         (
             lambda lam, s, q: meta.few_shot((s[0], torch.arange(5)), [1, 2], gen(), 1, 3, 1),
@@ -332,3 +338,238 @@ def test_a_start_of_whole_numbers_is_refused(tasks):
     _, support, query = tasks
     with pytest.raises(TypeError, match=re.escape("lam: got torch.int64")):
         meta.maml(loss, torch.ones(D, dtype=torch.int64), support, query, 1, 0.1)
+
+
+# ------------------------------------------------------------------ a task by itself, and mapped
+
+
+class Between(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.o, self.between = nn.Linear(1, 4), nn.Linear(4, 1), between
+
+    def forward(self, x):
+        return self.o(self.between(self, self.a(x)))
+
+
+class Old(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Memo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o, self.kept = nn.Linear(1, 4), nn.Linear(4, 1), {}
+
+    def forward(self, x):
+        weight = self.kept.setdefault("w", self.a.weight.tanh())
+        return self.o(F.linear(x, weight, self.a.bias).tanh())
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.r, self.o = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.o(self.r(x[..., None])[0][:, -1])
+
+
+def attend(module, h):
+    heads = h.view(-1, 1, 2, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads).reshape(-1, 4)
+
+
+def scaled_backward(module, h):
+    out = h.tanh()
+    if out.requires_grad:
+        out.register_hook(lambda g: 0.3 * g)
+    return out
+
+
+MAPPED = r"loss: cannot be mapped over the tasks by torch.func.vmap \(.+\); "
+LOOP = MAPPED + "take the tasks in a loop, by bl.hypergradient"
+REFUSED = {
+    "batch norm": (
+        lambda: between(nn.Linear(1, 4), nn.BatchNorm1d(4)),
+        MAPPED + r"call model.eval\(\)",
+    ),
+    "dropout": (
+        lambda: between(nn.Linear(1, 4), nn.Dropout()),
+        r"loss: draws random numbers .* model.eval\(\)",
+    ),
+    "spectral norm": (
+        lambda: between(parametrizations.spectral_norm(nn.Linear(1, 4))),
+        r"spectral_norm in training mode.*model.eval\(\)",
+    ),
+    "once": (lambda: Between(lambda m, h: Once.apply(h)), "loss: .* marked once_differentiable"),
+    "old style": (lambda: Between(lambda m, h: Old.apply(h)), LOOP),
+    "memo": (Memo, "loss: the gradient of a task is off by .* keeps something from call to call"),
+    "hook": (lambda: Between(scaled_backward), "loss: the product with the Hessian .* a hook"),
+    "data": (
+        lambda: Between(lambda m, h: h.tanh() * m.a.weight.data.norm()),
+        "loss: the product with the Hessian .* a transform treats otherwise",
+    ),
+    "branch": (lambda: Between(lambda m, h: h if h.sum() > 0 else 2 * h), MAPPED + "let no branch"),
+    "item": (lambda: Between(lambda m, h: h * h.max().item()), MAPPED + "let no branch"),
+    "mask": (
+        lambda: Between(lambda m, h: h[h > -9.0].tanh().view(-1, 4)),
+        MAPPED + "let no shape",
+    ),
+    "sparse": (
+        lambda: Between(lambda m, h: torch.sparse.mm(torch.eye(len(h)).to(h).to_sparse(), h)),
+        LOOP,
+    ),
+    "lstm": (Recurrent, LOOP),
+    "checkpoint": (
+        lambda: Between(lambda m, h: checkpoint(torch.tanh, h, use_reentrant=False)),
+        "loss: uses activation checkpointing",
+    ),
+}
+MAPPABLE = "lstm", "imaml"  # another order of the transforms: torch finds a way
+
+
+def of(net):
+    def loss(theta, batch):
+        outputs = functional_call(net, bl.unflatten(net, theta), (batch[0],))
+        return (outputs - batch[1]).square().mean()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, way) for kind in REFUSED for way in ("maml", "imaml") if (kind, way) != MAPPABLE],
+)
+def test_what_hypergradient_or_vmap_refuses_is_refused_in_a_sentence(tasks, kind, way):
+    torch.manual_seed(0)
+    (make, message), (_, support, query) = REFUSED[kind], tasks
+    net = make()
+    loss, lam, drawn = of(net), bl.flatten(net), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        if way == "maml":
+            meta.maml(loss, lam, support, query, 2, 0.1)
+        else:
+            meta.imaml(loss, lam, lam.expand(5, -1), support, query, 9.0, 3)
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_a_backward_without_a_derivative_is_right_where_none_is_taken(tasks):
+    _, support, query = tasks
+    torch.manual_seed(0)
+    net = Between(lambda m, h: Once.apply(h))
+    lam, same = bl.flatten(net), Between(lambda m, h: h.square())
+    _, b = meta.maml(of(net), lam, support, query, 2, 0.1, first_order=True)
+    _, truth = meta.maml(of(same), lam, support, query, 2, 0.1, first_order=True)
+    assert torch.allclose(b, truth, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["attention", "lstm"])
+def test_attention_has_second_derivatives_and_both_are_the_loop_over_tasks(tasks, kind):
+    """By the package's unrolling, and its implicit hypergradient."""
+    torch.manual_seed(0)
+    net, (_, support, query) = Between(attend) if kind == "attention" else Recurrent(), tasks
+    lam, loss, looped, solved = bl.flatten(net), of(net), 0.0, 0.0
+    settings = torch.backends.cuda.flash_sdp_enabled()
+
+    def displaced(lam, delta, batch):
+        return loss(lam + delta, batch)
+
+    def near(lam, theta, batch):
+        return loss(theta, batch) + 4.5 * (theta - lam).square().sum()
+
+    moved = bl.BilevelProblem(displaced, displaced)
+    problem = bl.BilevelProblem(near, lambda _, theta, batch: loss(theta, batch))
+    for i in range(5):
+        one, judge = ((part[0][i], part[1][i]) for part in (support, query))
+        solved += bl.hypergradient(problem, lam, lam, one, judge, bl.CG(3)) / 5
+        if kind == "attention":
+            start, sets = torch.zeros_like(lam), {"inner_batch": one, "outer_batch": judge}
+            looped += bl.unrolled_hypergradient(moved, lam, start, 2, 0.1, **sets) / 5
+    h = meta.imaml(loss, lam, lam.expand(5, -1), support, query, 9.0, 3)[1]
+    assert (h - solved).norm() < 1e-8 * h.norm()
+    if kind == "attention":
+        h = meta.maml(loss, lam, support, query, 2, 0.1)[1]
+        assert (h - looped).norm() < 1e-8 * h.norm()
+    assert torch.backends.cuda.flash_sdp_enabled() == settings
+
+
+def test_a_task_by_itself_is_computed_at_uses_1_2_4_and_8(tasks):
+    lam, support, query = tasks
+    counted, calls = [], 0
+
+    def counting(theta, batch):
+        nonlocal calls
+        calls += 1
+        return loss(theta, batch)
+
+    for _ in range(9):
+        before = calls
+        meta.maml(counting, lam, support, query, 2, 0.1)
+        counted.append(calls - before > 3)  # vmap calls it once for all tasks: T + 1
+    assert counted == [True, True, False, True, False, False, False, True, False]
+
+
+def test_a_gradient_that_is_rounding_alone_is_not_accused():
+    """At a start that solves its tasks, terms of size 1 cancel."""
+    x = torch.randn(3, 6, 4, generator=gen(7), dtype=torch.float64)
+    lam = torch.randn(4, generator=gen(8), dtype=torch.float64)
+    batch = x, x @ lam
+
+    def linear(theta, batch):
+        return (batch[0] @ theta - batch[1]).square().mean()
+
+    meta.adapt(linear, lam, batch, 2, 0.1)
+    assert meta.maml(linear, lam, batch, batch, 2, 0.1)[1].norm() < 1e-12
+
+
+def test_a_fault_of_the_loss_itself_stays_what_it_is(tasks):
+    lam, support, query = tasks
+    whole = [True]
+
+    def failing(theta, batch):
+        if not whole:
+            raise RuntimeError("the file is gone")
+        return loss(theta, batch)
+
+    for _ in range(3):
+        meta.maml(failing, lam, support, query, 1, 0.1)
+    whole.clear()
+    with pytest.raises(RuntimeError, match="^the file is gone$"):
+        meta.maml(failing, lam, support, query, 1, 0.1)
+
+
+def test_a_generator_and_a_label_for_each_example_are_required():
+    x, y, draws = torch.randn(6, 2), torch.arange(6) % 2, torch.Generator()
+    for generator in (None, 0):
+        with pytest.raises(TypeError, match="generator: got .*, expected a torch.Generator"):
+            meta.sinusoids(generator, tasks=2, shots=1)
+        with pytest.raises(TypeError, match="generator: got .*, expected a torch.Generator"):
+            meta.few_shot((x, y), [0, 1], generator, 2, 2, 1, 1)
+    one_hot = torch.nn.functional.one_hot(y)
+    with pytest.raises(ValueError, match=r"data: y has shape \(6, 2\), expected \(6,\)"):
+        meta.few_shot((x, one_hot), [0, 1], draws, 2, 2, 1, 1)
