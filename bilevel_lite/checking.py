@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ from bilevel_lite.hypergrad import HypergradientInfo
 from bilevel_lite.hypergrad import hypergradient as by_solver
 from bilevel_lite.problem import BilevelProblem, evaluate
 from bilevel_lite.products import cross_differences, cross_vp, dot, gradient, theta_gradient
-from bilevel_lite.refuse import require_batch, require_problem, require_variable
+from bilevel_lite.refuse import (
+    at_least,
+    require_batch,
+    require_generator,
+    require_problem,
+    require_variable,
+)
 from bilevel_lite.solvers import Direct, Solver
 from bilevel_lite.surroundings import differentiating, ordinary
 
@@ -131,7 +138,7 @@ def check(
         num_directions: Difference along this many random unit directions instead of every
             coordinate; for a long lam. The error and cosine then compare the projections onto
             these directions only, a rough guide with few of them.
-        generator: Source of those directions.
+        generator: Source of those directions; by default one of their own with seed 0.
         verbose: Print the report.
         hypergradient: A number to judge in place of a solver's: a tensor like lam, or a function
             (lam, theta) -> such a tensor, which is called twice, on copies; two values at one
@@ -142,9 +149,11 @@ def check(
         `CheckReport`.
 
     Raises:
-        TypeError: if ``hypergradient`` is, or returns, no tensor.
-        ValueError: if there is nothing to compare with (theta is too large for an exact solve
-            and no ``solve_inner`` is given), or a solver and a hypergradient are given.
+        TypeError: if ``lam`` or ``theta`` is no floating-point tensor, ``hypergradient`` is, or
+            returns, no tensor, ``solve_inner`` is no function or ``generator`` none.
+        ValueError: if a number is out of range, there is nothing to compare with (theta is too
+            large for an exact solve and no ``solve_inner`` is given), or a solver and a
+            hypergradient are given.
 
     Cost: one hypergradient (two calls of a function), one direct solve (d products) where d allows,
     two J v by other routes, two gradients for each of two residuals, two inner solves per
@@ -171,6 +180,18 @@ def check(
         DOES NOT AGREE to 1e-02 (a given hypergradient)
     """
     require_problem(problem)
+    require_variable("lam", lam)
+    require_variable("theta", theta)
+    for name, number in (("rtol", rtol), ("eps", eps)):
+        _require_positive(name, number)
+    if num_directions is not None:
+        at_least("num_directions", num_directions, 1)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    require_generator(generator)
+    if not (solve_inner is None or callable(solve_inner)):
+        raise TypeError(
+            f"solve_inner: got {type(solve_inner).__name__}, expected a function lam -> theta*(lam)"
+        )
     tiny = max(torch.finfo(t.dtype).eps for t in (lam, theta))
     rtol = (1e-4 if tiny < 1e-12 else 1e-2) if rtol is None else rtol
     eps = tiny ** (1 / 3) if eps is None else eps
@@ -219,7 +240,8 @@ def check(
     if solve_inner is not None:
         rows, projected = None, h
         if num_directions is not None:
-            rows = torch.randn(num_directions, lam.numel(), generator=generator, dtype=lam.dtype)
+            drawn, where = (num_directions, lam.numel()), generator.device
+            rows = torch.randn(drawn, generator=generator, dtype=lam.dtype, device=where)
             rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
             projected = rows @ h.reshape(-1)
             rows = rows.view(-1, *lam.shape)
@@ -246,6 +268,11 @@ def check(
     if verbose:
         print(report)
     return report
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+        raise ValueError(f"{name}: got {value!r}, expected a positive number")
 
 
 def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
@@ -390,9 +417,8 @@ def finite_difference_hypergradient(
     require_problem(problem)
     require_variable("lam", lam)
     require_batch("outer_batch", outer_batch, problem.outer_loss)
+    _require_positive("eps", eps)
     eps = torch.finfo(lam.dtype).eps ** (1 / 3) if eps is None else eps
-    if not eps > 0:
-        raise ValueError(f"eps: got {eps}, expected a positive number")
     lam, outer_batch = ordinary(lam.detach()), ordinary(outer_batch)
     rows = directions
     if rows is None:

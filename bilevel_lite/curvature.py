@@ -263,6 +263,7 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor, look: bool = True) -> 
     Cost: that of losses and weights from the outputs; negligible.
     """
     risk, outputs, y = term.risk, outputs.detach(), term.batch[1]
+    risk._check_targets(outputs, y)
     losses = risk.output_losses(outputs, y) if risk.reads_losses else None
     sigma = risk.weights(lam.detach(), term.batch, losses)
     if sigma is not None:
@@ -433,9 +434,12 @@ def _draw(outputs, p, generator):
 
 def _numbers(generator: torch.Generator | None, like: Tensor, labels: bool) -> Tensor:
     """What one draw takes, like the outputs: exponential numbers for labels, normal for noise."""
-    new = torch.empty(like.shape, dtype=like.dtype)
+    where = "cpu" if generator is None else generator.device
+    new = torch.empty(like.shape, dtype=like.dtype, device=where)
     new = (new.exponential_ if labels else new.normal_)(generator=generator)
-    if like.device.type == "cuda":  # from pinned memory the copy waits for nothing
+    if (
+        like.device.type == "cuda" and new.device.type == "cpu"
+    ):  # from pinned memory the copy waits for nothing
         return new.pin_memory().to(like.device, non_blocking=True)
     return new.to(like.device)
 
@@ -648,7 +652,7 @@ class OutputMap:
         if not (known and "pushed forward" in seen):
             generator = torch.Generator().manual_seed(0)
             for _ in range(numbers(along)):
-                u = torch.randn(along.shape, generator=generator).to(along)
+                u = torch.randn(along.shape, generator=generator, device="cpu").to(along)
                 size = float(along.norm() * u.norm())
                 apart = abs(float(dot(u, along) - dot(self.vjp(u), v)))
                 if math.isfinite(size) and apart > tolerance(along) * size:

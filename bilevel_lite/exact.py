@@ -4,7 +4,8 @@ torch 2.13, found by comparing its derivatives with differences of those one ord
 
 second order  weight norm (its norms are taken for constants); cross-entropy of a linear map in
               chunks; embeddings with ``scale_grad_by_freq`` (the scale is forgotten), which no form
-              can mend, since that gradient is the gradient of nothing
+              can mend, since that gradient is the gradient of nothing; sparse tensors of learned
+              values, scan, while_loop (parts are missing)
 third order   layer_norm, batch_norm and instance_norm with their own statistics
 
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.surroundings import nodes, transforming
-from bilevel_lite.trust import doubling
+from bilevel_lite.trust import STEERING, doubling, steers
 
 __all__ = ["aside", "exactly", "exactly_once"]
 
@@ -39,19 +40,19 @@ def exactly(loss: Callable[..., Any], *args: Any) -> Any:
         ValueError: for an operation that has no right derivative, also where it came by a name that
             is not known here (``torch.export``, TorchScript, ``torch.ops``).
     """
-    return _told(loss, *args)[0]
+    return _told(2, loss, *args)[0]
 
 
-def _told(loss: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
+def _told(order: int, loss: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
     """What `exactly` returns, and whether a plain call may return something else."""
-    mode = _Exactly()
+    mode = _Exactly(order)
     with mode:
         value = loss(*args)
     if mode.normalises and mode.differentiates:
-        with _Exactly(written_out=True):
+        with _Exactly(order, written_out=True):
             value = loss(*args)
     if not transforming():
-        _require_right(value, mode.differentiates)
+        _require_right(value, order + 2 * mode.differentiates)
     return value, mode.differentiates or mode.replaces
 
 
@@ -69,23 +70,33 @@ def exactly_once(of: Any, loss: Callable[..., Any], *args: Any) -> Any:
     try:
         record = _seen.setdefault(of, [0, False])
     except TypeError:  # has no hash or no weak references
-        return exactly(loss, *args)
+        return _told(1, loss, *args)[0]
     record[0] += 1
     needs = record[1]
     if not (needs or doubling(record[0])):
         return loss(*args)
     record[1] = True  # stays so where it is refused
-    value, other = _told(loss, *args)
+    value, other = _told(1, loss, *args)
     record[1] = needs or other
     return value
 
 
 # nodes of torch's own that have wrong derivatives of second order, and of third
 _WRONG = "WeightNormInterface"
+_CUT = ("SparseCooTensor", "SparseCompressedTensor")
 _WRONG_THIRD = ("NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 _SCALED = (
     "model: an embedding has scale_grad_by_freq=True, so what training follows is the gradient of "
     "no function, and torch's second derivative forgets the scale; use scale_grad_by_freq=False"
+)
+_BUILT = (
+    "model: builds a sparse tensor ({}) from values that depend on theta or lam, and torch's "
+    "derivative of that has no graph, so H and J would be short of a part; keep the values dense "
+    "(index_add or scatter in place of the sparse product)"
+)
+_CONTROL = (
+    "model: holds {} of torch's own control flow (scan, while_loop, map, cond), whose second "
+    "derivative torch has wrong or not at all; write it as a Python loop or branch"
 )
 
 
@@ -94,14 +105,20 @@ def _scaled(function, args, kwargs):
     return kwargs.get("scale_grad_by_freq", any(by_place))
 
 
-def _require_right(value: Any, differentiates: bool) -> None:
+def _require_right(value: Any, order: int) -> None:
+    """Refuse a value whose graph holds what has wrong derivatives up to this order."""
     for node in nodes(value):
         if getattr(node, "_saved_scale_grad_by_freq", False):
             raise ValueError(_SCALED)
         name = node.name()
+        if order > 1 and name.startswith(_CUT):
+            raise ValueError(_BUILT.format(name.removesuffix("Backward0")))
+        made_by = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+        if order > 1 and made_by in STEERING:
+            raise ValueError(_CONTROL.format(name.removesuffix("AutogradOpBackward")))
         own_statistics = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
         wrong = name.startswith(_WRONG) or (
-            differentiates and name.startswith(_WRONG_THIRD) and own_statistics
+            order > 2 and name.startswith(_WRONG_THIRD) and own_statistics
         )
         if wrong:
             raise ValueError(
@@ -126,9 +143,9 @@ def aside() -> Iterator[None]:
 
 
 class _Exactly(TorchFunctionMode):
-    def __init__(self, written_out: bool = False):
+    def __init__(self, order: int, written_out: bool = False):
         super().__init__()
-        self.written_out = written_out
+        self.order, self.written_out = order, written_out
         self.normalises = self.differentiates = self.replaces = False
         self.level = fwad._current_level
 
@@ -147,6 +164,8 @@ class _Exactly(TorchFunctionMode):
                 return _NORMALISE[function](*args, **kwargs)
         elif transforming() and _scaled(function, args, kwargs):  # the graph is hidden
             raise ValueError(_SCALED)
+        elif self.order > 1 and steers(function):
+            raise ValueError(_CONTROL.format(function.name()))  # its own errors are none of ours
         return function(*args, **kwargs)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.refuse import require_finite, require_variable
+from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["functional_hypergradient", "spread", "tangents"]
 
@@ -36,7 +37,7 @@ def tangents(outputs: Callable[[Tensor, Tensor], Tensor], theta: Tensor) -> Basi
         outputs: (theta, x) -> predictions, shape (n, C).
         theta: Shape (d,).
     """
-    return lambda x: torch.func.jacrev(lambda point: outputs(point, x))(theta.detach())
+    return lambda x: torch.func.jacrev(lambda t: outputs(t, x))(ordinary(theta.detach()))
 
 
 def spread(features: Callable[[Tensor], Tensor], outputs: int) -> Basis:
@@ -44,11 +45,14 @@ def spread(features: Callable[[Tensor], Tensor], outputs: int) -> Basis:
 
     def basis(x):
         phi = features(x)
-        return torch.einsum("np,ce->ncpe", phi, torch.eye(outputs).to(phi)).flatten(2)
+        return torch.einsum(
+            "np,ce->ncpe", phi, torch.eye(outputs, dtype=phi.dtype, device=phi.device)
+        ).flatten(2)
 
     return basis
 
 
+@differentiating
 def functional_hypergradient(
     inner_loss: Pointwise,
     outer_loss: Pointwise,
@@ -100,9 +104,10 @@ def functional_hypergradient(
     if not isinstance(damping, int | float) or not damping >= 0:
         raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
     lam = lam.detach().clone().requires_grad_()
+    inner_batch, outer_batch = ordinary(inner_batch), ordinary(outer_batch)
     with torch.no_grad():
-        within, beyond = (predict(batch[0]) for batch in (inner_batch, outer_batch))
-        near, far = (basis(batch[0]) for batch in (inner_batch, outer_batch))
+        within, beyond = (ordinary(predict(batch[0])) for batch in (inner_batch, outer_batch))
+        near, far = (ordinary(basis(batch[0])) for batch in (inner_batch, outer_batch))
     for name, b, h in (("inner_batch", near, within), ("outer_batch", far, beyond)):
         if h.dim() != 2 or b.dim() != 3 or b.shape[:2] != h.shape:
             raise ValueError(
@@ -123,7 +128,7 @@ def functional_hypergradient(
         rows = [_slope(s.sum(), within) for s in slope.unbind(1)]  # None: linear in them
         curvature = torch.stack([torch.zeros_like(within) if r is None else r for r in rows], 1)
         system = torch.einsum("nck,nce,nel->kl", near, curvature, near) / len(near)
-        system = system + damping * torch.eye(len(system)).to(system)
+        system = system + damping * torch.ones_like(system[0]).diag()
         right = torch.einsum("nck,nc->k", far, pull)
         factor, failed = torch.linalg.cholesky_ex(system)
         small = (
@@ -157,6 +162,9 @@ def _slope(value, predictions, **kwargs):
 
 def _losses(name, loss, lam, h, batch):
     losses = loss(lam, h, batch)
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"{name}: returned {got}, expected a floating-point tensor of losses")
     if losses.shape != h.shape[:1]:
         raise ValueError(
             f"{name}: got losses of shape {tuple(losses.shape)}, expected one for each of the "

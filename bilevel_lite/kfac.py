@@ -241,6 +241,7 @@ class Memory:
         diagonal: Parameter name -> diagonal.
         blocks: The damped inverses, for ``every``.
         damped: By which tau and rule the blocks were.
+        made: How the factors were made, in words; None in a state that does not say it.
         without: Names of the parameters without a Kronecker block.
         inputs: ``fixed_batch``: layer -> (module, input, its version, A).
     """
@@ -254,6 +255,7 @@ class Memory:
     without: tuple[str, ...] = ()
     inputs: dict[tuple, tuple] = field(default_factory=dict)
     damped: tuple | None = None
+    made: str | None = None
 
 
 class KFAC(Solver):
@@ -383,8 +385,7 @@ class KFAC(Solver):
         loss, risk, group = self._shared(problem.inner_loss)
         problem, memory = BilevelProblem(loss, problem.outer_loss), self._memory
         at, own = (self, problem, lam, theta, batch), None
-        if self._kept(risk, group):
-            self._require_known(risk, theta)
+        if self._kept(risk, group, theta):
             info, self.last_cost = self._staleness(theta), 0.0
             memory.age += 1
             return PreparedKFAC(*at, memory.blocks, None, info)
@@ -467,6 +468,7 @@ class KFAC(Solver):
         memory.diagonal = {
             name: self._mix(memory.diagonal.get(name), d) for name, d in done.diagonal.items()
         }
+        memory.made = self._how(done.passes[0].tape.theta)
         memory.parameters = _parameters(risk)
         _MODELS[self] = weakref.ref(risk.model)
 
@@ -573,11 +575,12 @@ class KFAC(Solver):
 
     # -- remembering
 
-    def _kept(self, risk: WeightedRisk | SumOfRisks, group: Group | None) -> bool:
+    def _kept(self, risk: WeightedRisk | SumOfRisks, group: Group | None, theta: Tensor) -> bool:
         """True if there are blocks that are still to be used."""
         memory = self._memory
         if memory.theta is None or memory.age >= self.every:
             return False
+        self._require_known(risk, theta)
         damped = self.damping + 2 * risk.l2, self.damping_rule
         if memory.factors is not None and (memory.blocks is None or memory.damped != damped):
             # brought back by a state, or damped by what is no longer said
@@ -604,11 +607,19 @@ class KFAC(Solver):
                 f"{type(self).__name__}: remembers factors for {memory.theta.numel()} parameters, "
                 f"but theta has {theta.numel()}; use a new solver for a new problem"
             )
+        if memory.made not in (None, made := self._how(theta)):
+            raise ValueError(
+                f"{type(self).__name__}: remembers factors of {memory.made}, expected {made} as "
+                "here; use a new solver"
+            )
         if memory.parameters is not None and memory.parameters != _parameters(risk):
             raise ValueError(
                 f"{type(self).__name__}: remembers factors for parameters of other names or "
                 "shapes (frozen or replaced since?); use a new solver for a new problem"
             )
+
+    def _how(self, theta: Tensor) -> str:
+        return f"bias={self.bias!r}, rest={self.rest!r} in {theta.dtype}"
 
     def _staleness(self, theta: Tensor) -> dict:
         """What the diagnosis says of the factors; they are fresh where theta is not remembered."""
@@ -636,10 +647,14 @@ class KFAC(Solver):
             "diagonal": dict(memory.diagonal),
             "parameters": memory.parameters,
             "without_block": list(memory.without),
+            "made": memory.made,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; kept factors are inverted again on the next call."""
+        self._require_own(
+            state, "generator", "age", "theta", "factors", "diagonal", "without_block"
+        )
         super().load_state_dict(state)
         _MODELS.pop(self, None)
         self._generator.set_state(state["generator"].cpu())
@@ -648,7 +663,7 @@ class KFAC(Solver):
             factors = {name: tuple(map(_unpack, parts)) for name, parts in factors.items()}
         self._memory = Memory(
             state["age"], state["theta"], state.get("parameters"), factors,
-            dict(state["diagonal"]), without=tuple(state["without_block"]),
+            dict(state["diagonal"]), without=tuple(state["without_block"]), made=state.get("made"),
         )  # fmt: skip
         self.last_cost = 0.0
 
@@ -763,5 +778,6 @@ class KFACRichardson(Solver):
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned."""
-        super().load_state_dict(state)
+        self._require_own(state, "kfac")
         self.kfac.load_state_dict(state["kfac"])
+        super().load_state_dict(state)

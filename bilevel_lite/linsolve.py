@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.products import COST, dot
-from bilevel_lite.refuse import NotFinite, at_least
+from bilevel_lite.refuse import NotFinite, at_least, looked_at
 
 __all__ = [
     "DivergenceWarning",
@@ -45,7 +45,7 @@ class NegativeCurvatureWarning(UserWarning):
 
 
 class DivergenceWarning(UserWarning):
-    """A Neumann series whose summands grow: its sum is no approximation of H^-1 b.
+    """A Neumann series or Richardson iteration that grows: it is no approximation of H^-1 b.
 
     Example:
         >>> import warnings
@@ -103,8 +103,7 @@ class _Watched:
     """v -> (H + damping I) v, which counts its products and notes the curvature it meets."""
 
     def __init__(self, matvec: Operator, damping: float):
-        if not damping >= 0:
-            raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
+        _require_number("damping", damping, "a number that is zero or positive")
         self.matvec, self.damping, self.products = matvec, damping, 0
         self.low, self.high = math.inf, -math.inf
 
@@ -141,6 +140,17 @@ def _sizes(residual: float, b_norm: float) -> tuple[float, float]:
 def _require_finite(what: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise NotFinite(f"{what} is not finite, or too large for its norm")
+
+
+def _require_number(name: str, value: float, expected: str, least: float = 0.0) -> None:
+    """Refuse what is not finite, or below ``least``."""
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
+def _start(x0: Tensor | None, b: Tensor) -> Tensor:
+    """A copy of the start in b's float type and place: in another, no residual is its own."""
+    return torch.zeros_like(b) if x0 is None else x0.detach().to(b, copy=True)
 
 
 def _vanishes(pp: float, like: Tensor) -> bool:
@@ -191,9 +201,10 @@ def cg(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
+    _require_number("tol", tol, "a finite number that is zero or positive")
     apply = _Watched(matvec, damping)
     precondition = precondition or (lambda r: r)
-    v = torch.zeros_like(b) if x0 is None else x0.clone()
+    v = _start(x0, b)
     r = b.clone() if x0 is None else b - apply(v)
     z = precondition(r)
     p, rz = z.clone(), dot(r, z)
@@ -270,8 +281,9 @@ def cg_normal(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
+    _require_number("tol", tol, "a finite number that is zero or positive")
     apply = _Watched(matvec, damping)
-    v = torch.zeros_like(b) if x0 is None else x0.clone()
+    v = _start(x0, b)
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
     s = apply(r)  # residual of the normal equations, H r
     p, ss = s.clone(), dot(s, s)
@@ -346,8 +358,7 @@ def neumann(
         tensor([0.2000, 0.6000])
     """
     at_least("terms", terms, 1)
-    if not step > 0:
-        raise ValueError(f"step: got {step}, expected a positive number")
+    _require_number("step", step, "a positive number", math.ulp(0.0))
     apply = _Watched(matvec, damping)
     p = b.clone()
     total = b.clone()
@@ -430,7 +441,11 @@ def richardson(
         `SolveInfo`. The residual at the end is not computed: it would cost one more product.
 
     Raises:
-        ValueError: for fewer than one step, a step that is not positive or a negative damping.
+        ValueError: for fewer than one step, a step that is not positive, a negative damping, or (on
+            a CPU) an iterate that is not finite.
+
+    Warns:
+        DivergenceWarning: (on a CPU) if the last residual met is longer than the first, and than b.
 
     Cost: one product a step, one less from zero.
     Source: Richardson (1911).
@@ -442,16 +457,33 @@ def richardson(
         tensor([0.2000, 0.6000])
     """
     at_least("steps", steps, 1)
-    if not step > 0:
-        raise ValueError(f"step: got {step}, expected a positive number")
+    _require_number("step", step, "a positive number", math.ulp(0.0))
     apply = _Watched(matvec, damping)
-    v = x0 if x0 is not None and bool(x0.any()) else None
+    v = _start(x0, b) if x0 is not None and bool(x0.any()) else None
+    first = None
     for _ in range(steps):
         r = b if v is None else b - apply(v)
+        first = r if first is None else first
         if observe is not None:
             observe(r)
         change = step * (r if precondition is None else precondition(r))
         v = change if v is None else v + change
+    if looked_at(v) and not bool(torch.isfinite(v).all()):
+        _require_finite("b: the right-hand side", float(b.norm()))
+        raise NotFinite(
+            f"step: {step} makes the Richardson iteration diverge, or a product is not finite: it "
+            "needs step < 2 / curvature, the largest of H, or of M H where it is preconditioned"
+        )
+    if looked_at(v):
+        last, *others = _read(r.norm(), first.norm(), b.norm())
+        if last > max(others) * (1 + torch.finfo(b.dtype).eps ** 0.5):  # beyond rounding
+            warnings.warn(
+                f"step: {step} makes the Richardson iteration diverge: before the last of {steps} "
+                f"steps the residual is {last:.3g}, that of v = 0 is {others[1]:.3g}; give a "
+                "smaller step",
+                DivergenceWarning,
+                stacklevel=2,
+            )
     return apply.info(v, steps)
 
 
@@ -467,6 +499,7 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:
         `SolveInfo`, with the residual and, as ``curvature``, the extreme eigenvalues.
 
     Raises:
+        TypeError: in half precision.
         ValueError: if the matrix is singular to working precision.
 
     Example:
@@ -476,6 +509,11 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:
         tensor([0.2000, 0.6000])
     """
     apply = _Watched(lambda v: v, damping)
+    if b.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"b: is in {b.dtype}, in which torch factors no matrix, expected float32 or float64; "
+            "use CG, or a theta of such a type"
+        )
     matrix = matrix + damping * torch.eye(len(matrix), dtype=b.dtype, device=b.device)
     flat = b.reshape(-1)
     if not bool(torch.isfinite(matrix).all()):

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,13 @@ class Option:
     error: type[Exception] = ValueError
 
     def check(self, name: str, value: Any, none: bool = False) -> None:
-        """Refuse a value that does not fit: "NAME: got VALUE, expected ..."."""
+        """Refuse a value that does not fit: "NAME: got VALUE, expected ...".
+
+        Infinity fits only where ``expected`` speaks of it, "or inf"."""
         try:
             fits = none if value is None else bool(self.fits(value))
+            if isinstance(value, float) and math.isinf(value):
+                fits = fits and "or inf" in self.expected
         except (TypeError, ValueError, RuntimeError):  # it cannot even be compared
             fits = False
         if not fits:
@@ -60,7 +65,7 @@ def option(expected: str, fits: Callable[[Any], bool], default: Any = MISSING, *
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool | Fraction)  # torch takes none
 
 
 def positive(default: Any = MISSING, expected: str = "a positive number", **more: Any) -> Any:

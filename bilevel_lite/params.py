@@ -30,11 +30,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: if it is no module.
-        ValueError: if no parameter requires a gradient.
+        ValueError: if no parameter requires a gradient, or one has no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     with lock_of_modules():  # another thread may have swapped the parameters for a call
+        for name, p in model.named_parameters():
+            if nn.parameter.is_lazy(p):
+                raise ValueError(
+                    f"model: parameter {name!r} of a lazy module has no shape yet; call the module "
+                    "once on an example first"
+                )
         params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not params:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.refuse import at_least, require_finite
+from bilevel_lite.refuse import at_least, require_finite, require_generator
 
 __all__ = ["Member", "Teacher", "evolve", "rescale"]
 
@@ -34,7 +34,8 @@ class Member:
 
 def rescale(lam: Tensor, generator: torch.Generator) -> Tensor:
     """Each entry times 0.8 or 1.2, drawn at random: the mutation of population-based training."""
-    up = torch.randint(2, lam.shape, generator=generator).to(lam.device)
+    require_generator(generator)
+    up = torch.randint(2, lam.shape, generator=generator, device=generator.device).to(lam.device)
     return lam * torch.where(up == 1, 1.2, 0.8).to(lam)
 
 
@@ -61,8 +62,10 @@ class Teacher(nn.Module):
 
     def __init__(self, size: int, keys: int, lr: float, generator: torch.Generator):
         super().__init__()
-        self.V = nn.Parameter(torch.randn(size, keys, generator=generator))
-        self.W = nn.Parameter(torch.zeros(size, keys))
+        require_generator(generator)
+        made = torch.randn(size, keys, generator=generator, device=generator.device)
+        self.V = nn.Parameter(made)
+        self.W = nn.Parameter(torch.zeros_like(made))
         self.lr = lr
 
     def forward(self, lam: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -108,6 +111,7 @@ def evolve(
         The members after the last round, the best first, and each round's losses.
 
     Raises:
+        TypeError: if the generator is none.
         ValueError: if there are fewer than 2 members, more than half are to be replaced, or an
             option is out of range.
         NotFinite: if no member has a finite loss.
@@ -125,6 +129,7 @@ def evolve(
         >>> round(float(best[0].lam), 2)
         1.03
     """
+    require_generator(generator)
     at_least("rounds", rounds, 1)
     at_least("every", every, 1)
     if not 0 <= truncation <= 0.5:
@@ -142,18 +147,20 @@ def evolve(
         if (r + 1) % every == 0 and r + 1 < rounds and worst:
             order = _ranked(members)
             for k in range(worst):
-                chosen = int(torch.randint(worst, (), generator=generator))
+                draw = torch.randint(worst, (), generator=generator, device=generator.device)
+                chosen = int(draw)
                 new = deepcopy(members[order[chosen]])
                 new.lam = new.lam if mutate is None else mutate(new.lam, generator).detach()
                 members[order[-1 - k]] = new
     members = [members[k] for k in _ranked(members)]
-    require_finite({"loss of the best member": torch.tensor(members[0].loss)})
+    require_finite({"loss of the best member": torch.tensor(members[0].loss, device="cpu")})
     return members, history
 
 
 def _ranked(members: list[Member]) -> list[int]:
     """Their places from the lowest loss to the highest; what is not finite comes last."""
     losses = torch.nan_to_num(
-        torch.tensor([member.loss for member in members], dtype=torch.float64), nan=float("inf")
+        torch.tensor([member.loss for member in members], dtype=torch.float64, device="cpu"),
+        nan=float("inf"),
     )
     return torch.argsort(losses, stable=True).tolist()

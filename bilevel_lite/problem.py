@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import NotFinite, looked_at, require_unwritten, versions
+from bilevel_lite.refuse import (
+    NotFinite,
+    looked_at,
+    require_scalar,
+    require_unwritten,
+    versions,
+)
 from bilevel_lite.surroundings import nothing_again
 
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples", "tensors"]
@@ -79,13 +85,7 @@ def evaluate(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str = "lo
             raise TypeError(f"batch: got None, but {name} needs a batch ({error})") from error
         raise
     require_unwritten(name, before, versions((lam, theta, batch)))
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
-    if value.dim() != 0:
-        raise ValueError(
-            f"{name}: returned shape {tuple(value.shape)}, expected a scalar, shape (); "
-            "did you forget .mean() or .sum()?"
-        )
+    require_scalar(name, value)
     if looked_at(value) and not torch.isfinite(value):
         raise NotFinite(f"{name}: value is {value.item()}; {_culprit(lam, theta, batch)}")
     return value

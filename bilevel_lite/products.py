@@ -196,6 +196,10 @@ def _theta_graph(loss, lam, theta, batch):
 @differentiating
 def _back(grad, variables, v, keep=False):
     """The derivatives of < grad, v >, each like its variable: zeros where there is none of it."""
+    if v.shape != grad.shape:
+        raise ValueError(
+            f"v: got shape {tuple(v.shape)}, expected {tuple(grad.shape)}, that of theta"
+        )
     out = [None] * len(variables)
     if grad.requires_grad:
         with way_out():
@@ -389,7 +393,9 @@ def cross_and_route(
     if mode == "double_backward" or not has_slopes(loss):
         return _cross_twice(loss, lam, theta, batch, v), "double backward"
     terms = same_terms(loss, lam.detach(), batch)
-    parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v)) for t in terms]
+    parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v), True) for t in terms]
+    if twice := [route for slope, route in parts if slope is None]:
+        return _cross_twice(loss, lam, theta, batch, v), twice[0]
     slopes = [slope for slope, _ in parts]
     if looked_at(theta) and not all(bool(torch.isfinite(s.sum())) for s in slopes):
         evaluate(loss, lam, theta, batch, "inner_loss")  # says why, if the loss itself is bad

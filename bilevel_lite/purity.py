@@ -7,6 +7,7 @@ model is looked at in its evaluation 1, 2, 4, 8 ...; what is kept outside of the
 dict) is not seen.
 """
 
+from collections import deque
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -19,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 from bilevel_lite.refuse import recording
 from bilevel_lite.same_function import (
     OWN,
+    containers,
     kept_by,
     moved_since,
     near,
+    parts_of,
     random_state,
     restore_random_state,
 )
@@ -97,7 +100,7 @@ def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
     """
     parts = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
     given = [one for one in given if isinstance(one, Tensor)]
-    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    own = {id(p): name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     for one in given:
         own.pop(id(one), None)  # handed over as theta
     for node in nodes(*parts, without=given):
@@ -162,21 +165,23 @@ class _Memos:
                 )
 
 
-def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, dict]]:
-    """Of each module the attributes of its own, and copies of the containers among them."""
-    kept = []
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, list]]:
+    """Of each module the attributes of its own, and copies of the containers in them."""
+    kept, seen = [], set()
     for module in model.modules():
         own = {k: a for k, a in vars(module).items() if k not in OWN}
-        inside = {k: copy(a) for k, a in own.items() if isinstance(a, dict | list | set)}
+        inside = [(held, copy(held)) for a in own.values() for held in containers(a, seen)]
         kept.append((module, own, inside))
     return kept
 
 
-def _put_back(kept: list[tuple[nn.Module, dict, dict]]) -> None:
+def _put_back(kept: list[tuple[nn.Module, dict, list]]) -> None:
     for module, own, inside in kept:
         for name in [k for k in vars(module) if k not in OWN and k not in own]:
             del vars(module)[name]
         vars(module).update(own)
-        for name, was in inside.items():
-            own[name].clear()
-            (own[name].extend if isinstance(was, list) else own[name].update)(was)
+        for held, was in inside:
+            now, before = parts_of(held), parts_of(was)
+            if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
+                held.clear()
+                (held.extend if isinstance(was, list | deque) else held.update)(was)

@@ -4,12 +4,15 @@ Options say their own range (`bilevel_lite.options`); here is every other guard 
 module needs.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from functools import partial
-from inspect import isclass, isroutine
+from inspect import isclass, ismodule, isroutine
+from numbers import Integral
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -30,6 +33,8 @@ __all__ = [
     "require_generator",
     "require_problem",
     "require_rest",
+    "require_scalar",
+    "require_state",
     "require_unwritten",
     "require_variable",
     "versions",
@@ -131,25 +136,86 @@ def require_generator(generator: Any) -> None:
         )
 
 
-def versions(value: Any) -> Any:
-    """How often each tensor was written into, in a tuple, list or dict too; torch's own count.
+def require_scalar(name: str, value: Any) -> None:
+    """Refuse a loss that is no number that can be differentiated.
 
-    It does not count for tensors of ``inference_mode``, nor what NumPy writes.
+    Raises:
+        ValueError: naming the loss and what it returned.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: returned {type(value).__name__}, expected a scalar tensor")
+    if value.dim() != 0:
+        raise ValueError(
+            f"{name}: returned shape {tuple(value.shape)}, expected a scalar, shape (); "
+            "did you forget .mean() or .sum()?"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: returned {value.dtype}, expected a real floating-point number")
+
+
+def require_state(state: Any, *keys: str) -> None:
+    """Refuse what no ``state_dict`` returned, before any of it is taken.
+
+    Raises:
+        ValueError: naming the first key that is missing.
+    """
+    if not isinstance(state, dict):
+        got = type(state).__name__
+        raise ValueError(f"state: got {got}, expected the dict that state_dict() returned")
+    for key in keys:
+        if key not in state:
+            raise ValueError(f"state: has no {key!r}, expected all that state_dict() returned")
+
+
+def versions(value: Any, contents: bool = False, nested: int = 2) -> Any:
+    """How often each tensor was written into, in a tuple, list, mapping or dataclass too.
+
+    Torch's own count. It does not count for tensors of ``inference_mode``, nor what NumPy writes:
+    with ``contents`` there is a checksum of such, and objects are entered by their attributes.
     """
     if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [versions(part) for part in value] if isinstance(value, tuple | list) else None
+        count = 0 if value.is_inference() else value._version
+        return (count, _checksum(value)) if contents and _uncounted(value) else count
+    if is_dataclass(value) and not isclass(value):
+        parts, nested = [getattr(value, f.name, None) for f in fields(value)], nested - 1
+    elif isinstance(value, Mapping):
+        parts = [*value.values()]
+    elif isinstance(value, tuple | list):
+        parts = value
+    elif not contents or isinstance(value, int | float | complex | str):
+        return value if contents else 0
+    elif (found := _checksum(value)) or not hasattr(value, "__dict__"):
+        return found
+    elif isclass(value) or isroutine(value) or ismodule(value):
+        return 0
+    else:
+        parts, nested = [*vars(value).values()], nested - 1
+    return [versions(part, contents, nested) for part in parts] if nested >= 0 else 0
+
+
+def _uncounted(value: Tensor) -> bool:
+    """True where something is written that torch does not count: memory that is not its own."""
+    if value.device.type != "cpu" or value.layout != torch.strided:
+        return False
+    return value.is_inference() or not value.untyped_storage().resizable()
+
+
+def _checksum(value: Any) -> int:
+    """Of the bytes of an array or a tensor; 0 for what has none."""
+    with suppress(TypeError, ValueError, BufferError):
+        if isinstance(value, Tensor):
+            value = value.detach().resolve_conj().reshape(-1).view(torch.uint8).numpy()
+        return crc32(memoryview(value).tobytes())
+    return 0
 
 
 def require_as_drawn(name: str, batch: Any, before: Any) -> None:
-    """Refuse a batch that was written into since ``before = versions(batch)``.
+    """Refuse a batch that was written into since ``before = versions(batch, contents=True)``.
 
     Raises:
         ValueError: naming the argument and the way out.
     """
-    if versions(batch) != before:
+    if versions(batch, contents=True) != before:
         raise ValueError(
             f"{name}: a batch was changed in place after it was drawn, but it is needed again; "
             "draw new tensors each time"
@@ -236,7 +302,7 @@ def check_labels(y: Tensor, num_classes: int) -> None:
 
 def at_least(name: str, value: int, least: int) -> None:
     """Refuse what is no integer of at least ``least``."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
 
 

@@ -12,6 +12,7 @@ Whoever reads the structure (GGN, Fisher, KFAC, J v) walks over `WeightedRisk.te
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -38,6 +39,7 @@ from bilevel_lite.surroundings import (
     way_out,
 )
 from bilevel_lite.trust import (
+    ByHand,
     known_code,
     mixes_examples,
     numbers,
@@ -353,6 +355,7 @@ class WeightedRisk:
             raise  # its message speaks of sizes, too
         except RuntimeError as error:
             if "same dtype" in str(error):
+                self._require_one_precision()
                 raise ValueError(
                     f"batch: {type(self.model).__name__} cannot take x of {x.dtype} ({error}); "
                     "convert one of them, for example x.to(theta)"
@@ -370,6 +373,17 @@ class WeightedRisk:
                 "tensor of shape (n, C); wrap it in a module that returns its logits"
             )
         return outputs
+
+    def _require_one_precision(self) -> None:
+        """Name two parameters of two precisions: theta's parts all have that of the vector."""
+        kinds = {p.dtype: name for name, p in trainable(self.model).items()}
+        if len(kinds) > 1:
+            (one, first), (other, second) = list(kinds.items())[:2]
+            raise ValueError(
+                f"model: parameters {first!r} ({one}) and {second!r} ({other}) are of two "
+                "precisions, which theta, one vector, is not; convert the model (model.double()) "
+                "and leave out conversions of its own"
+            )
 
     def losses(self, theta: Tensor, batch: Any) -> Tensor:
         """Return the unweighted loss of each example, shape (n,).
@@ -437,19 +451,32 @@ class WeightedRisk:
         return self.slopes_and_route(theta, batch, v)[0]
 
     @differentiating
-    def slopes_and_route(self, theta: Tensor, batch: Any, v: Tensor) -> tuple[Tensor, str]:
-        """Return `slopes`, and a line that says how they were computed."""
+    def slopes_and_route(
+        self, theta: Tensor, batch: Any, v: Tensor, as_trained: bool = False
+    ) -> tuple[Tensor | None, str]:
+        """Return `slopes`, and a line that says how they were computed.
+
+        With ``as_trained``, None where code that is not known has none by forward mode: a hook that
+        clips gradients, say, makes of the losses' slopes another thing than of the risk's.
+        """
         theta, v = theta.detach(), v.detach()
+        by_hand = None if known_code(self.model) else ByHand(self.model)
+
+        def forward(t: Tensor) -> Tensor:
+            with by_hand or nullcontext():
+                return self.outputs(t, batch)
+
         try:
-            outputs, along = push_forward(lambda t: self.outputs(t, batch), theta, v, self.model)
+            outputs, along = push_forward(forward, theta, v, self.model)
             slopes = (self.output_gradient(outputs, batch[1]) * along).flatten(1).sum(1)
         except NoForwardMode as error:
             why = f"no forward mode: {error}"
         else:
-            if self.confirms(theta, batch, v, slopes):
+            if self.confirms(theta, batch, v, slopes, by_hand):
                 return slopes, "forward mode"
             why = "forward mode is not the gradient that training follows"
-        return self._slopes_twice(theta, batch, v), f"double backward ({why})"
+        slopes = None if as_trained and by_hand else self._slopes_twice(theta, batch, v)
+        return slopes, f"double backward ({why})"
 
     def _slopes_twice(self, theta: Tensor, batch: Any, v: Tensor) -> Tensor:
         """The same as d/dc_i of < grad_theta sum_i c_i l_i, v >, by double backward."""
@@ -463,13 +490,16 @@ class WeightedRisk:
             require_twice("inner_loss", g)
             return torch.autograd.grad(dot(g, v.to(g)), c)[0]
 
-    def confirms(self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor) -> bool:
+    def confirms(
+        self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor, by_hand: ByHand | None
+    ) -> bool:
         """True if slopes are those of the gradient that training follows, an ordinary one.
 
         Once for each model the whole batch is compared, which is enough where all of its code is
         known. Else a few examples, other ones at each call, go through the model alone and back;
         where their gradient along v is not what their slopes say (a model may mix examples, or not
-        take few) the whole batch decides again. With random numbers c:
+        take few), and where gradients are stopped or turned ``by_hand`` (in some rows only, it may
+        be), the whole batch decides again. With random numbers c:
 
             sum_i c_i slope_i = < grad_theta sum_i c_i l_i, v >
 
@@ -479,14 +509,20 @@ class WeightedRisk:
         n = len(slopes)
         key = ("forward mode", mixes_examples(self.model))
         seen = verdicts_of(self.model)
-        if key in seen and known_code(self.model):
+        if key in seen and by_hand is None:
             return True
-        if key in seen and not key[1]:  # else a few examples are another function
+        # else a few examples are another function, or not like the others
+        if key in seen and not key[1] and not by_hand.seen:
             rows = spots(n)
             try:
-                if self._has_slopes(theta, some_examples(batch, rows, n), v, slopes[rows]):
+                with by_hand:
+                    few = some_examples(batch, rows, n)
+                    agree = self._has_slopes(theta, few, v, slopes[rows])
+                if agree and not by_hand.seen:
                     return True
-            except (RuntimeError, ValueError, IndexError):
+            except (MemoryError, torch.cuda.OutOfMemoryError):
+                raise
+            except Exception:  # whatever a model says to a batch of another size
                 pass
         agrees = self._has_slopes(theta, batch, v, slopes)
         if agrees:
@@ -496,7 +532,8 @@ class WeightedRisk:
     def _has_slopes(self, theta: Tensor, batch: Any, v: Tensor, slopes: Tensor) -> bool:
         n = len(slopes)
         generator, count = torch.Generator().manual_seed(n), numbers(slopes)
-        cs = torch.randn(count, n, generator=generator, dtype=torch.float64).to(slopes)
+        draws = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        cs = torch.randn(count, n, **draws).to(slopes)
         size, *made = torch.cat([slopes.norm()[None], cs @ slopes]).tolist()
         if not math.isfinite(size):
             return True  # nothing to compare; who asked refuses it

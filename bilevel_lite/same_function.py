@@ -7,7 +7,9 @@ pass leaves in the model's attributes may be a memo, read as a constant by the n
 `bilevel_lite.purity`.
 """
 
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -24,12 +26,14 @@ from bilevel_lite.trust import doubling, known_code, low_precision, still
 __all__ = [
     "OWN",
     "SameDraws",
+    "containers",
     "due",
     "equal_states",
     "kept_by",
     "moved_since",
     "near",
     "note",
+    "parts_of",
     "random_state",
     "require_same",
     "restore_random_state",
@@ -77,6 +81,8 @@ class SameDraws:
         before = random_state(theta)
         with _watching(not hasattr(self.loss, "terms")) as watch:
             value = self.loss(lam, theta, batch)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value  # `evaluate` says what is wrong
         if not equal_states(before, random_state(theta)):
             self.state = before
         if not self.compared:
@@ -159,7 +165,7 @@ def kept_by(model: nn.Module) -> dict[str, Any]:
     """Present state, by name, of what the model's own code might carry from pass to pass."""
     if known_code(model):
         return {}
-    kept = {}
+    kept, seen = {}, set()
     for path, module in model.named_modules():
         buffers, own = module._buffers, module._parameters
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -170,7 +176,7 @@ def kept_by(model: nn.Module) -> dict[str, Any]:
             if k not in OWN and f"{k}_g" not in own and f"{k}_orig" not in own  # weight_norm's
         ]
         for name, value in (*buffers.items(), *others):
-            kept[f"{path}.{name}" if path else name] = _mark(value)
+            kept[f"{path}.{name}" if path else name] = _mark(value, seen)
     return kept
 
 
@@ -180,19 +186,48 @@ def moved_since(model: nn.Module, before: dict[str, Any]) -> list[str]:
     return [k for k, one in now.items() if k not in before or not _same(before[k], one)]
 
 
-def _mark(value: Any) -> Any:
-    """Something that is `_same` as long as the value is not replaced or written into."""
-    if isinstance(value, Tensor):
-        return value, 0 if value.is_inference() else value._version
-    if isinstance(value, dict):
-        value = list(value.values())
-    return list(value) if isinstance(value, list | tuple | set) else value
+_LIBRARY = sys.stdlib_module_names - {"types"}  # whose objects keep no memo of a model's
 
 
-def _same(was: Any, now: Any) -> bool:
-    if isinstance(was, list | tuple) and isinstance(now, list | tuple):
-        return len(was) == len(now) and all(map(_same_part, was, now))
-    return _same_part(was, now)
+def _container(value: Any) -> Any:
+    """A container, or what holds the attributes of an object of the model's own; else None."""
+    if isinstance(value, dict | list | tuple | set | deque):
+        return value
+    if isinstance(value, Tensor | nn.Module | type):
+        return None
+    ours = type(value).__module__.partition(".")[0] not in _LIBRARY
+    return getattr(value, "__dict__", None) if ours else None
+
+
+def parts_of(container: Any) -> list[Any]:
+    """What a container holds, the keys of a dict left out."""
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The containers in a value, one in another: at most 300, and none that was ``seen``."""
+    left, most = [value], len(seen) + 300
+    for one in left:
+        held = _container(one)
+        if held is not None and id(held) not in seen and len(seen) < most:
+            seen.add(id(held))
+            left += [p for p in parts_of(held) if not isinstance(p, int | str | float | None)]
+            yield held
+
+
+def _mark(value: Any, seen: set[int]) -> list[Any]:
+    """Something that is `_same` as long as nothing in the value is replaced or written into."""
+    marks = []
+    for parts in ([value], *map(parts_of, containers(value, seen))):
+        marks.append(len(parts))
+        for part in parts:
+            version = part._version if isinstance(part, Tensor) and not part.is_inference() else 0
+            marks += [None if _container(part) is not None else part, version]
+    return marks
+
+
+def _same(was: list[Any], now: list[Any]) -> bool:
+    return len(was) == len(now) and all(map(_same_part, was, now))
 
 
 def _same_part(was: Any, now: Any) -> bool:

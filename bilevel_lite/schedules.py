@@ -6,6 +6,7 @@ them, however long the training. A window of many steps has few columns and aver
 its steps; it also hides what they want apart.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.refuse import at_least, require_finite, require_variable
+from bilevel_lite.refuse import at_least, require_finite, require_state, require_variable
 from bilevel_lite.unroll import UnrollInfo, unrolled_hypergradient
 from bilevel_lite.updates import SGD, window
 
@@ -80,6 +81,7 @@ def forward_schedule(
         tensor([-0.7000, -0.9000])
     """
     at_least("steps", steps, 1)
+    require_variable("theta0", theta0)
     given = dict(zip(RATES, (lr, momentum, weight_decay), strict=True))
     learned = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     if not learned:
@@ -126,7 +128,8 @@ class SignSteps:
             0.999. Public code has no bounds, so that a rate may become negative.
 
     Raises:
-        ValueError: if a size is not positive, or names differ.
+        TypeError: if a value is no floating-point tensor.
+        ValueError: if a size is not finite and positive, or names differ.
 
     Cost: none. Source: Micaelli and Storkey (2021), arXiv 2007.07869; the bounds are ours.
 
@@ -144,32 +147,34 @@ class SignSteps:
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(BOUNDS))
 
     def __post_init__(self):
-        self.values = dict(self.values)
         for name, value in self.values.items():
             require_variable(name, value)
+        self.values = {name: value.detach() for name, value in self.values.items()}
         if set(self.values) != set(self.sizes) or not set(self.values) <= set(self.bounds):
             raise ValueError(
                 f"sizes: got {sorted(self.sizes)}, expected {sorted(self.values)}, each with bounds"
             )
         for name, size in self.sizes.items():
-            if not size > 0:
-                raise ValueError(f"sizes: got {size} for {name}, expected a positive number")
-        self.size = {k: torch.full_like(v, self.sizes[k]) for k, v in self.values.items()}
+            number = isinstance(size, int | float) or isinstance(size, Tensor) and size.dim() == 0
+            if not number or isinstance(size, bool) or not 0 < size < math.inf:
+                raise ValueError(
+                    f"sizes: got {size!r} for {name}, expected a finite positive number"
+                )
+        self.size = {k: torch.full_like(v, float(self.sizes[k])) for k, v in self.values.items()}
         self.sign = {k: torch.zeros_like(v) for k, v in self.values.items()}
 
     def step(self, h: dict[str, Tensor]) -> None:
         """Change the values by one step against the derivatives ``h``.
 
         Raises:
+            TypeError: if one is no floating-point tensor.
             ValueError: if one is missing or has another shape than its values.
             NotFinite: if one is not finite: its sign would mean nothing.
         """
-        shapes = [{k: tuple(v.shape) for k, v in some.items()} for some in (h, self.values)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"h: got shapes {shapes[0]}, expected {shapes[1]}")
+        self._require_like("h", h)
         require_finite({f"h of {name}": value for name, value in h.items()})
         for name, value in self.values.items():
-            sign = h[name].sign().to(value)  # values keep their type and place
+            sign = h[name].detach().sign().to(value)  # values keep their type and place
             size = self.size[name]
             self.size[name] = torch.where(sign * self.sign[name] < 0, size / 2, size)
             self.sign[name] = torch.where(sign == 0, self.sign[name], sign)
@@ -177,9 +182,30 @@ class SignSteps:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that the next step depends on."""
-        return {"values": self.values, "size": self.size, "sign": self.sign}
+        return {p: {k: v.clone() for k, v in getattr(self, p).items()} for p in self._parts}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from what `state_dict` returned."""
-        for part, tensors in state.items():
-            setattr(self, part, {k: v.to(self.values[k]) for k, v in tensors.items()})
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: if it is of other values; then nothing is changed.
+        """
+        require_state(state, *self._parts)
+        for part in self._parts:
+            self._require_like(f"state: {part}", state[part])
+        for part in self._parts:
+            kept = {k: v.detach().to(self.values[k], copy=True) for k, v in state[part].items()}
+            setattr(self, part, kept)
+
+    _parts = ("values", "size", "sign")
+
+    def _require_like(self, what: str, given: dict[str, Tensor]) -> None:
+        """Refuse what is not one tensor for each of the values, of its shape."""
+        if not isinstance(given, dict):
+            names = sorted(self.values)
+            raise TypeError(f"{what}: got {type(given).__name__}, expected a dict of {names}")
+        for name, value in given.items():
+            require_variable(f"{what} of {name}", value)
+        shapes = [{k: tuple(v.shape) for k, v in some.items()} for some in (given, self.values)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{what}: got shapes {shapes[0]}, expected {shapes[1]}")

@@ -38,6 +38,7 @@ from bilevel_lite.products import (
     has_slopes,
     hvp_operator,
 )
+from bilevel_lite.refuse import require_state, require_variable
 from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "Prepared", "SolveInfo", "Solver"]
@@ -228,6 +229,11 @@ class Solver:
             raise ValueError(
                 f"b: got shape {tuple(b.shape)}, expected {tuple(theta.shape)}, that of theta"
             )
+        if (b.dtype, b.device) != (theta.dtype, theta.device):
+            raise ValueError(
+                f"b: got {b.dtype} on {b.device}, expected {theta.dtype} on {theta.device}, as "
+                "theta is; say b.to(theta)"
+            )
         if self.warm_start and self._v is not None and self._v.shape != b.shape:
             raise ValueError(
                 f"{type(self).__name__}: remembers a v of shape {tuple(self._v.shape)}, but b has "
@@ -252,13 +258,21 @@ class Solver:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if the state is another kind of solver's.
+            TypeError, ValueError: if the state is none, or another kind of solver's.
         """
-        if state.get("solver") != type(self).__name__:
-            raise ValueError(
-                f"state: is of solver {state.get('solver')!r}, expected {type(self).__name__!r}"
-            )
+        self._require_own(state)
         self._v = state["v"]
+
+    def _require_own(self, state: dict, *more: str) -> None:
+        """Refuse what is no state of this kind of solver."""
+        require_state(state, "solver")
+        if state["solver"] != type(self).__name__:
+            raise ValueError(
+                f"state: is of solver {state['solver']!r}, expected {type(self).__name__!r}"
+            )
+        require_state(state, "v", *more)
+        if state["v"] is not None:
+            require_variable("state: v", state["v"])
 
 
 class Direct(Solver):
@@ -443,12 +457,14 @@ class CG(Solver):
             ValueError: if the state is another solver's, or of a CG with another kind of
                 preconditioner.
         """
+        require_state(state)
         if ("precondition" in state) != bool(self.precondition):
             words = ("with", "without") if "precondition" in state else ("without", "with")
             raise ValueError(f"state: is of a CG {words[0]} preconditioner, expected {words[1]}")
-        super().load_state_dict(state)
+        self._require_own(state)
         if self.precondition:
             self.precondition.load_state_dict(state["precondition"])
+        super().load_state_dict(state)
 
 
 class CGNormal(Solver):

@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 __all__ = [
     "differentiating",
@@ -124,6 +125,20 @@ def _no_fast_path() -> Callable[[], None]:
     return lambda: mha.set_fastpath_enabled(was)
 
 
+def _nothing_cached() -> Callable[[], None]:
+    """Nothing is kept by `parametrize.cached()` around us: weights computed of another theta."""
+    was, kept = parametrize._cache_enabled, parametrize._cache
+    if not was:  # what is kept within one forward pass belongs to its theta
+        return lambda: None
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+
+    def back():
+        parametrize._cache_enabled += was
+        parametrize._cache = kept
+
+    return back
+
+
 def _math_alone() -> Callable[[], None]:
     """Attention by torch's math kernel, and nothing compiled: neither has second derivatives."""
     stack = ExitStack()
@@ -149,6 +164,7 @@ def _kernels() -> list[tuple[Callable, Callable]]:
 
 
 _fast_path_off, _second_order = _Switch(_no_fast_path), _Switch(_math_alone)
+_uncached = _Switch(_nothing_cached)
 
 
 def second_order() -> Any:
@@ -205,7 +221,8 @@ def nothing_again(what: str) -> Iterator[None]:
 
     Activation checkpointing is refused: what the backward pass runs again, it would run with the
     module's own parameters and not with theta, and the gradient would be of neither. Attention's
-    fast path is off, see `_no_fast_path`.
+    fast path and the caller's cache of parametrized weights are off, see `_no_fast_path` and
+    `_nothing_cached`.
 
     Raises:
         ValueError: naming ``what`` and the way out.
@@ -214,6 +231,7 @@ def nothing_again(what: str) -> Iterator[None]:
         with suppress(RuntimeError):  # the caller has hooks of their own around all of it
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS))
         stack.enter_context(_fast_path_off)
+        stack.enter_context(_uncached)
         if torch.is_grad_enabled():
             stack.enter_context(_refusing_checkpoints())
         try:
@@ -247,6 +265,9 @@ _HOPELESS = (  # what torch says where a derivative is missing
     "does not require grad and does not have a grad_fn",
     "modified inplace",
     "stateless API",
+    "no autograd formula",
+    "is_coalesced expected",
+    "higher order operator",
 )
 
 
@@ -273,7 +294,8 @@ def way_out(what: str = "inner_loss") -> Iterator[None]:
                 f"{what}: torch cannot differentiate it as needed here ({said[:300]}); use an "
                 "operation that has a second derivative (attention: the math kernel, "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH); an embedding: max_norm=None, "
-                "sparse=False; a torch.autograd.Function: a backward that is differentiable; "
+                "sparse=False; a torch.autograd.Function or custom operator: a backward that is "
+                "differentiable; a sparse tensor: to_dense(); torch.cond, scan: Python's own; "
                 "nn.DataParallel: the module inside)"
             ) from error
         raise

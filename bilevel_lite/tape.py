@@ -104,7 +104,9 @@ class Call:
     shape: torch.Size | None  # of the output
 
     def __post_init__(self):
-        self.usable = self.input is not None and self.edge is not None  # one tensor in, one out
+        one_image = isinstance(self.module, nn.Conv2d) and len(self.shape or ()) == 3
+        # one tensor in, one out
+        self.usable = self.input is not None and self.edge is not None and not one_image
 
     @property
     def shapes(self) -> tuple:
@@ -176,6 +178,11 @@ class Tape:
         def keep(module, inputs, options, output):
             single = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not options
             ours = isinstance(output, Tensor) and output.requires_grad
+            if single and inputs[0].layout != torch.strided:
+                raise ValueError(
+                    f"model: layer {name!r} takes a sparse tensor ({inputs[0].layout}), expected a "
+                    "dense one; put x.to_dense() into the batch"
+                )
             call = Call(
                 module,
                 inputs[0].detach() if single else None,
@@ -281,7 +288,8 @@ class Tape:
         self.unlike = {**more, **self.unlike}
 
     def _weights_of_examples(self, like: Tensor) -> Tensor:
-        return torch.randn(self.n, generator=torch.Generator().manual_seed(self.n)).to(like)
+        generator = torch.Generator().manual_seed(self.n)
+        return torch.randn(self.n, generator=generator, device="cpu").to(like)
 
     def _key(self) -> tuple:
         return ("tape", self.bias, *self._pattern())
@@ -331,7 +339,9 @@ class Tape:
             with torch.enable_grad():
                 outputs = self.risk.outputs(self._leaves, some_examples(self.batch, rows, self.n))
             truth = _gradients(outputs, self._leaves, probe[rows])
-        except (RuntimeError, ValueError, IndexError):
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a model says to a batch of another size
             return False
         truth = {name: t for name, t in truth.items() if name not in self.unlike}
         return not self._differ(truth, grads, params, rows)
@@ -496,7 +506,8 @@ def _direction(size: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    normal = torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    draws = torch.Generator().manual_seed(size)
+    normal = torch.randn(size, generator=draws, dtype=torch.float64, device="cpu")
     return normal.to(device, dtype)
 
 

@@ -13,10 +13,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
 
 from bilevel_lite.surroundings import lock_of_modules
 
 __all__ = [
+    "STEERING",
+    "ByHand",
     "doubling",
     "known_code",
     "low_precision",
@@ -25,6 +29,7 @@ __all__ = [
     "rowwise",
     "some_examples",
     "spots",
+    "steers",
     "still",
     "tolerance",
     "verdicts_of",
@@ -129,6 +134,38 @@ def known_code(model: nn.Module) -> bool:
         and not (type(m) is nn.Embedding and (m.max_norm or m.sparse or m.scale_grad_by_freq))
         for m in model.modules()
     )
+
+
+# where torch has its own control flow (`associative_scan` is no such: its derivatives are right)
+STEERING = {f"torch._higher_order_ops.{name}" for name in ("cond", "map", "scan", "while_loop")}
+
+
+def steers(function: Any) -> bool:
+    """True for an operator of torch's own control flow."""
+    return isinstance(function, HigherOrderOperator) and type(function).__module__ in STEERING
+
+
+class ByHand(TorchFunctionMode):
+    """Sees inside whether a model stops or turns gradients by hand: for some rows only, perhaps.
+
+    Where ``seen`` is True, a few rows say nothing of the others. Torch's own control flow (scan,
+    cond) is an error there: its derivatives are not to be relied on.
+    """
+
+    ways = {
+        Tensor.register_hook, Tensor.detach, Tensor.detach_, torch.detach, torch.detach_,
+        Tensor.data.__get__, torch._C._set_grad_enabled,
+    }  # fmt: skip
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.seen = any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen = self.seen or function in self.ways
+        if steers(function):
+            raise RuntimeError(f"{function.name()}: control flow of torch's own")
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -211,7 +211,8 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
             q, back = update_graph(g, lam, theta, batch, need_lam=False)
         else:
             (_, q), back = theta_gradient(g, lam, theta, batch, "inner_loss"), None
-        trail.append((t, g, theta, state, batch, versions(batch), q if keep else None, back))
+        drawn = versions(batch, contents=True)
+        trail.append((t, g, theta, state, batch, drawn, q if keep else None, back))
         theta, state = _stepped(update, theta, state, q, lam, t)
     outer_loss, h, w = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     cost = COST["gradient"] * (steps + 1) + COST["hvp"] * len(trail)
@@ -232,7 +233,8 @@ def _unroll_reverse(problem, lam, theta, update, steps, truncate, keep, batch_at
 
 
 def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
-    basis = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+    n = lam.numel()
+    basis = torch.eye(n, dtype=lam.dtype, device=lam.device).view(n, *lam.shape)
     state = _started(update, theta)
     columns, cost = [None for _ in basis], 0  # d (theta_t, u_t) / d lam_j; None: still zero
     touched = False
@@ -252,8 +254,8 @@ def _unroll_forward(problem, lam, theta, update, steps, batch_at, outer_batch):
     _require_touched(touched)
     outer_loss, direct, b = gradient(problem.outer_loss, lam, theta, outer_batch, "outer_loss")
     by_theta = [b.new_zeros(()) if c is None else dot(c[0], b) for c in columns]
-    h = direct + torch.stack(by_theta).view_as(lam).to(lam)
-    stored = lam.numel() * _numbers(theta, state)
+    h = direct + torch.stack(by_theta).view_as(lam).to(lam) if n else direct
+    stored = n * _numbers(theta, state)
     return h, UnrollInfo(theta, outer_loss, stored, cost + COST["gradient"])
 
 
@@ -299,6 +301,11 @@ def _stepped(update, theta, state, q, lam, t):
         ) from None
     if came != shapes:
         raise ValueError(f"update: step returned shapes {came}, expected {shapes}")
+    if new.dtype != theta.dtype:
+        raise ValueError(
+            f"update: step returned a theta in {new.dtype}, expected {theta.dtype} as theta0 is; "
+            "bring rates that are tensors to it, rate.to(theta.dtype)"
+        )
     pairs = zip((new, *news), (again[0], *again[1]), strict=True)
     if looked_at(new) and not all(bool(torch.equal(a, b) or a.isnan().any()) for a, b in pairs):
         raise ValueError(

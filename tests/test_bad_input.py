@@ -1,7 +1,10 @@
 """Bad input gives one clear sentence that names what came and what was expected."""
 
+import math
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from bilevel_lite import data, linsolve, products
 from bilevel_lite.session import pick_device
 
 LAM, THETA = torch.tensor([0.1, 0.2]), torch.tensor([1.0, -1.0])
+MODES = ("reverse", "forward")
 
 
 def inner(lam, theta, batch):
@@ -37,6 +41,10 @@ def batch(n=5, x_rows=5, features=3):
         ((lambda lam, t, b: t.square().sum(), outer), "inner_loss: does not depend on lam"),
         ((lambda lam, t, b: lam.sum(), outer), "inner_loss: does not depend on theta"),
         ((inner, lambda lam, t, b: lam.sum()), "outer_loss: does not depend on theta"),
+        ((lambda lam, t, b: None, outer), "inner_loss: returned NoneType, expected a scalar"),
+        ((inner, lambda lam, t, b: (t.sum(),)), "outer_loss: returned tuple, expected a scalar"),
+        ((lambda lam, t, b: t.sum().long(), outer), "inner_loss: returned torch.int64, expected"),
+        ((inner, lambda lam, t, b: t.sum() + 0j), "outer_loss: returned torch.complex"),
         ((inner, lambda lam, t, b: torch.tensor(1.0)), "outer_loss: does not depend on lam or"),
         ((lambda lam, t, b: inner(lam, t, b) / 0, outer), "inner_loss: value is -?(inf|nan)"),
     ],
@@ -65,6 +73,23 @@ def test_losses_in_unrolling(mode):
         bl.unrolled_hypergradient(
             fixed, torch.zeros(2), torch.zeros(2), steps=1100, lr=3.0, mode=mode
         )
+
+
+@pytest.mark.parametrize("bad", [1.0, None, (1.0,), torch.tensor(1), torch.tensor(1j)])
+def test_a_loss_that_is_no_number_in_every_method(bad):
+    def none(lam, theta, batch):
+        return bad
+
+    for name, problem in (
+        ("inner_loss", bl.BilevelProblem(none, outer)),
+        ("outer_loss", bl.BilevelProblem(inner, none)),
+    ):
+        at, rates = (problem, LAM, THETA), {"inner_lr": 0.1, "outer_lr": 0.1}
+        methods = bl.BOME(*at, **rates), bl.BVFSM(*at, **rates), bl.SOBA(*at, 0.1, **rates)
+        ways = [partial(bl.unrolled_hypergradient, *at, 2, 0.1, mode) for mode in MODES]
+        for call in (*ways, *(method.step for method in methods)):
+            with pytest.raises(ValueError, match=f"{name}: returned .*, expected a "):
+                call()
 
 
 def test_a_joint_dependence_that_is_zero_is_not_an_error():
@@ -190,6 +215,17 @@ def test_solves():
     solver.solve(problem, LAM, THETA, None, torch.ones(2))
     with pytest.raises(ValueError, match=r"remembers a v of shape \(2,\)"):
         solver.solve(problem, torch.ones(3), torch.ones(3), None, torch.ones(3))
+    with pytest.raises(ValueError, match=r"b: got torch.float16 on cpu, expected .*b.to\(theta\)"):
+        bl.CG(1).solve(problem, LAM, THETA, None, torch.ones(2).half())
+    with pytest.raises(TypeError, match="b: is in torch.bfloat16, in which torch factors no"):
+        bl.hypergradient(problem, LAM, THETA.bfloat16())
+    for solve in (linsolve.cg, linsolve.cg_normal):
+        for tol in (float("nan"), float("inf"), -1.0):
+            with pytest.raises(ValueError, match="tol: got .*, expected a finite number"):
+                solve(lambda v: v, torch.ones(2), 2, tol=tol)
+    for make in (partial(bl.Identity, float("inf")), partial(bl.updates.Adam, 0.1, eps=math.inf)):
+        with pytest.raises(ValueError, match="got inf, expected a positive number"):
+            make()
     with pytest.raises(ValueError, match="mode: got 'triple'"):
         products.cross_vp(inner, LAM, THETA, None, THETA, "triple")
 
@@ -220,6 +256,61 @@ def test_differences_and_check():
     )
     with pytest.raises(ValueError, match="solve_inner: is needed, since theta has 4001 entries"):
         bl.check(cheap, LAM, big, solver=bl.CG(1))
+    for given, message in (
+        ({"lam": [0.1, 0.2]}, "lam: got list"),
+        ({"lam": torch.ones(2, dtype=torch.long)}, "lam: got torch.int64"),
+        ({"num_directions": 0}, "num_directions: got 0, expected an integer of at least 1"),
+        ({"rtol": "x"}, "rtol: got 'x', expected a positive number"),
+        ({"solve_inner": THETA}, "solve_inner: got Tensor, expected a function"),
+        ({"generator": 0}, "generator: got 0, expected a torch.Generator"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            bl.check(problem, given.pop("lam", LAM), THETA, verbose=False, **given)
+    before = torch.default_generator.get_state()
+    at = cheap, LAM, torch.full((3,), float(LAM[0]))
+    more = {"solve_inner": lambda lam: lam[0].expand(3), "verbose": False, "num_directions": 1}
+    reports = [bl.check(*at, **more) for _ in range(2)]
+    assert reports[0].relative_error_differences == reports[1].relative_error_differences
+    assert torch.equal(before, torch.default_generator.get_state())
+
+
+def test_an_integer_is_one_to_every_check():
+    problem = bl.BilevelProblem(inner, outer)
+    one = bl.hypergradient(problem, LAM, THETA, solver=bl.CG(np.int64(2)))
+    assert torch.equal(one, bl.hypergradient(problem, LAM, THETA, solver=bl.CG(2)))
+    rates = {"inner_lr": 0.01, "outer_lr": 0.1}
+    method = bl.BVFSM(problem, LAM, THETA, decay=np.int64(2), **rates)
+    assert all(torch.isfinite(method.step().hypergradient).all() for _ in range(2))
+    with pytest.raises(ValueError, match="iters: got True, expected an integer"):
+        linsolve.cg(lambda v: v, torch.ones(2), True)
+    with pytest.raises(ValueError, match="damping: got Fraction"):
+        bl.CG(3, damping=Fraction(1, 3))
+    with pytest.raises(ValueError, match="batch_size: got True"):
+        data.Batches(torch.ones(2, 1), torch.ones(2), True, torch.Generator())
+
+
+def test_a_difference_lost_in_rounding_is_refused_by_sama():
+    problem, rates = bl.BilevelProblem(inner, outer), {"inner_lr": 0.01, "outer_lr": 0.1}
+    method = bl.SAMA(problem, LAM.float(), THETA.float(), alpha=1e-8, **rates)
+    with pytest.raises(ValueError, match="alpha: got 1e-08, which is lost in the rounding"):
+        method.step()
+
+
+def test_a_rate_of_another_float_type_does_not_move_theta_to_it():
+    update = bl.updates.SGD(lambda lam, t: lam.abs().double())
+    problem = bl.BilevelProblem(inner, outer)
+    for mode in ("reverse", "forward"):
+        with pytest.raises(ValueError, match="step returned a theta in torch.float64, expected"):
+            bl.unrolled_hypergradient(problem, LAM, THETA.float(), 2, mode=mode, update=update)
+
+
+def test_labels_of_another_shape_under_the_ggn():
+    x, y, index = batch()
+    r = risk(weight=lambda lam, b: lam[b[2]])
+    problem = bl.BilevelProblem(r, bl.WeightedRisk(r.model))
+    at = problem, torch.ones(5), bl.flatten(r.model), (x, y[:, None], index), (x, y)
+    with pytest.raises(ValueError, match=r"batch: y has shape \(5, 1\)"):
+        bl.hypergradient(*at, bl.CG(2, curvature="ggn"))
 
 
 def test_aid_options_and_states():
@@ -238,6 +329,9 @@ def test_aid_options_and_states():
         make().load_state_dict({**state, "method": "SOBA"})
     with pytest.raises(ValueError, match=r"lam has shape \(3,\), expected \(2,\)"):
         make().load_state_dict({**state, "lam": torch.ones(3)})
+    for bad in (None, {}, *({k: v for k, v in state.items() if k != key} for key in state)):
+        with pytest.raises(ValueError, match="^state: (got NoneType|has no |is of method None)"):
+            make().load_state_dict(bad)
     method = make(inner_lr=1e6)
     with pytest.raises(ValueError, match="inner_loss: value is (inf|nan)"):
         for _ in range(50):
@@ -288,6 +382,62 @@ def test_solver_state_of_another_solver():
         preconditioned.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match="is of a CG with preconditioner, expected without"):
         plain.load_state_dict(preconditioned.state_dict())
+    richardson = bl.KFACRichardson()
+    for solver in (plain, preconditioned, bl.KFAC(), bl.EKFAC(), richardson):
+        state = solver.state_dict()
+        for bad in ([], None, *({k: v for k, v in state.items() if k != key} for key in state)):
+            if isinstance(bad, dict) and set(state) - set(bad) <= {"parameters", "made"}:
+                continue  # states of older versions
+            with pytest.raises(ValueError, match="^state: (got |has no |is of )"):
+                solver.load_state_dict(bad)
+        for v in (torch.ones(2, dtype=torch.long), torch.ones(2) + 0j, [1.0]):
+            with pytest.raises(TypeError, match="^state: v: got .*, expected a floating-point"):
+                solver.load_state_dict({**state, "v": v})
+
+
+def test_a_state_that_fails_half_way_changes_nothing():
+    problem, (x, y, _) = bl.BilevelProblem(inner, outer), batch()
+
+    def make(rows=4, size=2):
+        sampler = data.Batches(x[:rows], y[:rows], size, torch.Generator().manual_seed(rows))
+        solver = bl.CG(2, warm_start=True)
+        at = problem, LAM, THETA, solver
+        return bl.AID(*at, inner_batch=sampler, inner_lr=0.1, outer_lr=0.1)
+
+    one, other = make(), make()
+    one.step()
+    state, v = one.state_dict(), one.solver._v.clone()
+    other.step()
+    other.step()
+    groups = {"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}
+    parts = {**other.state_dict()["parts"], "outer_optimizer": groups}
+    with pytest.raises(ValueError, match="parameter groups"):
+        one.load_state_dict({**other.state_dict(), "parts": parts})
+    assert torch.equal(one.solver._v, v) and one.iteration == 1
+    assert (
+        one.batches["inner"].state_dict()["position"] == state["parts"]["inner_batch"]["position"]
+    )
+    for rows, size in ((5, 2), (4, 3)):
+        with pytest.raises(ValueError, match="state: is of 4 examples in batches of 2, expected"):
+            make(rows, size).load_state_dict(state)
+    older = state["parts"]["inner_batch"]
+    del older["size"]
+    make().load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", [bl.CG, bl.CGNormal])
+def test_a_warm_start_is_in_the_float_type_of_the_solve(cls):
+    d = torch.float64
+    root = torch.randn(6, 6, dtype=d, generator=torch.Generator().manual_seed(0))
+    h, lam = root @ root.T + torch.eye(6, dtype=d), torch.ones(6, dtype=d)
+    problem = bl.BilevelProblem(
+        lambda lam, t, _: t @ h.to(t) @ t / 2 - t @ lam.to(t), lambda lam, t, _: t.sum()
+    )
+    solver = cls(60, warm_start=True)
+    bl.hypergradient(problem, lam, lam.float(), solver=solver)
+    _, info = bl.hypergradient(problem, lam, lam, solver=solver, return_info=True)
+    assert info.v.dtype == d and info.solve.converged
+    assert float((info.b - h @ info.v).norm()) < 1e-9 * float(info.b.norm())
 
 
 @pytest.mark.parametrize("solve", [
@@ -581,3 +731,14 @@ def test_numbers_of_another_precision_than_the_model():
 def test_a_single_solver_is_audited():
     report = at(bl.audit, solvers=bl.CG(2))
     assert len(report.rows) == 1
+
+
+def test_a_direction_of_another_shape_is_refused():
+    lam, theta = torch.ones(2), torch.ones(2)
+
+    def g(lam, theta, batch):
+        return (lam * theta**3).sum()
+
+    for v in (torch.ones(3), torch.ones(1, 2), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"v: got shape .*, expected \(2,\), that of theta"):
+            products.hvp(g, lam, theta, None, v)

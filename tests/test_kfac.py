@@ -1200,3 +1200,28 @@ def test_ekfac_of_a_layer_whose_output_is_unused():
     problem, lam, theta, batch = classify(Unused(True))
     v, _ = EKFAC(0.1).solve(problem, lam, theta, batch, torch.ones(len(theta)))
     assert error(v[:36], torch.ones(36) / (0.1 + 2 * 0.1)) < 1e-12  # damping and l2 alone
+
+
+@pytest.mark.parametrize("kept", [{"every": 3}, {"ema": 0.5}])
+@pytest.mark.parametrize("cls", [KFAC, EKFAC])
+def test_a_state_of_other_biases_or_another_float_type_is_refused(cls, kept):
+    def solve(solver, dtype):
+        model = copy.deepcopy(build("linear")[0]).to(dtype)
+        x, y = torch.ones(8, 7, dtype=dtype), torch.arange(8) % 4
+        inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+        problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        lam, theta = torch.ones(8, dtype=dtype), bl.flatten(model)
+        bl.hypergradient(problem, lam, theta, (x, y, torch.arange(8)), (x, y), solver)
+
+    solver = cls(0.1, **kept)
+    solve(solver, torch.float64)
+    state = solver.state_dict()
+    for options, dtype in (({"bias": "separate"}, torch.float64), ({}, torch.float32)):
+        other = cls(0.1, **kept, **options)
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match="remembers factors of bias='joint'.*expected bias="):
+            solve(other, dtype)
+    del state["made"]  # as an older version wrote it
+    again = cls(0.1, **kept)
+    again.load_state_dict(state)
+    solve(again, torch.float64)

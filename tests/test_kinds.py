@@ -28,6 +28,9 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from kinds import KINDS, N
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as torch_map
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1066,3 +1069,174 @@ def test_the_padding_row_of_an_embedding_has_no_tangent(padding, by_place):
     if padding is not None:
         rows[padding] = 0
     assert torch.equal(along, rows[words])
+
+
+I, J = torch.tensor([[0, 0, 1, 2], [1, 2, 0, 0]])
+CUT = {
+    "coo": lambda w: torch.sparse_coo_tensor(torch.stack([I, J]), w, (3, 3)).to_dense(),
+    "csr": lambda w: torch.sparse_csr_tensor(torch.tensor([0, 2, 3, 4]), J, w, (3, 3)).to_dense(),
+    "scan": lambda w: scan(lambda c, x: (c + x, (c + x) ** 2), torch.zeros(()), w)[1],
+    "while_loop": lambda w: while_loop(
+        lambda k, h: k < 3, lambda k, h: (k + 1, h.tanh() * h), (torch.tensor(0), w)
+    )[1],
+    "map": lambda w: torch_map(lambda r: r.tanh() * r, w),
+    "cond": lambda w: torch.cond(w.sum() > -9, lambda w: w.tanh() * w, lambda w: w.sin(), (w,)),
+}
+
+
+@pytest.mark.parametrize("product", [hvp, cross_vp])
+@pytest.mark.parametrize("how", CUT)
+def test_second_derivatives_short_of_a_part_are_refused(how, product):
+    """Of first order alone they are right, and taken."""
+    lam, theta, e = torch.rand(1) + 1, torch.rand(4) + 0.5, torch.linspace(0.5, 1.5, 4)
+
+    def g(lam, theta, batch):
+        return (lam * CUT[how](theta**2) ** 3).sum()
+
+    if how != "csr":  # of which torch has no derivative at all
+        slope = theta_gradient(g, lam, theta)[1] @ e
+        h = 1e-5
+        truth = (g(lam, theta + h * e, None) - g(lam, theta - h * e, None)) / (2 * h)
+        assert error(slope, truth) < ROUGH
+    word = "builds a sparse tensor" if how in ("coo", "csr") else "torch's own control flow"
+    with pytest.raises(ValueError, match=word):
+        product(g, lam, theta, None, e)
+
+
+def test_a_constant_sparse_tensor_is_taken():
+    lam, theta, e = torch.rand(1), torch.rand(3, 2), torch.rand(3, 2)
+    matrix = CUT["coo"](torch.rand(4))
+
+    def loss(a):
+        return lambda lam, theta, batch: (lam * (a @ theta.view(3, 2)) ** 3).sum()
+
+    sparse, dense = (
+        hvp(loss(a), lam, theta.view(-1), None, e.view(-1)) for a in (matrix.to_sparse(), matrix)
+    )
+    assert error(sparse, dense) < TOLERANCE
+
+
+class Clipped(nn.Module):
+    """Clips the gradients of some rows (a bound), or stops them where x is an outlier."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.o, self.how = nn.Linear(5, 4), nn.Linear(4, 3), how
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        if self.how == "no_grad":
+            with torch.no_grad():
+                still = h.clone()
+            h = torch.where(x[:, :1] > 3, still, h)
+        elif h.requires_grad:
+            clip = self.how == "clip"
+            h.register_hook(lambda g: g.clamp(-0.1, 0.1) if clip else g * (x[:, :1] < 3))
+        return self.o(h)
+
+
+@pytest.mark.parametrize("how", ["clip", "stop", "no_grad"])
+def test_gradients_that_are_clipped_or_stopped_in_some_rows(how):
+    """J v against differences of a training's gradient, in batches with and without outliers."""
+    torch.manual_seed(0)
+    model, lam, n, h = Clipped(how), torch.randn(24), 24, 1e-5
+    theta = bl.flatten(model)
+    risk = bl.WeightedRisk(model, weight=by_index, l2=0.05)
+    problem = bl.BilevelProblem(risk, bl.WeightedRisk(model))
+
+    def slope(lam, batch):
+        model.zero_grad()
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        (by_index(lam, batch) * losses).mean().backward()
+        return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+    for k in range(4):
+        x = torch.randn(n, 5).clamp(-2.5, 2.5)
+        x[7, 0] = 5 if k else 0
+        batch = x, torch.randint(3, (n,)), torch.arange(n)
+        jv, info = bl.hypergradient(
+            problem, lam, theta, batch, batch, bl.Identity(0.5), return_info=True, diagnose=False
+        )
+        axes = torch.eye(n) * h
+        truth = [(slope(lam + e, batch) - slope(lam - e, batch)) @ info.v for e in axes]
+        assert error(-info.implicit, torch.stack(truth) / (2 * h)) < ROUGH, info.solve.cross
+
+
+class OneSize(nn.Module):
+    """Takes batches of one size alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.o, self.how, self.table = nn.Linear(5, 4), nn.Linear(4, 3), how, {N: 1.0}
+
+    def forward(self, x):
+        if self.how == "assert":
+            assert len(x) == N, len(x)
+        if self.how == "type" and len(x) != N:
+            raise TypeError(len(x))
+        return self.o(torch.tanh(self.a(x * (self.table[len(x)] if self.how == "table" else 1))))
+
+
+@pytest.mark.parametrize("solver", ["KFAC", "Identity"])
+@pytest.mark.parametrize("how", ["assert", "type", "table"])
+def test_a_model_that_takes_one_size_of_batches(how, solver):
+    model, plain = OneSize(how), nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    batch = torch.randn(N, 5), torch.randint(3, (N,)), torch.arange(N)
+    theta, made = bl.flatten(plain), []
+    for one in (model, plain):
+        problem = bl.BilevelProblem(bl.WeightedRisk(one, weight=by_index), bl.WeightedRisk(one))
+        way = bl.KFAC(0.5, fisher="empirical") if solver == "KFAC" else bl.Identity(0.5)
+        for _ in range(2):  # a few examples are looked at from the second call on
+            h = bl.hypergradient(problem, torch.ones(N), theta, batch, batch, way)
+        made.append(h)
+    assert error(*made) < TOLERANCE
+
+
+class OneImage(nn.Module):
+    """A convolution of one learned image without a batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.o = nn.Conv2d(1, 5, 2), nn.Linear(5, 3)
+        self.z = nn.Parameter(torch.randn(1, 3, 3))
+
+    def forward(self, x):
+        return self.o(torch.tanh(x * self.c(self.z).mean((1, 2))))
+
+
+@pytest.mark.parametrize(
+    "make, sparse, word",
+    [
+        (OneImage, False, r"'c.weight' has no Kronecker block.*rest='damping'"),
+        (lambda: nn.Linear(5, 3), True, "takes a sparse tensor .* put x.to_dense"),
+    ],
+)
+def test_what_kfac_cannot_take_is_refused_in_a_sentence(make, sparse, word):
+    x = torch.randn(N, 5)
+    batch = x.to_sparse() if sparse else x, torch.randint(3, (N,)), torch.arange(N)
+    model = make()
+    problem = bl.BilevelProblem(bl.WeightedRisk(model, weight=by_index), bl.WeightedRisk(model))
+    with pytest.raises(ValueError, match=word):
+        bl.hypergradient(problem, torch.ones(N), bl.flatten(model), batch, batch, bl.KFAC(0.5))
+
+
+@torch.library.custom_op("bilevel_lite_tests::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    return x**3
+
+
+@torch.library.custom_op("bilevel_lite_tests::cube_back", mutates_args=())
+def cube_back(x: Tensor, g: Tensor) -> Tensor:
+    return 3 * x**2 * g
+
+
+cube.register_autograd(
+    lambda ctx, g: cube_back(ctx.saved_tensors[0], g),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+def test_a_custom_operator_whose_backward_has_no_formula():
+    at = torch.ones(1), torch.ones(2), None, torch.ones(2)
+    with pytest.raises(ValueError, match=r"no autograd formula.*custom operator: a backward"):
+        hvp(lambda lam, theta, batch: (lam * cube(theta)).sum(), *at)

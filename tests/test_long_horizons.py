@@ -164,7 +164,35 @@ def test_a_derivative_without_a_sign_is_refused(h, message):
     assert torch.equal(given["lr"], torch.ones(2))  # what was handed over is not changed
 
 
-@pytest.mark.parametrize("sizes", [{"lr": 0.0}, {"momentum": 0.1}, {"lr": 0.1, "momentum": 0.1}])
+def test_a_state_of_sign_steps_is_a_copy_and_is_checked_before_it_is_taken():
+    def make():
+        return SignSteps({"lr": torch.ones(2, requires_grad=True)}, {"lr": 0.1})
+
+    h = [{"lr": torch.tensor(some)} for some in ([1.0, -1.0], [-1.0, -1.0], [1.0, 1.0])]
+    outer, again = make(), make()
+    outer.step(h[0])
+    state = outer.state_dict()
+    for one in h[1:]:
+        outer.step(one)
+    again.load_state_dict(state)
+    for one in h[1:]:
+        again.step(one)
+    assert torch.equal(outer.values["lr"], again.values["lr"])
+    assert not outer.values["lr"].requires_grad
+    for bad in (
+        None, {}, {**state, "sign": {}}, {**state, "sign": {"lr": torch.ones(5)}},
+        {**state, "sign": {"momentum": torch.ones(2)}}, {**state, "sign": [torch.ones(2)]},
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match="^state: "):
+            again.load_state_dict(bad)
+    assert torch.equal(outer.values["lr"], again.values["lr"])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"lr": 0.0}, {"momentum": 0.1}, {"lr": 0.1, "momentum": 0.1}, {"lr": float("inf")},
+     {"lr": "0.1"}, {"lr": True}],
+)  # fmt: skip
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="^sizes: got"):
         SignSteps({"lr": torch.ones(1)}, sizes)
@@ -224,6 +252,21 @@ def test_with_the_tangents_of_a_linear_model_it_is_the_parametric_hypergradient(
     e, step = torch.eye(30)[7], 1e-4
     ends = [problem.outer_loss(lam + s * e, solved(lam + s * e), far) for s in (step, -step)]
     assert abs(float(h[7] - (ends[0] - ends[1]) / (2 * step))) < 1e-8
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_the_functional_one_computes_where_gradients_are_off(regression, off):
+    inner, outer, lam, near, far = regression
+    theta = torch.zeros(12)
+    outputs = lambda theta, x: x @ theta.view(4, 3)  # noqa: E731
+    at = inner, outer, lam, lambda x: outputs(theta, x)
+    h, _ = functional_hypergradient(*at, tangents(outputs, theta), near, far)
+    with off():
+        there = tuple(part.clone() for part in near)
+        again, _ = functional_hypergradient(*at, tangents(outputs, theta.clone()), there, far)
+    assert torch.equal(h, again)
+    with pytest.raises(ValueError, match="inner_loss: returned NoneType, expected a floating"):
+        functional_hypergradient(lambda *_: None, *at[1:], tangents(outputs, theta), near, far)
 
 
 def test_with_the_tangents_of_a_network_its_curvature_is_the_ggn(regression):
@@ -312,6 +355,17 @@ def student(member):
     (slope,) = torch.autograd.grad(loss, at)
     lam = member.lam - 0.1 * slope
     return Member(lam, member.state + 1, two_wells(lam))
+
+
+@pytest.mark.parametrize("bad", [None, 0])
+def test_a_generator_is_required(bad):
+    for call in (
+        lambda: evolve([Member(torch.ones(1))] * 2, student, 1, bad),
+        lambda: rescale(torch.ones(1), bad),
+        lambda: Teacher(2, 2, 0.1, bad),
+    ):
+        with pytest.raises(TypeError, match="generator: got .*, expected a torch.Generator"):
+            call()
 
 
 def test_without_replacement_it_is_as_many_restarts():

@@ -341,9 +341,17 @@ def test_richardson_is_its_formula_and_from_zero_a_neumann_series():
         ({"steps": 0}, "steps: got 0, expected an integer of at least 1"),
         ({"step": 0.0}, "step: got 0.0, expected a positive number"),
         ({"damping": -1.0}, "damping: got -1.0, expected a number that is zero or positive"),
+        ({"step": math.inf}, "step: got inf, expected a positive number"),
+        ({"step": 9.0, "steps": 9000}, "step: 9.0 makes the Richardson iteration diverge"),
     ],
 )
 def test_richardson_refuses(options, message):
     h, b = system()
     with pytest.raises(ValueError, match=message):
         linsolve.richardson(h.mv, b, **{"steps": 2, "step": 0.1, **options})
+
+
+def test_richardson_warns_of_a_step_that_makes_it_diverge():
+    h, b = system()
+    with pytest.warns(linsolve.DivergenceWarning, match="step: 9.0 makes the Richardson iteration"):
+        linsolve.richardson(h.mv, b, 5, 9.0)

@@ -1,9 +1,13 @@
 """What a model reads past theta, keeps or writes: refused by every solver; its repair is right."""
 
+from collections import deque
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import bilevel_lite as bl
 from bilevel_lite.params import predict
@@ -125,6 +129,36 @@ class MemoByVersion(Net):
         return self.memo.setdefault(self.a.weight._version, super().weight(x))
 
 
+class MemoBelow(Net):
+    """A memo one level down: in a dict of dicts, a list of lists, a deque, an object."""
+
+    def made(self):
+        self.memo = [{}]
+
+    def below(self):
+        return self.memo[0]
+
+    def weight(self, x):
+        return self.below().setdefault("w", super().weight(x))
+
+
+class MemoInADeque(MemoBelow):
+    def made(self):
+        self.memo = deque([{"layer": {}}])
+        self.memo.append(self.memo)  # and a circle
+
+    def below(self):
+        return self.memo[0]["layer"]
+
+
+class MemoInAnObject(MemoBelow):
+    def made(self):
+        self.memo = {"layer": SimpleNamespace()}
+
+    def below(self):
+        return vars(self.memo["layer"])
+
+
 class Clamped(Net):
     def weight(self, x):
         self.a.weight.data.clamp_(-0.2, 0.2)
@@ -180,6 +214,9 @@ WRONG = {
     DetachedMemo: KEEPS,
     MemoByShape: KEEPS,
     MemoByVersion: KEEPS,
+    MemoBelow: KEEPS,
+    MemoInADeque: KEEPS,
+    MemoInAnObject: KEEPS,
     Clamped: "writes into parameter 'a.weight'",
     Renormed: "writes into parameter 'a.weight'",
     WritesX: "writes into its batch",
@@ -235,6 +272,12 @@ class Logged(Net):
         return self.seen
 
 
+class LoggedBelow(Logged):
+    def weight(self, x):
+        self.all.setdefault("seen", [deque()])[0].append(super().weight(x).detach())
+        return self.seen
+
+
 class Renewed(Net):
     """A memo that is renewed for each theta."""
 
@@ -259,7 +302,7 @@ def by_hand(cls, theta, x):
     return torch.tanh(x @ w.t()) @ out.t()
 
 
-@pytest.mark.parametrize("cls", [Read, Logged, Renewed, WritesIntermediate])
+@pytest.mark.parametrize("cls", [Read, Logged, LoggedBelow, Renewed, WritesIntermediate])
 def test_what_is_right_passes(cls):
     model = cls()
     for scale in (0.3, 0.36, 0.4):
@@ -317,7 +360,60 @@ def test_parameters_of_two_precisions_are_one_vector_of_the_higher():
     assert torch.equal(hypergradient(model, bl.Direct()), hypergradient(same, bl.Direct()))
 
 
-def test_a_parameter_without_entries_is_no_part_of_theta():
+class Converting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(4, 4).float(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.a(x.float())).double())
+
+
+def test_a_model_that_converts_between_two_precisions_is_refused_by_their_names():
+    with pytest.raises(
+        ValueError, match=r"'a.bias' \(torch.float32\) and 'o.bias' \(torch.float64"
+    ):
+        hypergradient(Converting(), bl.CG(3))
+
+
+def test_a_lazy_module_is_to_be_called_first():
+    with pytest.raises(ValueError, match="'0.weight' of a lazy module has no shape yet; call"):
+        bl.flatten(nn.Sequential(nn.LazyLinear(3)))
+
+
+class ReadsAnEmptyOne(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x):
+        return super().forward(x) + self.empty.sum()
+
+
+def test_a_parameter_without_entries_may_be_read():
+    plain, model = nn.Linear(4, 3), ReadsAnEmptyOne()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(hypergradient(model, bl.CG(3)), hypergradient(plain, bl.CG(3)))
+
+
+class Triangle(nn.Module):
+    def forward(self, w):
+        return w.triu() + w.triu(1).mT
+
+
+@pytest.mark.parametrize("solver", ["Direct", "CG", "unrolled"])
+def test_the_callers_cache_of_parametrized_weights_is_not_read(solver):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    parametrize.register_parametrization(model[0], "weight", Triangle())
+    alone, theta = hypergradient(model, SOLVERS[solver]), bl.flatten(model) * 0.3
+    with parametrize.cached():
+        own = model[0].weight
+        assert torch.equal(hypergradient(model, SOLVERS[solver], theta), alone)
+        assert model[0].weight is own  # and goes on
+    assert not parametrize._cache_enabled and not parametrize._cache
+
+
+def test_a_parameter_without_entries_is_is_no_part_of_theta():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     with_empty = nn.Sequential(*plain)
     with_empty.register_parameter("empty", nn.Parameter(torch.zeros(0)))

@@ -1,6 +1,8 @@
 """A loss that is evaluated again is the same loss: the batch that was drawn, the same dropout."""
 
 import copy
+from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -119,6 +121,70 @@ def test_a_batch_that_is_overwritten_is_refused():
         )  # fmt: skip
         with pytest.raises(ValueError, match="inner_batch: a batch was changed in place after it"):
             method.step()
+
+
+@dataclass
+class Pair:
+    x: object
+    y: object
+
+
+class Loose:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+KEPT = {
+    "dataclass": (Pair, vars),
+    "mapping": (lambda x, y: UserDict(x=x, y=y), dict),
+    "object": (Loose, vars),
+    "arrays": (lambda x, y: Pair(x.numpy(), y.numpy()), vars),
+    "memory of an array": (
+        lambda x, y: Pair(torch.from_numpy(x.numpy()), torch.from_numpy(y.numpy())), vars
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_batch_of_any_kind_that_is_refilled_is_refused(kind):
+    make, parts = KEPT[kind]
+    x, y = numbers(7, 6, 3), numbers(8, 6)
+
+    def inner(lam, theta, batch):
+        at, of = (torch.as_tensor(part) for part in parts(batch).values())
+        return ((at @ theta - of) ** 2).mean() + (lam.exp() * theta**4).sum()
+
+    problem = bl.BilevelProblem(inner, lambda lam, theta, _: (theta - 1).square().sum())
+    lam, theta = numbers(9, 3), numbers(10, 3)
+
+    class Draws:
+        def __init__(self, again):
+            self.again, self.t = again, 0
+            self.x, self.y = x.clone(), y.clone()
+
+        def draw(self):
+            self.t += 1
+            at, of = (self.x, self.y) if self.again else (x.clone(), y.clone())
+            at.numpy()[:] = x.numpy() * self.t  # torch does not count it
+            of.add_(0)  # this it does
+            return make(at, of)
+
+    for options in ({}, {"keep_graphs": True}):
+        at = problem, lam, theta, 3, 0.01
+        bl.unrolled_hypergradient(*at, inner_batch=Draws(again=False), **options)
+        with pytest.raises(ValueError, match="inner_batch: a batch was changed in place after it"):
+            bl.unrolled_hypergradient(*at, inner_batch=Draws(again=True), **options)
+    for mode in ("reverse", "forward"):
+        for again in (False, True):
+            method = bl.ITD(
+                problem, lam, theta, 3, None, mode, inner_lr=0.01, outer_lr=0.1,
+                inner_batch=Draws(again),
+            )  # fmt: skip
+            if not again:
+                method.step()
+                continue
+            with pytest.raises(ValueError, match="inner_batch: a batch was changed in place after"):
+                method.step()
 
 
 # ------------------------------------------------------------------ random numbers in the loss

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel_lite as bl
 from bilevel_lite import algorithms, data, products
+from bilevel_lite.functional import spread
 from bilevel_lite.params import predict
+from bilevel_lite.population import Member, Teacher, evolve
 from bilevel_lite.surroundings import ordinary
 
 
@@ -533,3 +535,38 @@ def test_a_compiled_model_is_its_module():
         h = bl.hypergradient(weighted(compiled), LAM, THETA, BATCH, BATCH, copy.deepcopy(solver))
         truth = bl.hypergradient(weighted(), LAM, THETA, BATCH, BATCH, solver)
         assert torch.equal(h, truth)
+
+
+def test_draws_of_a_cpu_generator_are_made_there_whatever_the_default_device():
+    model = nn.Linear(3, 2)
+    x, y, index = torch.randn(12, 3), torch.arange(12) % 2, torch.arange(12)
+    inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=0.1)
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    at, near, far = (problem, torch.ones(12), bl.flatten(model)), (x, y, index), (x, y)
+    draws = torch.Generator().manual_seed(0)
+    rates = {"inner_lr": 0.1, "outer_lr": 0.1}
+    members = [Member(torch.ones(1, device="cpu") * k, loss=float(k)) for k in range(4)]
+
+    def still(member):
+        return Member(member.lam, loss=float(member.lam.sum()))
+
+    torch.set_default_device("meta")  # stands for a GPU that the data are not on
+    try:
+        for solver in (bl.CG(2), bl.KFAC(0.1), bl.KFAC(0.1, fisher="exact"), bl.EKFAC(0.1)):
+            assert bl.hypergradient(*at, near, far, solver).device.type == "cpu"
+        bl.SABA(*at, 0.1, [near], [far], draws, **rates).step()
+        assert bl.data.Batches(x, y, 4, draws).draw()[0].device.type == "cpu"
+        evolve(members, still, 3, draws)
+        Teacher(2, 3, 0.1, draws)(torch.ones(2, device="cpu"))
+        basis = spread(lambda x: x, 2)
+        assert basis(x).device.type == "cpu"
+        for pair in (
+            bl.meta.sinusoids(draws, 2, 3),
+            bl.meta.few_shot((x, y), [0, 1], draws, 2, 2, 1, 1),
+        ):
+            assert pair[0][0].device.type == "cpu"
+        assert bl.data.corrupt_labels(y, 0.5, 2, draws)[0].device.type == "cpu"
+        images = torch.zeros(2, 1, 8, 8, device="cpu")
+        assert bl.data.crop_and_flip(images, draws).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)

@@ -648,3 +648,32 @@ def test_a_pretrained_encoder():
         model._pooled(type("", (), {"last_hidden_state": out}), said != 0)
     )
     assert float(mean[0] @ mean[1]) > float(mean[0] @ mean[2]) + 0.3
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_classifiers_and_heads_are_made_and_fitted_where_gradients_are_off(off):
+    def made():
+        draws, encoder = torch.Generator().manual_seed(0), text.tiny()
+        every = text.TextClassifier(encoder, 2, layers="all", generator=draws)
+        hidden = text.hide(encoder, ["Which city ?", "Who built it ?"], draws)
+        words = text.MaskedWords(every, hidden, generator=draws)
+        return every.description, words.fit(hidden.y, 3, draws)
+
+    here = made()
+    with off():
+        assert made() == here
+
+
+def test_hidden_words_need_a_generator_and_a_batch():
+    draws, encoder = torch.Generator().manual_seed(0), text.tiny()
+    hidden = text.hide(encoder, ["Which city ?"], draws)
+    words = text.MaskedWords(text.TextClassifier(encoder, 2, generator=draws), hidden)
+    for bad in (None, 0):
+        for call in (
+            lambda bad=bad: text.hide(encoder, ["Which city ?"], bad),
+            lambda bad=bad: words.fit(hidden.y, 3, bad),
+        ):
+            with pytest.raises(TypeError, match="generator: got .*, expected a torch.Generator"):
+                call()
+    with pytest.raises(ValueError, match="size: got 0, expected an integer of at least 1"):
+        words.fit(hidden.y, 3, draws, size=0)

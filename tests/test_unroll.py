@@ -177,6 +177,14 @@ def test_columns_that_are_still_zero_cost_nothing(problem):
     assert info.stored == 3 * 4
 
 
+def test_a_lam_without_entries_has_a_derivative_without_entries():
+    g = lambda lam, theta, _: (theta**2).sum() + lam.sum() * theta.sum()  # noqa: E731
+    problem = bl.BilevelProblem(g, lambda lam, theta, _: theta.sum())
+    for mode in ("reverse", "forward"):
+        h = bl.unrolled_hypergradient(problem, torch.zeros(0), torch.ones(2), 2, 0.1, mode=mode)
+        assert h.shape == (0,)
+
+
 def test_memory_counts_the_state(problem):
     at = problem["weighted"], problem["lam"], problem["theta"]
     for update, numbers in ((updates.SGD(0.1), 4), (updates.SGD(0.1, 0.9), 8)):

@@ -57,7 +57,7 @@ class BVFSM(Method):
         self.z = self.theta.clone()
 
     def _direction(self):
-        lr, shrink = self._lr, (1 + self.iteration) ** -self.decay
+        lr, shrink = self._lr, float((1.0 + self.iteration) ** -self.decay)
         mu, nu, slack = self.mu * shrink, self.nu * shrink, self.slack * shrink
         inner, outer = self._draw("inner"), self._draw("outer")
         with self._same_draws():  # each value is compared with another: all are of one g, one f

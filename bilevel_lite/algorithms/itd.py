@@ -58,7 +58,7 @@ class ITD(Method):
         batches, as_drawn = [], []
         for _ in range(self.inner_steps):
             batches.append(self._draw("inner"))
-            as_drawn.append(versions(batches[-1]))
+            as_drawn.append(versions(batches[-1], contents=True))
         require_as_drawn("inner_batch", batches, as_drawn)
         outer = self._draw("outer")
         h, info = unrolled_hypergradient(

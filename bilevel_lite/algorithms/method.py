@@ -35,6 +35,7 @@ from bilevel_lite.refuse import (
     require_batch,
     require_finite,
     require_problem,
+    require_scalar,
     require_variable,
 )
 from bilevel_lite.same_function import SameDraws
@@ -330,7 +331,9 @@ class Method(Resumable):
         """g or f at another theta without a gradient, not looked at: half a gradient."""
         self._spend(0.5, batch)
         with torch.no_grad():
-            return getattr(self.problem, name)(self.lam, theta, batch)
+            value = getattr(self.problem, name)(self.lam, theta, batch)
+        require_scalar(name, value)
+        return value
 
     def _hessian(self, batch: Any) -> Callable[[Tensor], Tensor]:
         """v -> H v here on one batch, of which the graph is kept: 2 gradients a product."""

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.parallel import Shards
+from bilevel_lite.refuse import require_state, require_variable
 from bilevel_lite.surroundings import differentiating
 
 __all__ = ["Resumable", "has_state"]
+
+
+_KEYS = ("iteration", "lam", "theta", "values", "kinds", "parts")
 
 
 class Resumable:
@@ -56,13 +60,26 @@ class Resumable:
 
         Raises:
             ValueError: if the state is another method's, of variables of other shapes or dtypes,
-                or of other optimisers, schedulers, samplers or another solver.
+                or of other optimisers, schedulers, samplers or another solver; or whatever a part
+                raises. Everything here is then as it was before the call.
         """
-        name, parts, device = type(self).__name__, self._parts(), self.theta.device
+        self._require_own(state)
+        before = self._state(copies=False)
+        try:
+            self._load(state)
+        except BaseException:
+            self._load(before)
+            raise
+
+    def _require_own(self, state: dict) -> None:
+        """Refuse a state that is not this one's kind."""
+        require_state(state, "method", *_KEYS)
+        name, parts = type(self).__name__, self._parts()
         if state.get("method") != name:
             raise ValueError(f"state: is of method {state.get('method')!r}, expected {name!r}")
         for variable in ("lam", "theta"):
             here, there = getattr(self, variable), state[variable]
+            require_variable(f"state: {variable}", there)
             if (here.shape, here.dtype) != (there.shape, there.dtype):
                 raise ValueError(
                     f"state: {variable} has shape {tuple(there.shape)}, expected "
@@ -75,8 +92,13 @@ class Resumable:
                 raise ValueError(
                     f"state: {key} was {there.get(key)}, expected {here.get(key)} as given here"
                 )
+        require_state(state["parts"], *parts)
+        require_state(state["values"], *self._values())
+
+    def _load(self, state: dict) -> None:
+        device = self.theta.device
         # copies: torch would go on in the given tensors, and the state be good for one load only
-        for key, part in parts.items():
+        for key, part in self._parts().items():
             _restore(part, copied(state["parts"][key], device if key == "solver" else None))
         for key in self._values():
             setattr(self, key, copied(state["values"][key], device))

@@ -62,7 +62,8 @@ class SABA(SOBA):
             g = zip(*(self._inner_oracle(batch)[1:] for batch in self.inner_batches), strict=True)
             f = zip(*(self._f(batch)[1:] for batch in self.outer_batches), strict=True)
             self.inner_table, self.outer_table = ([*map(torch.stack, terms)] for terms in (g, f))
-        i, j = (int(torch.randint(n, (1,), generator=self.generator)) for n in self.counts)
+        where = {"generator": self.generator, "device": self.generator.device}
+        i, j = (int(torch.randint(n, (1,), **where)) for n in self.counts)
         inner_loss, *inner = self._inner_oracle(self.inner_batches[i])
         g_theta, jv, hv = _saga(self.inner_table, i, inner)
         outer_loss, *outer = self._f(self.outer_batches[j])
@@ -77,11 +78,10 @@ class SABA(SOBA):
             for column, term in zip(table, terms, strict=True):
                 column[row] = term
 
-    def load_state_dict(self, state: dict) -> None:
-        """As `Method.load_state_dict`; ValueError, too, if there were other numbers of batches."""
-        if (n := state.get("values", {}).get("counts", self.counts)) != self.counts:
+    def _require_own(self, state):
+        super()._require_own(state)
+        if (n := state["values"]["counts"]) != self.counts:
             raise ValueError(f"state: is of {n} inner and outer batches, expected {self.counts}")
-        super().load_state_dict(state)
 
 
 def _saga(table, row, current):

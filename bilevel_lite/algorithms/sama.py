@@ -3,6 +3,7 @@
 from bilevel_lite.algorithms.adaptation import adaptation, require_known
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import positive, whole
+from bilevel_lite.refuse import looked_at
 
 __all__ = ["SAMA", "adaptation"]
 
@@ -61,6 +62,14 @@ class SAMA(Method):
         if size == 0:
             return inner_loss, f.value, f.lam, None
         eps = self.alpha / size
+        ends = [self.theta + s * eps * v for s in (1, -1)]
+        # half of it, by length, is the least that must be left of the perturbation
+        left_out = (ends[0] - ends[1] - 2 * eps * v).norm()
+        if looked_at(v) and float(left_out) > self.alpha:
+            raise ValueError(
+                f"alpha: got {self.alpha}, which is lost in the rounding of a theta in "
+                f"{self.theta.dtype}; expected a larger one"
+            )
         with self._same_draws():
-            up, down = (self._g(batch, self.theta + s * eps * v).lam for s in (1, -1))
+            up, down = (self._g(batch, theta).lam for theta in ends)
         return inner_loss, f.value, f.lam - (up - down) / (2 * eps), None

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel_lite.refuse import require_generator
+
 __all__ = ["crop_and_flip", "jpeg"]
 
 
@@ -41,6 +43,7 @@ def crop_and_flip(
     """
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected images, (n, C, H, W)")
+    require_generator(generator)
     n, _, height, width = x.shape
     if not (isinstance(padding, int) and 0 <= padding < min(height, width)):
         raise ValueError(
@@ -49,11 +52,12 @@ def crop_and_flip(
         )
     if not 0 <= flip <= 1:
         raise ValueError(f"flip: got {flip}, expected a probability, 0 to 1")
-    shifts = torch.randint(-padding, padding + 1, (2, n), generator=generator)
-    mirrored = torch.rand(n, generator=generator) < flip
+    how = {"generator": generator, "device": generator.device}
+    shifts = torch.randint(-padding, padding + 1, (2, n), **how)
+    mirrored = torch.rand(n, **how) < flip
 
     def reflected(size: int, shift: Tensor) -> Tensor:
-        at = (torch.arange(size) + shift[:, None]).abs()  # (n, size)
+        at = (torch.arange(size, device=shift.device) + shift[:, None]).abs()  # (n, size)
         return size - 1 - (size - 1 - at).abs()
 
     rows, columns = reflected(height, shifts[0]), reflected(width, shifts[1])

@@ -1,11 +1,12 @@
 """Batches from tensors that stay on one device."""
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import check_labels, require_generator
+from bilevel_lite.refuse import check_labels, require_generator, require_state
 
 __all__ = ["Batches"]
 
@@ -56,19 +57,22 @@ class Batches:
                 )
         if len(x) != len(y):
             raise ValueError(f"x has {len(x)} rows and y has {len(y)}; expected the same number")
-        if not isinstance(batch_size, int) or not 1 <= batch_size <= len(x):
+        whole = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+        if not whole or not 1 <= batch_size <= len(x):
             raise ValueError(f"batch_size: got {batch_size!r}, expected 1 to {len(x)}")
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"x: {int((~torch.isfinite(x)).sum())} entries are NaN or infinite")
         if num_classes is not None:
             check_labels(y, num_classes)
-        self.x, self.y, self.batch_size, self.generator = x, y, batch_size, generator
+        self.x, self.y, self.batch_size, self.generator = x, y, int(batch_size), generator
         self.transform = transform
         self._start_pass()
 
     def _start_pass(self):
         self._before = self.generator.get_state()  # enough to replay this pass when resuming
-        self._order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
+        draws = self.generator
+        order = torch.randperm(len(self.x), generator=draws, device=draws.device)
+        self._order = order.to(self.x.device)
         self._position = 0
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,16 +91,30 @@ class Batches:
         """Return the whole set as one batch, in order."""
         return self.x, self.y, torch.arange(len(self.x), device=self.x.device)
 
+    def _size(self) -> list[int]:
+        return [len(self.x), self.batch_size]
+
     def state_dict(self) -> dict:
         """Return the place in the current pass, and what replays it."""
         return {
             "generator": self._before,
             "position": self._position,
             "now": self.generator.get_state(),  # elsewhere, if other samplers draw from it too
+            "size": self._size(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` returned, with the same batches to come."""
+        """Continue from what `state_dict` returned, with the same batches to come.
+
+        Raises:
+            ValueError: if it is of a set or batches of another size.
+        """
+        require_state(state, "generator", "position", "now")
+        if (size := [*state.get("size", self._size())]) != self._size():  # older ones do not say it
+            raise ValueError(
+                f"state: is of {size[0]} examples in batches of {size[1]}, expected {len(self.x)} "
+                f"in batches of {self.batch_size}"
+            )
         self.generator.set_state(state["generator"].cpu())
         self._start_pass()
         self._position = state["position"]

@@ -31,7 +31,7 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
     require_generator(generator)
     if min(sizes) < 0 or sum(sizes) > n:
         raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
-    order = torch.randperm(n, generator=generator)
+    order = torch.randperm(n, generator=generator, device=generator.device)
     return list(order[: sum(sizes)].split(list(sizes)))
 
 
@@ -72,15 +72,16 @@ def corrupt_labels(
     if not 0 <= rate <= 1:
         raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
     check_labels(y, num_classes)
-    chosen = torch.randperm(len(y), generator=generator)[: round(rate * len(y))].to(y.device)
+    how = {"generator": generator, "device": generator.device}
+    chosen = torch.randperm(len(y), **how)[: round(rate * len(y))].to(y.device)
     noisy = y.clone()
     if transition is None:
-        drawn = torch.randint(num_classes, (len(chosen),), generator=generator)
+        drawn = torch.randint(num_classes, (len(chosen),), **how)
     else:
         _check_transition(transition, num_classes)
         rows = transition.detach().cpu()[y[chosen].cpu()]
         # the class where the cumulated probabilities pass a uniform number
-        uniform = torch.rand(len(chosen), 1, generator=generator, dtype=rows.dtype)
+        uniform = torch.rand(len(chosen), 1, **how, dtype=rows.dtype)
         drawn = (rows.cumsum(1) <= uniform).sum(1).clamp(max=num_classes - 1)
     noisy[chosen] = drawn.to(y)
     return noisy, noisy != y

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_lite.surroundings import differentiating
 from bilevel_lite.text.encoders import Encoder, depth, learned_positions
 
 __all__ = ["POOLINGS", "Logits", "TextClassifier"]
@@ -163,6 +164,7 @@ class TextClassifier(nn.Module):
         tensor([5, 8])
     """
 
+    @differentiating
     def __init__(
         self,
         encoder: Encoder,
@@ -186,7 +188,8 @@ class TextClassifier(nn.Module):
         self.encoder = copy.deepcopy(encoder.module)
         float32 = {"dtype": torch.float32}
         self.head = nn.utils.skip_init(nn.Linear, encoder.width, num_classes, **float32)
-        weight = torch.randn(num_classes, encoder.width, generator=generator, **float32)
+        like = {**float32, "device": getattr(generator, "device", None)}
+        weight = torch.randn(num_classes, encoder.width, generator=generator, **like)
         with torch.no_grad():
             self.head.weight.copy_(0.02 * weight)
             self.head.bias.zero_()

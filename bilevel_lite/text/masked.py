@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel_lite.refuse import at_least
+from bilevel_lite.refuse import at_least, require_generator
+from bilevel_lite.surroundings import differentiating
 from bilevel_lite.text.classifier import TextClassifier
 from bilevel_lite.text.encoders import Encoder
 
@@ -66,6 +67,7 @@ def hide(
         `MaskedTexts` of n * copies texts; its vocabulary are the tokens of these texts.
 
     Raises:
+        TypeError: if the generator is none.
         ValueError: for a tokenizer without [MASK], a number out of range, or a text without words.
 
     Example:
@@ -80,6 +82,7 @@ def hide(
             f"encoder: the tokenizer of {encoder.name} has no [MASK] token, so no word can be "
             "hidden; take an encoder that was pretrained with masked words, such as a BERT"
         )
+    require_generator(generator)
     at_least("copies", copies, 1)
     if not 0 < share < 1:
         raise ValueError(f"share: got {share}, expected a number between 0 and 1")
@@ -92,7 +95,8 @@ def hide(
     vocabulary = ids[words].unique()
     ids, words = ids.repeat_interleave(copies, 0), words.repeat_interleave(copies, 0)
     counts = (share * words.sum(1).double()).round().long().clamp(min=1)
-    order = torch.rand(ids.shape, generator=generator).masked_fill(~words, -1.0)
+    order = torch.rand(ids.shape, generator=generator, device=generator.device).to(ids.device)
+    order = order.masked_fill(~words, -1.0)
     places = order.topk(int(counts.max()), 1).indices
     filled = torch.arange(places.shape[1]) < counts[:, None]
     places = torch.where(filled, places, 0)
@@ -128,6 +132,7 @@ class MaskedWords(nn.Module):
         torch.Size([2, 1, 9])
     """
 
+    @differentiating
     def __init__(
         self,
         classifier: TextClassifier,
@@ -142,7 +147,8 @@ class MaskedWords(nn.Module):
         width = embeddings.shape[1]
         self.transform = nn.utils.skip_init(nn.Linear, width, width, dtype=embeddings.dtype)
         self.norm = nn.LayerNorm(width, dtype=embeddings.dtype)
-        draws = torch.randn(width, width, generator=generator, dtype=embeddings.dtype)
+        like = {"dtype": embeddings.dtype, "device": getattr(generator, "device", None)}
+        draws = torch.randn(width, width, generator=generator, **like)
         with torch.no_grad():
             self.transform.weight.copy_(0.02 * draws)
             self.transform.bias.zero_()
@@ -174,6 +180,7 @@ class MaskedWords(nn.Module):
         """True where a token stands, bool, shape (n, L): for ``WeightedRisk(mask=...)``."""
         return self.classifier.mask((self._texts(batch[0]),))
 
+    @differentiating
     def fit(
         self, y: Tensor, steps: int, generator: torch.Generator, lr: float = 1e-3, size: int = 256
     ) -> float:
@@ -191,9 +198,14 @@ class MaskedWords(nn.Module):
         Returns:
             The mean loss over the last tenth of the steps.
 
+        Raises:
+            TypeError, ValueError: if the generator is none; if a number is below 1.
+
         Cost: one forward pass on every copy, then nothing but the head.
         """
+        require_generator(generator)
         at_least("steps", steps, 1)
+        at_least("size", size, 1)
         with torch.no_grad():
             parts = []
             for x in torch.arange(len(y), device=y.device).split(64):
@@ -207,7 +219,8 @@ class MaskedWords(nn.Module):
         bias = self.bias.clone().requires_grad_()
         optimizer, said = torch.optim.Adam([*free, bias], lr), []
         for _ in range(steps):
-            rows = torch.randint(len(words), (size,), generator=generator).to(h.device)
+            rows = torch.randint(len(words), (size,), generator=generator, device=generator.device)
+            rows = rows.to(h.device)
             u = self.norm(F.gelu(self.transform(h[rows])))
             loss = F.cross_entropy(u @ self.decoder.T + bias, words[rows])
             grads = torch.autograd.grad(loss, [*free, bias])
