@@ -517,6 +517,24 @@ def test_what_chapter_16_says_of_the_stored_study():
     assert max(apart) == pytest.approx(2.6, abs=0.05)
 
 
+def test_what_chapter_16_says_of_the_large_study():
+    rows = joined(bl.experiment.stored("unlearnable_cifar10_lenet_10000")["runs"])
+    found = {name: unlearnable_figures.accuracies(row) for name, row in rows.items()}
+    assert found["em-25"]["none"] == pytest.approx([19.7, 17.6], abs=0.06)
+    for name, lost in {
+        "em-25": (30.15, 25.1, 20.2), "kfac-25": (17.2, 7.2, 6.65), "cg-3-25": (16.3, 5.4, 7.5),
+        "identity-25": (13.3, 4.6, 9.2), "bome-25": (7.2, 3.6, 2.2), "random-25": (2.3, 6.3, 0.4),
+    }.items():  # fmt: skip
+        for kind, points in zip(("none", "augment", "jpeg"), lost, strict=True):
+            off = found["clean"][kind][0] - found[name][kind][0]
+            assert off == pytest.approx(points, abs=0.06), (name, kind)
+    ends = {name: [run["last"]["inner_loss"] for run in row["runs"]] for name, row in rows.items()}
+    fitted = [ends[name][0] for name in ("em-25", "kfac-25", "cg-3-25", "identity-25")]
+    assert max(fitted) < 0.065 and ends["bome-25"][0] == pytest.approx(1.0, abs=0.05)
+    probes = [found[name]["probe"][0] for name in ("kfac-25", "cg-3-25", "identity-25")]
+    assert 62.5 < min(probes) < max(probes) < 74.5
+
+
 def test_a_sign_step_goes_down_by_its_size_in_every_number():
     p, still = (torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0])) for _ in range(2))
     optimizer = methods.Sign([p, still], lr=0.25)

@@ -77,6 +77,7 @@ def study(panels, clean):
     ``panels[radius][noise]`` and ``clean`` are test accuracies in % by victim, one for each seed.
     """
     figure, axes = plotting.figure(len(panels), height=2.9, sharey=True)
+    axes = np.atleast_1d(axes)  # one radius has one panel, no array of them
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
     for ax, (radius, rows) in zip(axes, panels.items(), strict=True):
         for k, (key, (color, marker, words)) in enumerate(VICTIMS.items()):

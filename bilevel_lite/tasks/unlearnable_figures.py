@@ -27,6 +27,7 @@ def draw_study(stored: dict) -> Any:
             if name.endswith(f"-{radius}")
         }
         for radius in sorted(RADII, reverse=True)
+        if any(name.endswith(f"-{radius}") for name in rows)
     }
     with plt.rc_context(STYLE):
         return ch16.study(panels, rows["clean"])
