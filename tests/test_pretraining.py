@@ -607,6 +607,56 @@ def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_what_chapter_14_says_of_scierc():
+    rows = fresh("pretraining_sciie")
+    assert len(rows) == 10 and all(
+        [r["seed"] for r in row["runs"]] == [1, 2, 3] for row in rows.values()
+    )
+    runs = [run for row in rows.values() for run in row["runs"]]
+    for key, low, high in (("test_accuracy", 53.5, 63.5), ("test_f1", 18, 37)):
+        found = [100 * run[at][key] for run in runs for at in ("best", "last")]
+        assert low < min(found) < max(found) < high
+    moves = [
+        abs(one["test_f1"] - other["test_f1"])
+        for run in runs
+        for one, other in zip(run["history"], run["history"][1:], strict=False)
+    ]
+    assert 100 * max(moves) == pytest.approx(17.5, abs=0.1)
+    third = [row["runs"][2] for row in rows.values()]
+    assert all(100 * run["best"]["test_f1"] > 34.5 for run in third)
+    assert all(18 < 100 * run["last"]["test_f1"] < 25.5 for run in third)
+
+    def less(one, other, at):
+        pairs = zip(rows[one]["runs"], rows[other]["runs"], strict=True)
+        return [100 * (a[at]["test_f1"] - b[at]["test_f1"]) for a, b in pairs]
+
+    kfac = "kfac-empirical"
+    assert less(kfac, "fixed", "best") == pytest.approx([0.8, -1.2, 0.4], abs=0.06)
+    assert less(kfac, "none", "best") == pytest.approx([-0.2, -5.1, 0.0], abs=0.06)
+    for one, other in (("fixed", "none"), (kfac, "none"), (kfac, "fixed"), (kfac, "frozen"),
+                       (kfac, f"{kfac}-on-train"), (kfac, "sama")):  # fmt: skip
+        both = less(one, other, "best") + less(one, other, "last")
+        assert min(both) < 0 < max(both)
+    looks = range(8)
+    for name, row in rows.items():  # no row leads at most looks of all seeds
+        ahead = [
+            all(row["runs"][k]["history"][t]["test_f1"] >= rival["runs"][k]["history"][t]["test_f1"]
+                for rival in rows.values())
+            for k in range(3) for t in looks
+        ]  # fmt: skip
+        assert sum(ahead) <= 12, name
+    middle = {
+        name: [run["weighing"]["weights"][1] for run in row["runs"]]
+        for name, row in rows.items() if "sama" in name or "identity" in name or kfac in name
+    }  # fmt: skip
+    for name in ("identity", kfac):
+        pairs = zip(middle[f"{name}-on-train"], middle[name], strict=True)
+        assert all(train > held for train, held in pairs)
+        assert all(1.1 < w < 1.65 for w in middle[f"{name}-on-train"])
+        assert all(0.85 < w < 1.35 for w in middle[name])
+    assert all(0.95 < w < 1.25 for name in ("sama", "sama-on-train") for w in middle[name])
+
+
 @real
 def test_looking_texts_up_has_the_scores_that_the_chapter_says():
     found = {}
