@@ -83,8 +83,8 @@ METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHO
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12185),
     "methods": ([*METHODS.values()], 930),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1330),
-    "meta-learning": ([PACKAGE / "meta.py"], 490),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1335),
+    "meta-learning": ([PACKAGE / "meta.py"], 495),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 670),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3350),
