@@ -4,11 +4,11 @@ Nothing in torch asks for that. A parameter that is kept in a list is trained li
 a constant where theta stands in for the modules' parameters; a constraint by ``.data`` goes round
 the count of writes; a weight that is computed once and kept belongs to the theta of that call. Each
 model is looked at in its evaluation 1, 2, 4, 8 ...; what is kept outside of the model (a global
-dict) is not seen.
+dict, an attribute of its class) is not seen.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bilevel_lite.refuse import recording
+from bilevel_lite.refuse import attributes, recording
 from bilevel_lite.same_function import (
     OWN,
     containers,
@@ -170,7 +170,7 @@ def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict, list]]:
     kept, seen = [], set()
     for module in model.modules():
         own = {k: a for k, a in vars(module).items() if k not in OWN}
-        inside = [(held, copy(held)) for a in own.values() for held in containers(a, seen)]
+        inside = [(held, _kept_in(held)) for a in own.values() for held in containers(a, seen)]
         kept.append((module, own, inside))
     return kept
 
@@ -183,5 +183,24 @@ def _put_back(kept: list[tuple[nn.Module, dict, list]]) -> None:
         for held, was in inside:
             now, before = parts_of(held), parts_of(was)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
-                held.clear()
-                (held.extend if isinstance(was, list | deque) else held.update)(was)
+                _put_into(held, was)
+
+
+def _kept_in(held: Any) -> Any:
+    """A copy of a container; of an object its attributes by name."""
+    container = isinstance(held, MutableMapping | list | tuple | set | deque)
+    return copy(held) if container else attributes(held)
+
+
+def _put_into(held: Any, was: Any) -> None:
+    if isinstance(held, list | deque):
+        held.clear()
+        held.extend(was)
+    elif isinstance(held, MutableMapping | set):
+        held.clear()
+        held.update(was)
+    else:
+        for name in attributes(held).keys() - was.keys():
+            object.__delattr__(held, name)
+        for name, value in was.items():
+            object.__setattr__(held, name, value)

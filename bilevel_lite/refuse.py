@@ -4,13 +4,14 @@ Options say their own range (`bilevel_lite.options`); here is every other guard 
 module needs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import isclass, ismodule, isroutine
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 from zlib import crc32
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 __all__ = [
     "NotFinite",
     "at_least",
+    "attributes",
     "check_labels",
     "every_look",
     "every_look_on",
@@ -31,6 +33,7 @@ __all__ = [
     "require_bias",
     "require_finite",
     "require_generator",
+    "require_number",
     "require_problem",
     "require_rest",
     "require_scalar",
@@ -172,6 +175,8 @@ def versions(value: Any, contents: bool = False, nested: int = 2) -> Any:
 
     Torch's own count. It does not count for tensors of ``inference_mode``, nor what NumPy writes:
     with ``contents`` there is a checksum of such, and objects are entered by their attributes.
+
+    Cost: nothing; of a checksum a pass over the bytes.
     """
     if isinstance(value, Tensor):
         count = 0 if value.is_inference() else value._version
@@ -184,13 +189,27 @@ def versions(value: Any, contents: bool = False, nested: int = 2) -> Any:
         parts = value
     elif not contents or isinstance(value, int | float | complex | str):
         return value if contents else 0
-    elif (found := _checksum(value)) or not hasattr(value, "__dict__"):
+    elif found := _checksum(value):
         return found
-    elif isclass(value) or isroutine(value) or ismodule(value):
-        return 0
     else:
-        parts, nested = [*vars(value).values()], nested - 1
+        parts, nested = [*(attributes(value) or {}).values()], nested - 1
     return [versions(part, contents, nested) for part in parts] if nested >= 0 else 0
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """What an object holds, by name, in its ``__dict__`` or slots; None if it has no such place.
+
+    Classes, functions and modules are not looked into.
+    """
+    if isclass(value) or isroutine(value) or ismodule(value):
+        return None
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = {name for own in slots for name in ([own] if isinstance(own, str) else own)}
+    names -= {"__dict__", "__weakref__"}
+    if not (names or hasattr(value, "__dict__")):
+        return None
+    held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {**held, **getattr(value, "__dict__", {})}
 
 
 def _uncounted(value: Tensor) -> bool:
@@ -298,6 +317,18 @@ def check_labels(y: Tensor, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         bad = int(low) if low < 0 else int(high)
         raise ValueError(f"labels: found {bad}, expected integers from 0 to {num_classes - 1}")
+
+
+def require_number(name: str, value: Any, positive: bool = False, way_out: str = "") -> None:
+    """Refuse what is no finite number that is zero or positive; with ``positive`` zero, too.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf or (positive and value == 0):
+        expected = "a positive number" if positive else "a number that is zero or positive"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}{way_out}")
 
 
 def at_least(name: str, value: int, least: int) -> None:

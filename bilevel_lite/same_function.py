@@ -10,7 +10,7 @@ pass leaves in the model's attributes may be a memo, read as a constant by the n
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.refuse import recording
+from bilevel_lite.refuse import attributes, recording
 from bilevel_lite.trust import doubling, known_code, low_precision, still
 
 __all__ = [
@@ -189,30 +189,28 @@ def moved_since(model: nn.Module, before: dict[str, Any]) -> list[str]:
 _LIBRARY = sys.stdlib_module_names - {"types"}  # whose objects keep no memo of a model's
 
 
-def _container(value: Any) -> Any:
-    """A container, or what holds the attributes of an object of the model's own; else None."""
-    if isinstance(value, dict | list | tuple | set | deque):
-        return value
-    if isinstance(value, Tensor | nn.Module | type):
+def parts_of(value: Any) -> list[Any] | None:
+    """What a container, or an object of the model's own, holds (no keys); None for all else."""
+    if isinstance(value, MutableMapping):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | deque):
+        return list(value)
+    library = type(value).__module__.partition(".")[0] in _LIBRARY
+    if library or isinstance(value, Tensor | nn.Module | type):
         return None
-    ours = type(value).__module__.partition(".")[0] not in _LIBRARY
-    return getattr(value, "__dict__", None) if ours else None
-
-
-def parts_of(container: Any) -> list[Any]:
-    """What a container holds, the keys of a dict left out."""
-    return list(container.values() if isinstance(container, dict) else container)
+    held = attributes(value)
+    return None if held is None else list(held.values())
 
 
 def containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The containers in a value, one in another: at most 300, and none that was ``seen``."""
+    """What holds something in a value, one in another: at most 300, and none that was ``seen``."""
     left, most = [value], len(seen) + 300
     for one in left:
-        held = _container(one)
-        if held is not None and id(held) not in seen and len(seen) < most:
-            seen.add(id(held))
-            left += [p for p in parts_of(held) if not isinstance(p, int | str | float | None)]
-            yield held
+        parts = parts_of(one)
+        if parts is not None and id(one) not in seen and len(seen) < most:
+            seen.add(id(one))
+            left += [p for p in parts if not isinstance(p, int | str | float | None)]
+            yield one
 
 
 def _mark(value: Any, seen: set[int]) -> list[Any]:
@@ -222,7 +220,7 @@ def _mark(value: Any, seen: set[int]) -> list[Any]:
         marks.append(len(parts))
         for part in parts:
             version = part._version if isinstance(part, Tensor) and not part.is_inference() else 0
-            marks += [None if _container(part) is not None else part, version]
+            marks += [part if parts_of(part) is None else None, version]
     return marks
 
 

@@ -28,6 +28,7 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from kinds import KINDS, N
 from torch import Tensor, nn
+from torch._higher_order_ops import associative_scan
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -1101,6 +1102,30 @@ def test_second_derivatives_short_of_a_part_are_refused(how, product):
     word = "builds a sparse tensor" if how in ("coo", "csr") else "torch's own control flow"
     with pytest.raises(ValueError, match=word):
         product(g, lam, theta, None, e)
+
+
+@pytest.mark.parametrize("how", ["scan", "while_loop", "map", "cond"])
+def test_control_flow_is_seen_in_the_graph_too(how, monkeypatch):
+    """Where it came by a name that no mode sees."""
+    monkeypatch.setattr(exact, "steers", lambda function: False)
+    w = torch.rand(4, requires_grad=True)
+    with pytest.raises(ValueError, match="torch's own control flow"):
+        exact.exactly(lambda w: CUT[how](w).sum(), w)
+
+
+def test_an_associative_scan_is_right():
+    lam, theta, e = torch.rand(1) + 1, torch.rand(4) + 0.5, torch.linspace(0.5, 1.5, 4)
+
+    def scanned(lam, theta, batch):
+        out = associative_scan(torch.mul, theta[None] ** 2, 1, combine_mode="generic")
+        return (lam * out**2).sum()
+
+    def plain(lam, theta, batch):
+        return (lam * torch.stack([(theta[: k + 1] ** 2).prod() for k in range(4)]) ** 2).sum()
+
+    for product in (hvp, cross_vp):
+        along, truth = (product(g, lam, theta, None, e) for g in (scanned, plain))
+        assert error(along, truth) < TOLERANCE
 
 
 def test_a_constant_sparse_tensor_is_taken():

@@ -1,6 +1,6 @@
 """What a model reads past theta, keeps or writes: refused by every solver; its repair is right."""
 
-from collections import deque
+from collections import UserDict, deque
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +159,28 @@ class MemoInAnObject(MemoBelow):
         return vars(self.memo["layer"])
 
 
+class Slots:
+    """An object without a dict of attributes."""
+
+    __slots__ = ("kept", "seen")
+
+
+class MemoInSlots(MemoBelow):
+    def made(self):
+        self.memo = [Slots()]
+
+    def weight(self, x):
+        (memo,) = self.memo
+        if not hasattr(memo, "kept"):
+            memo.kept = super(MemoBelow, self).weight(x)
+        return memo.kept
+
+
+class MemoInAMapping(MemoBelow):
+    def made(self):
+        self.memo = [UserDict()]
+
+
 class Clamped(Net):
     def weight(self, x):
         self.a.weight.data.clamp_(-0.2, 0.2)
@@ -217,6 +239,8 @@ WRONG = {
     MemoBelow: KEEPS,
     MemoInADeque: KEEPS,
     MemoInAnObject: KEEPS,
+    MemoInSlots: KEEPS,
+    MemoInAMapping: KEEPS,
     Clamped: "writes into parameter 'a.weight'",
     Renormed: "writes into parameter 'a.weight'",
     WritesX: "writes into its batch",
@@ -278,6 +302,19 @@ class LoggedBelow(Logged):
         return self.seen
 
 
+class LoggedInSlots(Logged):
+    """What it keeps there, a list and a mapping beside it, is put back as it was."""
+
+    def made(self):
+        super().made()
+        self.slots, self.more = Slots(), UserDict(n=0)
+
+    def weight(self, x):
+        self.slots.seen = super().weight(x).detach()
+        self.more["n"] += 1
+        return super().weight(x)
+
+
 class Renewed(Net):
     """A memo that is renewed for each theta."""
 
@@ -302,7 +339,9 @@ def by_hand(cls, theta, x):
     return torch.tanh(x @ w.t()) @ out.t()
 
 
-@pytest.mark.parametrize("cls", [Read, Logged, LoggedBelow, Renewed, WritesIntermediate])
+@pytest.mark.parametrize(
+    "cls", [Read, Logged, LoggedBelow, LoggedInSlots, Renewed, WritesIntermediate]
+)
 def test_what_is_right_passes(cls):
     model = cls()
     for scale in (0.3, 0.36, 0.4):

@@ -134,7 +134,15 @@ class Loose:
         self.x, self.y = x, y
 
 
+class Tight:
+    __slots__ = ("x", "y")
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
 KEPT = {
+    "slots": (Tight, lambda batch: {"x": batch.x, "y": batch.y}),
     "dataclass": (Pair, vars),
     "mapping": (lambda x, y: UserDict(x=x, y=y), dict),
     "object": (Loose, vars),
