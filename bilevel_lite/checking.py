@@ -12,7 +12,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from bilevel_lite.refuse import (
     at_least,
     require_batch,
     require_generator,
+    require_number,
     require_problem,
     require_variable,
 )
@@ -183,7 +183,8 @@ def check(
     require_variable("lam", lam)
     require_variable("theta", theta)
     for name, number in (("rtol", rtol), ("eps", eps)):
-        _require_positive(name, number)
+        if number is not None:
+            require_number(name, number, positive=True)
     if num_directions is not None:
         at_least("num_directions", num_directions, 1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -268,11 +269,6 @@ def check(
     if verbose:
         print(report)
     return report
-
-
-def _require_positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
-        raise ValueError(f"{name}: got {value!r}, expected a positive number")
 
 
 def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
@@ -417,8 +413,8 @@ def finite_difference_hypergradient(
     require_problem(problem)
     require_variable("lam", lam)
     require_batch("outer_batch", outer_batch, problem.outer_loss)
-    _require_positive("eps", eps)
     eps = torch.finfo(lam.dtype).eps ** (1 / 3) if eps is None else eps
+    require_number("eps", eps, positive=True)
     lam, outer_batch = ordinary(lam.detach()), ordinary(outer_batch)
     rows = directions
     if rows is None:

@@ -437,9 +437,8 @@ def _numbers(generator: torch.Generator | None, like: Tensor, labels: bool) -> T
     where = "cpu" if generator is None else generator.device
     new = torch.empty(like.shape, dtype=like.dtype, device=where)
     new = (new.exponential_ if labels else new.normal_)(generator=generator)
-    if (
-        like.device.type == "cuda" and new.device.type == "cpu"
-    ):  # from pinned memory the copy waits for nothing
+    # from pinned memory the copy waits for nothing
+    if like.device.type == "cuda" and new.device.type == "cpu":
         return new.pin_memory().to(like.device, non_blocking=True)
     return new.to(like.device)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import require_finite, require_variable
+from bilevel_lite.refuse import require_finite, require_number, require_variable
 from bilevel_lite.surroundings import differentiating, ordinary
 
 __all__ = ["functional_hypergradient", "spread", "tangents"]
@@ -101,8 +101,7 @@ def functional_hypergradient(
         tensor(2.)
     """
     require_variable("lam", lam)
-    if not isinstance(damping, int | float) or not damping >= 0:
-        raise ValueError(f"damping: got {damping}, expected a number that is zero or positive")
+    require_number("damping", damping)
     lam = lam.detach().clone().requires_grad_()
     inner_batch, outer_batch = ordinary(inner_batch), ordinary(outer_batch)
     with torch.no_grad():

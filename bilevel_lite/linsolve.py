@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.products import COST, dot
-from bilevel_lite.refuse import NotFinite, at_least, looked_at
+from bilevel_lite.refuse import NotFinite, at_least, looked_at, require_number
 
 __all__ = [
     "DivergenceWarning",
@@ -103,7 +103,7 @@ class _Watched:
     """v -> (H + damping I) v, which counts its products and notes the curvature it meets."""
 
     def __init__(self, matvec: Operator, damping: float):
-        _require_number("damping", damping, "a number that is zero or positive")
+        require_number("damping", damping)
         self.matvec, self.damping, self.products = matvec, damping, 0
         self.low, self.high = math.inf, -math.inf
 
@@ -140,12 +140,6 @@ def _sizes(residual: float, b_norm: float) -> tuple[float, float]:
 def _require_finite(what: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise NotFinite(f"{what} is not finite, or too large for its norm")
-
-
-def _require_number(name: str, value: float, expected: str, least: float = 0.0) -> None:
-    """Refuse what is not finite, or below ``least``."""
-    if not least <= value < math.inf:
-        raise ValueError(f"{name}: got {value}, expected {expected}")
 
 
 def _start(x0: Tensor | None, b: Tensor) -> Tensor:
@@ -201,7 +195,7 @@ def cg(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
-    _require_number("tol", tol, "a finite number that is zero or positive")
+    require_number("tol", tol)
     apply = _Watched(matvec, damping)
     precondition = precondition or (lambda r: r)
     v = _start(x0, b)
@@ -281,7 +275,7 @@ def cg_normal(
         tensor([0.2000, 0.6000])
     """
     at_least("iters", iters, 1)
-    _require_number("tol", tol, "a finite number that is zero or positive")
+    require_number("tol", tol)
     apply = _Watched(matvec, damping)
     v = _start(x0, b)
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
@@ -358,7 +352,7 @@ def neumann(
         tensor([0.2000, 0.6000])
     """
     at_least("terms", terms, 1)
-    _require_number("step", step, "a positive number", math.ulp(0.0))
+    require_number("step", step, positive=True)
     apply = _Watched(matvec, damping)
     p = b.clone()
     total = b.clone()
@@ -457,7 +451,7 @@ def richardson(
         tensor([0.2000, 0.6000])
     """
     at_least("steps", steps, 1)
-    _require_number("step", step, "a positive number", math.ulp(0.0))
+    require_number("step", step, positive=True)
     apply = _Watched(matvec, damping)
     v = _start(x0, b) if x0 is not None and bool(x0.any()) else None
     first = None

@@ -38,7 +38,13 @@ from torch.utils._pytree import tree_map
 from bilevel_lite import products
 from bilevel_lite.exact import exactly
 from bilevel_lite.linsolve import NegativeCurvatureWarning
-from bilevel_lite.refuse import at_least, require_finite, require_generator, require_variable
+from bilevel_lite.refuse import (
+    at_least,
+    require_finite,
+    require_generator,
+    require_number,
+    require_variable,
+)
 from bilevel_lite.same_function import due, random_state, restore_random_state, was_the_same
 from bilevel_lite.surroundings import (
     differentiating,
@@ -102,10 +108,8 @@ def adapt(
     """
     tasks = _require(lam, support)
     at_least("steps", steps, 1)
-    if not lr > 0:
-        raise ValueError(f"lr: got {lr}, expected a positive number")
-    if not tau >= 0:
-        raise ValueError(f"tau: got {tau}, expected a number that is zero or positive")
+    require_number("lr", lr, positive=True)
+    require_number("tau", tau)
     if theta is not None:
         _require_theta(theta, tasks, lam)
     slope = vmap(grad(partial(exactly, loss)))
@@ -241,8 +245,7 @@ def imaml(
         tensor([-0.5000])
     """
     tasks = _require(lam, support, query)
-    if not tau > 0:
-        raise ValueError(f"tau: got {tau}, expected a positive number; without an anchor use maml")
+    require_number("tau", tau, positive=True, way_out="; without an anchor use maml")
     at_least("iters", iters, 1)
     _require_theta(theta, tasks, lam)
 

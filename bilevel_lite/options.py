@@ -28,6 +28,7 @@ class Option:
         search: Where to search: two numbers are the ends of a logarithmic scale, anything else is
             a list of choices; None if it is not searched for.
         none: True if it may be None.
+        endless: True if it may be infinite.
         error: What is raised where it does not fit.
     """
 
@@ -37,16 +38,15 @@ class Option:
     help: str = ""
     search: tuple | None = None
     none: bool = False
+    endless: bool = False
     error: type[Exception] = ValueError
 
     def check(self, name: str, value: Any, none: bool = False) -> None:
-        """Refuse a value that does not fit: "NAME: got VALUE, expected ...".
-
-        Infinity fits only where ``expected`` speaks of it, "or inf"."""
+        """Refuse a value that does not fit: "NAME: got VALUE, expected ..."."""
         try:
             fits = none if value is None else bool(self.fits(value))
             if isinstance(value, float) and math.isinf(value):
-                fits = fits and "or inf" in self.expected
+                fits = fits and self.endless
         except (TypeError, ValueError, RuntimeError):  # it cannot even be compared
             fits = False
         if not fits:
@@ -77,7 +77,7 @@ def not_negative(default: Any = MISSING, **more: Any) -> Any:
     """A finite number that is zero or positive."""
     return option(
         "a finite number that is zero or positive",
-        lambda v: _number(v) and 0 <= v < math.inf,
+        lambda v: _number(v) and v >= 0,
         default,
         **more,
     )

@@ -322,7 +322,7 @@ def test_a_richer_basis_is_the_hypergradient_of_functions():
         ({"inner_loss": lambda lam, h, b: -h.square().sum(1) + lam}, "not convex"),
         ({"inner_loss": lambda lam, h, b: lam}, "^inner_loss: does not depend on the predictions"),
         ({"outer_loss": lambda lam, h, b: torch.ones(10)}, "^outer_loss: does not depend"),
-        ({"damping": "a"}, "^damping: got a"),
+        ({"damping": "a"}, "^damping: got 'a'"),
         ({"inner_loss": lambda lam, h, b: h.sum()}, r"^inner_loss: got losses of shape \(\)"),
         (
             {"inner_loss": lambda lam, h, b: h.square().sum(1)},

@@ -144,7 +144,8 @@ def _why(error: Exception, answer, given) -> str:
         return f"The check cannot read this answer, of type {type(answer).__name__} ({said})"
     if error is given.failed:
         return f"Your code raised {said}"
-    return f"The check cannot use what your function returned, {given.returned} ({said})"
+    kind = "nothing" if given.kind is None else f"of type {given.kind.__name__}"
+    return f"The check cannot use what your function returned, {kind} ({said})"
 
 
 class _Answer:
@@ -155,7 +156,7 @@ class _Answer:
 
     def __init__(self, answer):
         self.answer, self.called, self.single = answer, False, False
-        self.failed, self.returned = None, "nothing"
+        self.failed, self.kind = None, None  # what was raised; of what type the result was
 
     def value(self):
         """The answer itself, where it is no function."""
@@ -185,7 +186,7 @@ class _Answer:
             raise NotAttempted
         if result is None:
             raise Wrong("Your function returned None: is a `return` missing?")
-        self.returned = f"of type {type(result).__name__}"
+        self.kind = type(result)
         return self.plain(result)
 
     def plain(self, value):

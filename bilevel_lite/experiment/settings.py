@@ -72,7 +72,7 @@ class Common:
     )
     baselines: int = setting(1, "also train what the task compares with; 0 does not")
     budget: float = option(
-        "at least 0 (0 or inf: no limit)", lambda v: v >= 0, 0.0,
+        "at least 0 (0 or inf: no limit)", lambda v: v >= 0, 0.0, endless=True,
         help="stop after so many gradients (of one inner batch), 0: no limit",
     )  # fmt: skip
 
