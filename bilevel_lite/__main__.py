@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 from bilevel_lite import __version__, models, plotting
@@ -67,6 +66,14 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Command(argparse.ArgumentParser):
+    """A command's options: no word is short for another, --seed not for --seeds; each once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.register("action", None, Once)
+
+
 def _defaults(name: str) -> str:
     """What a setting is where it is not given, in words: one value, or one for each dataset."""
     _, usual, _ = OPTIONS[name]
@@ -93,8 +100,7 @@ def parser() -> argparse.ArgumentParser:
     about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
     top = argparse.ArgumentParser(prog=prog, description=about)
     top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
-    whole = partial(argparse.ArgumentParser, allow_abbrev=False)  # --seed is not --seeds
-    commands = top.add_subparsers(dest="command", required=True, parser_class=whole)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Command)
 
     run = commands.add_parser(
         "hyperclean",
@@ -246,7 +252,6 @@ def parser() -> argparse.ArgumentParser:
             description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
             formatter_class=Help,
         )
-        one.register("action", None, Once)  # as are settings
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
             "--set", nargs="+", action="extend", metavar="NAME=VALUE",

@@ -399,9 +399,12 @@ def test_settings_that_are_given_twice(tmp_path, arguments, message, capsys):
 
 def test_options_given_twice_and_a_first_seed_too_large(tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit):
-        main(["run", "hyperclean", "--seed", "1", "--seed", "2", *out])
-    assert "argument --seed: is given twice" in capsys.readouterr().err
+    for command in (["run", "hyperclean"], ["hyperclean"], ["study", "ema"], ["grade", "x.ipynb"]):
+        word = "--seeds" if command[0] == "study" else "--seed"
+        with pytest.raises(SystemExit):
+            main([*command, word, "1", word, "1", *out])
+        assert f"argument {word}: is given twice" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
     over = ["--method", "aid-cg", "--over", "outer_lr=1:2", "outer_lr=1:3"]
     for words, message in (
         (["search", "hyperclean", *over, *out], "--over: outer_lr is given twice"),
