@@ -31,7 +31,8 @@ from bilevel_lite.auditing import audit
 from bilevel_lite.checking import check, finite_difference_hypergradient
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.hypergrad import hypergradient
-from bilevel_lite.kfac import KFAC, KFACRichardson
+from bilevel_lite.kfac import KFAC
+from bilevel_lite.kfac_richardson import KFACRichardson
 from bilevel_lite.linsolve import DivergenceWarning, NegativeCurvatureWarning
 from bilevel_lite.params import flatten, unflatten
 from bilevel_lite.problem import BilevelProblem

@@ -191,7 +191,7 @@ class EKFAC(KFAC):
     def _away(self, layers, group):  # nothing is left to factor
         return set()
 
-    def _block(self, layer, factors, tau, group=None):
+    def _block(self, layer, factors, tau, pending=None):
         """V -> U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T for one layer."""
         a, b, weight, bias = factors
         try:

@@ -270,7 +270,7 @@ class KFACPass:
 
 
 class _KFACRecorded:
-    """`bilevel_lite.kfac.PreparedKFAC` for one solve of which J v is asked, recorded or plain."""
+    """`kfac_solve.PreparedKFAC` for one solve of which J v is asked, recorded or plain."""
 
     def __init__(self, recordings, solver, problem, lam, theta, batch):
         self.recordings, self.at = recordings, (solver, problem, lam, theta, batch)

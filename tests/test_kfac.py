@@ -10,7 +10,8 @@ from torch import nn
 import bilevel_lite as bl
 from bilevel_lite import curvature, kronecker, linsolve, models, products, tape
 from bilevel_lite.ekfac import EKFAC, eigenvalue_correction, ekfac_operator
-from bilevel_lite.kfac import KFAC, KFACRichardson, estimate, kfac_factors, kfac_operator
+from bilevel_lite.kfac import KFAC, estimate, kfac_factors, kfac_operator
+from bilevel_lite.kfac_richardson import KFACRichardson
 
 OURS_TO_THEIRS = {"exact": "type-2", "mc": "mc", "empirical": "empirical"}
 

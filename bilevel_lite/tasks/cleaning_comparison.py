@@ -3,8 +3,8 @@
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.experiment import search as searching
 from bilevel_lite.experiment.methods import METHODS
-from bilevel_lite.experiment.search import Variant
-from bilevel_lite.kfac import KFAC, KFACRichardson
+from bilevel_lite.kfac import KFAC
+from bilevel_lite.kfac_richardson import KFACRichardson
 from bilevel_lite.models import FLAT
 from bilevel_lite.options import options_of
 from bilevel_lite.solvers import Neumann
@@ -112,7 +112,7 @@ def run(
         )
     if dataset not in SIZES:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(SIZES)}")
-    variants = [Variant(name, {"method": name}, searched(SPACES[name], model)) for name in methods]
+    variants = [searching.Variant(m, {"method": m}, searched(SPACES[m], model)) for m in methods]
     config = {"kind": "hyperclean_methods", "dataset": dataset, "model": model}
     search, final = {"budget": search_budget}, {"budget": budget}
     # not every method has inner steps that could run with BatchNorm in training mode

@@ -155,7 +155,7 @@ def not_the_label(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def flipped(y: Tensor, classes: int) -> Tensor:
-    """C - 1 - y: of ten digits 9 - y. (10 - y, as in the public code, makes a class 10 of 0.)"""
+    """C - 1 - y: of ten digits 9 - y. (10 - y, as in the paper, makes a class 10 of 0.)"""
     return classes - 1 - y
 
 
