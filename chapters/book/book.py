@@ -171,6 +171,7 @@ def command_execute(chapter: str | None, fresh: bool) -> int:
         old = nbformat.read(path, as_version=4)
         if not fresh and dumps(old) == path.read_text("utf-8") and essence(old) == essence(nb):
             nb = old
+            print("  only outputs that may differ would change: the stored ones stay (--fresh)")
         path.write_text(dumps(nb), encoding="utf-8", newline="\n")
         for problem in form.problems(nb, path):
             print(f"  form: {problem}")
