@@ -7,6 +7,7 @@ import form
 import nbformat
 import pages
 import pytest
+import torch
 
 from bilevel_lite import experiment
 from bilevel_lite.experiment.comparing import difference, fresh, memory_pairs
@@ -193,6 +194,25 @@ def test_minutes_are_those_of_the_chapter(path):
         ("core", "with *Going deeper*", "all exercises"), said.groups(), strict=True
     ):
         assert rows[f"{name}, min"][column] == (minutes or said[1]), name
+
+
+def test_the_first_example_runs_and_says_its_number(capsys):
+    code = re.search(r"## The package\n\n```python\n(.*?)```", README, re.DOTALL)[1]
+    before, names = torch.get_default_dtype(), {}
+    try:
+        exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    finally:
+        torch.set_default_dtype(before)
+    said = float(re.search(r"solver=bl.CG\(10\)\)  # (-?[\d.]+)", code)[1])
+    assert abs(float(names["h"]) - said) < 1e-4
+    assert capsys.readouterr().out.count("agrees to") == 2
+    # the hypergradient by hand: grad f . d theta* / d lam, from two solves a little apart
+    up, down = (
+        names["outer_loss"](None, names["solve"](names["lam"] + s), names["held"])
+        for s in (1e-5, -1e-5)
+    )
+    assert abs(float((up - down) / 2e-5) - said) < 1e-4
+    assert float(names["method"].lam) > -1  # h is negative
 
 
 def test_links_lead_somewhere():
