@@ -43,12 +43,7 @@ from bilevel_lite.risk import (
     same_terms,
 )
 from bilevel_lite.same_function import same_twice
-from bilevel_lite.surroundings import (
-    differentiating,
-    require_twice,
-    second_order,
-    way_out,
-)
+from bilevel_lite.surroundings import differentiating, require_twice, second_order, way_out
 from bilevel_lite.trust import known_code, numbers, tolerance, verdicts_of
 
 __all__ = [

@@ -188,9 +188,6 @@ class EKFAC(KFAC):
             for layer, a, b in zip(layers, made, made, strict=True)
         ]
 
-    def _away(self, layers, group):  # nothing is left to factor
-        return set()
-
     def _block(self, layer, factors, tau, pending=None):
         """V -> U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T for one layer."""
         a, b, weight, bias = factors
@@ -243,7 +240,7 @@ def ekfac_operator(
 ) -> Operator:
     """The undamped EKFAC matrix as an `Operator`, with 2 l2 on the diagonal.
 
-    The arguments and errors are those of `bilevel_lite.kfac.kfac_operator`.
+    The arguments and errors are those of `bilevel_lite.blocks.kfac_operator`.
 
     Cost: as an `EKFAC` solve.
 

@@ -13,6 +13,7 @@ where one batch was cut into terms with c_k = n_k / n. Positions that the risk's
 are left out of A; B needs no mask, since no gradient arrives there.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,13 +28,7 @@ from bilevel_lite.params import unflatten
 from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
-from bilevel_lite.tape import (
-    Layer,
-    Tape,
-    output_columns,
-    places_of,
-    squared_gradients,
-)
+from bilevel_lite.tape import Layer, Tape, output_columns, places_of, squared_gradients
 
 __all__ = ["Estimate", "arrange", "estimate", "kfac_factors"]
 
@@ -307,12 +302,10 @@ def _global(term: Term, place: slice) -> slice:
     """A place in the term's own vector, in theta."""
     if term.part is None:
         return place
-    start = 0
-    for whole in term.part.places:
-        if start == place.start:
-            return whole
-        start += whole.stop - whole.start
-    raise AssertionError(place)
+    starts = itertools.accumulate(
+        (whole.stop - whole.start for whole in term.part.places), initial=0
+    )
+    return dict(zip(starts, term.part.places, strict=False))[place.start]
 
 
 def arrange(

@@ -7,7 +7,7 @@ For a layer z = W a (a with a 1 appended if the bias is joint), over examples an
 
     GGN block of W  ~  A (x) B,     (A (x) B) vec V = vec(B V A),     V shaped like W
 
-The probes s carry sqrt(sigma_i) (`bilevel_lite.curvature.output_probes`), A is unweighted.
+The probes s carry sqrt(sigma_i) (`bilevel_lite.curvature.Probes`), A is unweighted.
 Conventions are those of curvlinops ("expand" for convolutions).
 
 Damping. The inner problem's own l2 ||theta||^2 adds 2 l2 I to the curvature, exactly as damping
@@ -15,10 +15,10 @@ adds delta I. Both enter as one number tau = delta + 2 l2, by one of the rules o
 `bilevel_lite.kronecker`; parameters without a Kronecker block have a diagonal d, damped d + tau.
 
 A block whose A or B is zero (all weights zero, say) is the zero matrix, so its damped inverse is
-I / tau under every rule.
+I / tau under every rule; a separate bias has the block B, whatever A is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,19 +40,11 @@ from bilevel_lite.kronecker import (
     same_memory,
     spectra,
 )
-from bilevel_lite.options import (
-    again,
-    flag,
-    fraction,
-    instance,
-    not_negative,
-    one_of,
-    whole,
-)
+from bilevel_lite.options import again, flag, fraction, instance, not_negative, one_of, whole
 from bilevel_lite.parallel import Group, Sharded, apart, dealt, require_shared
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.products import COST, has_slopes
-from bilevel_lite.refuse import looked_at
+from bilevel_lite.refuse import looked_at, versions
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 from bilevel_lite.solvers import Solver
 from bilevel_lite.tape import Layer
@@ -88,10 +80,10 @@ class KFAC(Solver):
             convolutions, shared weights) get: ``"diagonal"``, the diagonal of the same Fisher, or
             ``"damping"``, v = b / tau, or ``"drop"``, v = 0 (then another inner problem is
             differentiated than by the other solvers). The diagnosis names them.
-        fixed_batch: Keep the eigendecomposition of A where a layer's input is the very tensor of
-            the last build: pays where the curvature batch never changes (first layers). With a new
-            batch at each call it costs an eigendecomposition each time instead. Nothing is kept
-            with ``ema``, under a mask, or where several terms of a sum have the layer.
+        fixed_batch: Keep the eigendecomposition of A where a layer's input is the batch's very
+            tensor, unchanged: pays where the curvature batch never changes (first layers). With a
+            new batch at each call it costs an eigendecomposition each time instead. Nothing is kept
+            with ``ema`` or a group, under a mask, or where several terms of a sum have the layer.
         generator: CPU generator for the draws; by default one with ``seed``, kept between calls.
         seed: Seed of that generator.
         group: The processes that share each batch, where the inner loss does not say it
@@ -161,7 +153,8 @@ class KFAC(Solver):
         """V -> (B + delta_B I)^-1 V (A + delta_A I)^-1 for one layer, by the damping rule."""
         a, b = factors
         try:
-            weight, bias = kronecker_inverse(a, b, tau, self.damping_rule, pending)
+            apart = layer.bias is not None and not layer.joint
+            weight, bias = kronecker_inverse(a, b, tau, self.damping_rule, pending, apart)
         except ValueError as error:
             raise ValueError(f"{error} (layer {layer.name!r})") from None
         return Block(layer, weight, bias, columns=None if a is None else a.inputs)
@@ -238,56 +231,47 @@ class KFAC(Solver):
 
     def _build(self, risk, done: Estimate, keep: bool) -> tuple[Iterable, Factorisations | None]:
         """Give the blocks' damped inverses; ``keep``: the tape is needed afterwards."""
-        diagonal, like = done.diagonal, done.passes[0].tape.theta
+        pairs, diagonal, memory = self._factors(done, keep), done.diagonal, self._memory
+        like = done.passes[0].tape.theta
         if self.every > 1 or self.ema:
-            self._remember(risk, done, keep)
-            diagonal, factors = self._memory.diagonal, self._memory.factors.__getitem__
-        elif batched(like):
-            factors = self._new(done, *self._parts(done), keep).pop
-        else:
-
-            def factors(name):
-                return self._new(done, [name], keep)[name]
-
+            self._remember(risk, done, pairs)
+            pairs = ((layer, memory.factors[layer.name]) for layer in done.layers)
+            diagonal = memory.diagonal
         group = None if done.part is None else done.part.group
-        return self._made(like, risk, done.layers, factors, done.rest, diagonal, group)
+        return self._made(like, risk, done.layers, pairs, done.rest, diagonal, group)
 
-    def _parts(self, done: Estimate) -> list[list[str]]:
-        """Names of layers whose factors are made together: all or, on a CPU, each by itself."""
-        names = [layer.name for layer in done.layers]
-        return [names] if batched(done.passes[0].tape.theta) else [[name] for name in names]
+    def _factors(self, done: Estimate, keep: bool) -> Iterator[tuple[Layer, tuple]]:
+        """Each layer's factors, as they are made: all together or, on a CPU, layer by layer.
 
-    def _new(self, done: Estimate, names: list[str], keep: bool) -> dict[str, tuple]:
-        """Layers' factors from the pass, of which (unless ``keep``) the inputs are then let go."""
-        layers = [layer for layer in done.layers if layer.name in names]
-        made = dict(zip(names, self._layer_factors(done, layers), strict=True))
-        for one, own in () if keep else (use for name in names for use in done.uses[name]):
-            del one.tape.calls[own.name]
-        return made
+        The inputs that they were made of are then let go, unless ``keep``.
+        """
+        together = batched(done.passes[0].tape.theta)
+        for layers in [done.layers] if together else [[layer] for layer in done.layers]:
+            made = self._layer_factors(done, layers)
+            for one, own in () if keep else (use for l in layers for use in done.uses[l.name]):
+                del one.tape.calls[own.name]
+            made.reverse()
+            yield from ((layer, made.pop()) for layer in layers)  # each let go when it is used
 
-    def _remember(self, risk, done: Estimate, keep: bool) -> None:
+    def _remember(self, risk, done: Estimate, pairs: Iterable[tuple[Layer, tuple]]) -> None:
         memory = self._memory
-        factors = {
-            name: owned(own, done)
-            for names in self._parts(done)
-            for name, own in self._new(done, names, keep).items()
-        }
+        factors = {layer.name: owned(own, done) for layer, own in pairs}
         diagonal = {
             name: self._mix(memory.diagonal.get(name), d) for name, d in done.diagonal.items()
         }
         memory.keep(risk, self._how(done.passes[0].tape.theta), factors, diagonal)
 
     def _made(
-        self, like: Tensor, risk, layers: list[Layer], factors, rest, diagonal, group=None
+        self, like: Tensor, risk, layers: list[Layer], pairs, rest, diagonal, group=None
     ) -> tuple[Iterable[Block | DiagonalBlock], Factorisations | None]:
         """The blocks: as a stream, or all of them and how their factorisations came out."""
         away = self._away(layers, group)
         if not batched(like):
-            return self._blocks(risk, layers, factors, rest, diagonal, away), None
+            return self._blocks(risk, pairs, rest, diagonal, away), None
         if self.damping_rule == "exact":
-            factors = _diagonalised({layer.name: factors(layer.name) for layer in layers}).pop
+            pairs = zip(layers, _diagonalised([own for _, own in pairs]), strict=True)
         pending = Factorisations()
-        blocks = list(self._blocks(risk, layers, factors, rest, diagonal, away, pending))
+        blocks = list(self._blocks(risk, pairs, rest, diagonal, away, pending))
         if not pending.wanted:
             return blocks, None
         pending.run()
@@ -296,18 +280,16 @@ class KFAC(Solver):
     def _blocks(
         self,
         risk: WeightedRisk | SumOfRisks,
-        layers: list[Layer],
-        factors: Callable[[str], tuple],
+        pairs: Iterable[tuple[Layer, tuple]],
         rest: dict[str, slice],
         diagonal: dict[str, Tensor],
         away: set[str],
         pending: Factorisations | None = None,
     ) -> Iterator[Block | DiagonalBlock]:
         tau = self.damping + 2 * risk.l2
-        for layer in layers:
+        for layer, own in pairs:
             if pending is not None:
                 pending.name = layer.name
-            own = factors(layer.name)
             if layer.name in away:
                 yield Block(layer, torch.zeros_like, torch.zeros_like)
             else:
@@ -326,7 +308,7 @@ class KFAC(Solver):
 
     def _away(self, layers: list[Layer], group: Group | None) -> set[str]:
         """The layers whose inverses another process makes."""
-        if group is None or not self.split_inverses:
+        if group is None or not (self.split_inverses and self._sums_parts):
             return set()
         owners = dealt([sum(d**3 for d in layer.dims) for layer in layers], group.size)
         pairs = zip(layers, owners, strict=True)
@@ -342,12 +324,13 @@ class KFAC(Solver):
             return done.a(layer)
         a, key = one.tape.calls[own.name][0].input, (layer.name, layer.joint)
         module, before, version, factor = self._memory.inputs.get(key, (None, None, 0, None))
-        if module is own.module and same_memory(before, a) and version == a._version:
+        now = versions(a, contents=True)  # what NumPy writes torch does not count
+        if module is own.module and same_memory(before, a) and version == now:
             return factor
         factor = done.a(layer)
         if a.untyped_storage().data_ptr() == one.tape.x.untyped_storage().data_ptr():
             factor = factor.spectrum().keep(one.tape.input_columns(own))
-            self._memory.inputs[key] = (own.module, a, a._version, factor)
+            self._memory.inputs[key] = (own.module, a, now, factor)
         return factor
 
     # -- applying
@@ -375,7 +358,9 @@ class KFAC(Solver):
         if not self.ema:
             return 0.0
         loss, risk, _ = self._shared(loss)
-        self._remember(risk, self._estimate(loss, lam, theta, batch), keep=False)
+        done = self._estimate(loss, lam, theta, batch)
+        self._remember(risk, done, self._factors(done, keep=False))
+        self._memory.blocks = None  # of the average before; the next solve makes them anew
         return self.last_cost
 
     # -- remembering
@@ -387,17 +372,18 @@ class KFAC(Solver):
             return False
         memory.require_same(risk, self._how(theta), theta)
         damped = self.damping + 2 * risk.l2, self.damping_rule
-        if memory.factors is not None and (memory.blocks is None or memory.damped != damped):
-            # brought back by a state, or damped by what is no longer said
-            memory.damped = damped
+        if memory.blocks is None or memory.damped != damped:
+            # brought back by a state, averaged since, or damped by what is no longer said
+            memory.blocks = None  # gone, should this fail
             layers, rest = layers_of(risk, self.bias, set(memory.factors))
-            factors = memory.factors.__getitem__
-            at = memory.theta, risk, layers, factors, rest, memory.diagonal, group
+            pairs = ((layer, memory.factors[layer.name]) for layer in layers)
+            at = memory.theta, risk, layers, pairs, rest, memory.diagonal, group
             blocks, pending = self._made(*at)
-            memory.blocks = list(blocks)
+            blocks = list(blocks)
             if pending is not None:
                 pending.require_sound()
-        return memory.blocks is not None
+            memory.blocks, memory.damped = blocks, damped
+        return True
 
     def _diagnosis(self, theta: Tensor) -> dict:
         return {**self._memory.staleness(theta), "rest": self.rest}
@@ -421,11 +407,11 @@ class KFAC(Solver):
         self._memory, self.last_cost = Memory.restored(type(self).__name__, state), 0.0
 
 
-def _diagonalised(factors: dict[str, tuple]) -> dict[str, tuple]:
+def _diagonalised(factors: list[tuple]) -> list[tuple]:
     """The factors as spectra, by one call for each shape; a bias alone needs none."""
-    pairs = [name for name, own in factors.items() if own[0] is not None]
+    pairs = [own for own in factors if own[0] is not None]
     try:
-        made = iter(spectra([f for name in pairs for f in factors[name][:2]]))
+        made = iter(spectra([f for own in pairs for f in own[:2]]))
     except ValueError:  # the layer's own block will say it, by name
         return factors
-    return factors | {name: (next(made), next(made), *factors[name][2:]) for name in pairs}
+    return [own if own[0] is None else (next(made), next(made), *own[2:]) for own in factors]

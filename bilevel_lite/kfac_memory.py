@@ -11,7 +11,7 @@ from bilevel_lite.kronecker import FORMS, Columns, Factor, Spectrum
 from bilevel_lite.params import trainable
 from bilevel_lite.risk import SumOfRisks, WeightedRisk
 
-__all__ = ["STATE", "Memory"]
+__all__ = ["STATE", "Memory", "owned"]
 
 # what a state must hold; what came later may be missing
 STATE = ("age", "theta", "factors", "diagonal", "without_block")
@@ -23,12 +23,12 @@ class Memory:
 
     Attributes:
         solver: Name of the solver whose memory this is.
-        age: Solves since the factors were built.
+        age: Calls since the factors were built.
         theta: Where they were built.
         parameters: Names and shapes of the parameters that they are of.
         factors: Layer name -> factors, for ``every`` and ``ema``; None where nothing is kept.
         diagonal: Parameter name -> diagonal.
-        blocks: The damped inverses, for ``every``.
+        blocks: The damped inverses, for ``every``; None where they are to be made of the factors.
         damped: By which tau and rule the blocks were.
         made: How the factors were made, in words; None in a state that does not say it.
         without: Names of the parameters without a Kronecker block.

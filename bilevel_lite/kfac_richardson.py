@@ -3,7 +3,7 @@
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import richardson
 from bilevel_lite.options import flag, not_negative, positive, whole
-from bilevel_lite.solvers import Solver
+from bilevel_lite.solvers import Solver, require_inverse
 
 __all__ = ["KFACRichardson"]
 
@@ -55,6 +55,7 @@ class KFACRichardson(Solver):
         super().__post_init__()
         if self.kfac is not None and not isinstance(self.kfac, KFAC):
             raise TypeError(f"kfac: got {self.kfac!r}, expected a bilevel_lite.KFAC")
+        require_inverse("kfac", self.kfac)
         self.kfac = self.kfac or KFAC()
 
     def prepare(self, problem, lam, theta, batch, cross=False, once=False):

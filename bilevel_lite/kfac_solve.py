@@ -25,7 +25,7 @@ class KFACInfo(SolveInfo):
     approximation KFAC is here, not whether its own system was solved.
 
     Attributes:
-        staleness: Solves since the factors were built; 0 is fresh.
+        staleness: Calls (`prepare`, `inverse`) since the factors were built; 0 is fresh.
         drift: ||theta - theta_built|| / ||theta_built||, how far theta went since then.
         without_block: Names of the parameters that have no Kronecker block.
         rest: How those were treated: ``"diagonal"``, ``"damping"`` or ``"drop"``.

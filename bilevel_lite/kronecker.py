@@ -653,7 +653,8 @@ def kronecker_inverse(
     tau: float,
     rule: str = "heuristic",
     group: Factorisations | None = None,
-) -> tuple[FactoredInverse | EigenbasisInverse | None, Solve]:
+    bias: bool = True,
+) -> tuple[FactoredInverse | EigenbasisInverse | None, Solve | None]:
     r"""The damped inverse of one block, as two functions: for the weight and for a separate bias.
 
         heuristic, factored   V -> (B + delta_B I)^-1 V (A + delta_A I)^-1
@@ -662,8 +663,8 @@ def kronecker_inverse(
                               v -> (B + tau I)^-1 v
 
     Under the first two a separate bias is damped by the B that it shares with its weight (the
-    convention of curvlinops); a bias whose weight is frozen (A is None) by tau. Where A or B is
-    zero both inverses are I / tau.
+    convention of curvlinops); a bias whose weight is frozen (A is None), or that alone is left
+    where A is zero, by tau. Where A or B is zero the weight's inverse is I / tau.
 
     Args:
         a: Factor A, or None for a bias alone.
@@ -671,6 +672,7 @@ def kronecker_inverse(
         tau: damping + 2 l2.
         rule: ``"heuristic"``, ``"factored"`` or ``"exact"``.
         group: What factors A and B, with others'; the functions serve after its ``run``.
+        bias: Whether there is a separate bias; False gives None in its function's place.
 
     Returns:
         The function for V of shape (d1, d2), or None without A, which also has ``along(V, x)``;
@@ -706,11 +708,16 @@ def kronecker_inverse(
     # damping alone, remains.
     on = ((a.trace() > 0) & (b.trace() > 0)).to(delta_a.dtype)
     weight = FactoredInverse(a.damped(delta_a, on, group), b.damped(delta_b, on, group))
-    return weight, partial(_bias_inverse, weight.b, on, tau)
+    if not bias:
+        return weight, None
+    if not batched(on):  # a look costs nothing there
+        return weight, weight.b if bool(on) else b.damped(_scalar(tau, b))
+    alone = b.damped(_scalar(tau, b), 1.0, group) if tau else weight.b
+    return weight, partial(_bias_inverse, weight.b, alone, on)
 
 
-def _bias_inverse(b: DampedFactor, on: Tensor, tau: float, v: Tensor) -> Tensor:
-    return torch.where(on > 0, b(v), v / tau if tau else v)
+def _bias_inverse(b: DampedFactor, alone: DampedFactor, on: Tensor, v: Tensor) -> Tensor:
+    return torch.where(on > 0, b(v), alone(v))
 
 
 def _require_regular(*factors: Factor | None) -> None:

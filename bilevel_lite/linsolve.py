@@ -9,6 +9,8 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -153,6 +155,28 @@ def _vanishes(pp: float, like: Tensor) -> bool:
     return pp <= precision.tiny / precision.eps**2
 
 
+def _in_range(solve):
+    """Give a solver b times a power of two, which is exact, where squares of b would underflow."""
+
+    @wraps(solve)
+    def solved(matvec, b, *args, **options):
+        precision = torch.finfo(b.dtype)
+        top = float(b.detach().abs().max()) if looked_at(b) and b.numel() else 0.0
+        if not 0 < top < math.sqrt(precision.tiny) / precision.eps:
+            return solve(matvec, b, *args, **options)
+        scale = 2.0 ** -math.frexp(top)[1]
+        given = signature(solve).bind(matvec, b * scale, *args, **options)
+        if given.arguments.get("x0") is not None:
+            given.arguments["x0"] = given.arguments["x0"] * scale
+        info = solve(*given.args, **given.kwargs)
+        info.solution = info.solution / scale
+        info.residual = None if info.residual is None else info.residual / scale
+        return info
+
+    return solved
+
+
+@_in_range
 def cg(
     matvec: Operator,
     b: Tensor,
@@ -223,7 +247,7 @@ def cg(
                 f"solves; the result is the iterate after {steps} step(s), not the solution. "
                 f"Solve the inner problem further, or add damping above {-quotient:.3g}",
                 NegativeCurvatureWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             break
         alpha = rz / php
@@ -238,6 +262,7 @@ def cg(
     return apply.info(v, steps, *_sizes(residual, b_norm), residual <= tol * b_norm)
 
 
+@_in_range
 def cg_normal(
     matvec: Operator,
     b: Tensor,
@@ -310,6 +335,7 @@ def cg_normal(
     return apply.info(v, steps, *sizes, s_norm <= tol * hb_norm)
 
 
+@_in_range
 def neumann(
     matvec: Operator, b: Tensor, terms: int, step: float, damping: float = 0.0
 ) -> SolveInfo:
@@ -378,7 +404,7 @@ def neumann(
     if pp > bb * (1 + torch.finfo(p.dtype).eps ** 0.5):  # beyond rounding
         last = f"; the last of {terms} summands is {math.sqrt(pp / bb):.3g} times the first"
         warnings.warn(
-            _divergence(step, apply.low, apply.high, growth) + last, DivergenceWarning, stacklevel=2
+            _divergence(step, apply.low, apply.high, growth) + last, DivergenceWarning, stacklevel=3
         )
     return apply.info(step * total, apply.products + 1)
 
@@ -485,7 +511,7 @@ def direct(matrix: Tensor, b: Tensor, damping: float = 0.0) -> SolveInfo:
     """Solve (H + damping I) v = b with H as a matrix, by LU factorisation.
 
     Args:
-        matrix: H, shape (d, d), not necessarily definite.
+        matrix: H, shape (d, d), symmetric, not necessarily definite.
         b: Right-hand side with d entries, any shape.
         damping: Added to H's diagonal, once.
 

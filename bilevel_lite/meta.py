@@ -46,13 +46,7 @@ from bilevel_lite.refuse import (
     require_variable,
 )
 from bilevel_lite.same_function import due, random_state, restore_random_state, was_the_same
-from bilevel_lite.surroundings import (
-    differentiating,
-    ordinary,
-    second_order,
-    transforming,
-    way_out,
-)
+from bilevel_lite.surroundings import differentiating, ordinary, second_order, transforming, way_out
 from bilevel_lite.trust import tolerance
 
 __all__ = ["ImplicitInfo", "adapt", "few_shot", "imaml", "maml", "sinusoids"]

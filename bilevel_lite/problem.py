@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import (
-    NotFinite,
-    looked_at,
-    require_scalar,
-    require_unwritten,
-    versions,
-)
+from bilevel_lite.refuse import NotFinite, looked_at, require_scalar, require_unwritten, versions
 from bilevel_lite.surroundings import nothing_again
 
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples", "tensors"]

@@ -24,27 +24,15 @@ from torch import Tensor, nn
 from bilevel_lite.exact import aside, exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
-from bilevel_lite.refuse import (
-    NotFinite,
-    check_labels,
-    looked_at,
-    require_unwritten,
-    versions,
-)
+from bilevel_lite.refuse import NotFinite, check_labels, looked_at, require_unwritten, versions
 from bilevel_lite.same_function import due, same_twice, was_the_same
-from bilevel_lite.surroundings import (
-    differentiating,
-    require_twice,
-    second_order,
-    way_out,
-)
+from bilevel_lite.surroundings import differentiating, require_twice, second_order, way_out
 from bilevel_lite.trust import (
     ByHand,
     known_code,
     mixes_examples,
     numbers,
-    some_examples,
-    spots,
+    on_few,
     still,
     tolerance,
     verdicts_of,
@@ -506,24 +494,19 @@ class WeightedRisk:
         and in float32 or below with three of them (`bilevel_lite.trust.numbers`). Nothing is
         differentiated twice. Cost: a few examples; 1 gradient where all decide (2 in float32).
         """
-        n = len(slopes)
         key = ("forward mode", mixes_examples(self.model))
         seen = verdicts_of(self.model)
         if key in seen and by_hand is None:
             return True
+
+        def few_agree(few, rows):
+            with by_hand:
+                return self._has_slopes(theta, few, v, slopes[rows])
+
         # else a few examples are another function, or not like the others
         if key in seen and not key[1] and not by_hand.seen:
-            rows = spots(n)
-            try:
-                with by_hand:
-                    few = some_examples(batch, rows, n)
-                    agree = self._has_slopes(theta, few, v, slopes[rows])
-                if agree and not by_hand.seen:
-                    return True
-            except (MemoryError, torch.cuda.OutOfMemoryError):
-                raise
-            except Exception:  # whatever a model says to a batch of another size
-                pass
+            if on_few(few_agree, batch, len(slopes)) and not by_hand.seen:
+                return True
         agrees = self._has_slopes(theta, batch, v, slopes)
         if agrees:
             seen[key] = True

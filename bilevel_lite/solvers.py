@@ -38,10 +38,13 @@ from bilevel_lite.products import (
     has_slopes,
     hvp_operator,
 )
-from bilevel_lite.refuse import require_state, require_variable
+from bilevel_lite.refuse import require_state, require_variable, versions
 from bilevel_lite.surroundings import differentiating, ordinary
 
-__all__ = ["CG", "CGNormal", "Direct", "Identity", "Neumann", "Prepared", "SolveInfo", "Solver"]
+__all__ = [
+    "CG", "CGNormal", "Direct", "Identity", "Neumann", "Prepared", "SolveInfo", "Solver",
+    "require_inverse",
+]  # fmt: skip
 
 
 def _entry(method):
@@ -54,6 +57,19 @@ def _entry(method):
         return method(self, *map(ordinary, args), **options)
 
     return called
+
+
+def require_inverse(name: str, kfac: Any) -> None:
+    """Refuse a KFAC with ``rest="drop"`` where it is to precondition.
+
+    Raises:
+        ValueError: naming the argument and the way out.
+    """
+    if getattr(kfac, "rest", None) == "drop":
+        raise ValueError(
+            f"{name}: was made with rest='drop', which is singular where a parameter has no block, "
+            "so that the iteration would not converge; use rest='diagonal' or 'damping'"
+        )
 
 
 class Prepared:
@@ -72,6 +88,7 @@ class Prepared:
     def __init__(self, solver, problem, lam, theta, batch, shared: bool):
         self.solver, self.loss = solver, problem.inner_loss
         self.lam, self.theta, self.batch = lam, theta, batch
+        self.written = versions((lam, theta, batch))
         hessian = SecondDerivatives if shared else hvp_operator
         operator = GGN if solver.curvature == "ggn" else hessian
         self.matvec = _Lazy(partial(operator, self.loss, lam, theta, batch))
@@ -91,9 +108,11 @@ class Prepared:
                 None in its place.
 
         Raises:
-            ValueError: if ``b`` does not have theta's shape, or as the solver says.
+            ValueError: if ``b`` does not have theta's shape, if lam, theta or the batch was written
+                into since, or as the solver says.
         """
         solver = self.solver
+        self._require_unwritten()
         solver._require_like(b, self.theta)
         info = self._solve(b, diagnose or want_v)
         info.solver, info.gradients = type(solver).__name__, info.gradients + self.cost
@@ -113,9 +132,17 @@ class Prepared:
     def cross(self, v: Tensor | None) -> tuple[Tensor, str]:
         """Return J v, like lam, on the batch of H, and a line that says how it was computed.
 
-        From the graph of H where there is one; it is freed, and no solve can follow.
+        From the graph of H where there is one; if so, it is freed, and no solve can follow.
         """
+        self._require_unwritten()
         return self._cross(v)
+
+    def _require_unwritten(self) -> None:
+        if versions((self.lam, self.theta, self.batch)) != self.written:
+            raise ValueError(
+                "prepare: lam, theta or the batch was written into since, and H and J are of what "
+                "they hold now; prepare anew, or give it copies"
+            )
 
     def _cross(self, v):
         operator = self.matvec.operator
@@ -427,11 +454,7 @@ class CG(Solver):
             raise TypeError(
                 f"precondition: got {type(self.precondition).__name__}, expected a KFAC or an EKFAC"
             )
-        if getattr(self.precondition, "rest", None) == "drop":
-            raise ValueError(
-                "precondition: was made with rest='drop', which is singular where a parameter has "
-                "no block, and CG would not converge; use rest='diagonal' or 'damping'"
-            )
+        require_inverse("precondition", self.precondition)
 
     def prepare(self, problem, lam, theta, batch, cross=False, once=False):
         """As `Solver.prepare`, with the preconditioner's factors."""

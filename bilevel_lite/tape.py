@@ -28,7 +28,7 @@ from bilevel_lite.params import leaves, predict, trainable
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import lock_of_modules, second_order
-from bilevel_lite.trust import known_code, some_examples, spots, tolerance, verdicts_of
+from bilevel_lite.trust import known_code, on_few, tolerance, verdicts_of
 
 __all__ = [
     "Call",
@@ -334,17 +334,15 @@ class Tape:
 
     def _some(self, probe, grads, params) -> bool:
         """True if a few examples, passed through the model alone, have the gradients made here."""
-        rows = spots(self.n)
-        try:
+
+        def agree(few, rows):
             with torch.enable_grad():
-                outputs = self.risk.outputs(self._leaves, some_examples(self.batch, rows, self.n))
+                outputs = self.risk.outputs(self._leaves, few)
             truth = _gradients(outputs, self._leaves, probe[rows])
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            raise
-        except Exception:  # whatever a model says to a batch of another size
-            return False
-        truth = {name: t for name, t in truth.items() if name not in self.unlike}
-        return not self._differ(truth, grads, params, rows)
+            truth = {name: t for name, t in truth.items() if name not in self.unlike}
+            return not self._differ(truth, grads, params, rows)
+
+        return on_few(agree, self.batch, self.n)
 
     def _differ(self, truth, grads, params, c, layers=None) -> dict[str, str]:
         """Parameter -> why what the formulas make of it is not the truth, along one direction.

@@ -26,6 +26,7 @@ __all__ = [
     "low_precision",
     "mixes_examples",
     "numbers",
+    "on_few",
     "rowwise",
     "some_examples",
     "spots",
@@ -61,6 +62,17 @@ def some_examples(batch: Any, rows: list[int], n: int) -> tuple:
     has = (isinstance(part, Tensor) and part.dim() > 0 and len(part) == n for part in batch)
     few = tuple(part[rows] if h else part for part, h in zip(batch, has, strict=True))
     return type(batch)(few) if isinstance(batch, tuple) and not hasattr(batch, "_fields") else few
+
+
+def on_few(agree: Callable[[tuple, list[int]], bool], batch: Any, n: int) -> bool:
+    """Whether a few examples and their rows agree; False where a model cannot take so few."""
+    rows = spots(n)
+    try:
+        return agree(some_examples(batch, rows, n), rows)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:  # whatever a model says to a batch of another size
+        return False
 
 
 def low_precision(like: Tensor) -> bool:

@@ -278,3 +278,19 @@ def test_no_operator_outlives_its_solve(which, no_collector, monkeypatch):
     solver = bl.CG(3, damping=10.0, curvature=which)
     solver.solve(problem, lam, theta, batch, torch.ones_like(theta))
     assert len(built) == 1 and built[0]() is None
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-25, 1e-12])
+@pytest.mark.parametrize("solve", ["cg", "cg_normal", "neumann"])
+def test_a_tiny_right_hand_side_in_float32_is_solved(solve, size):
+    """The squares of its entries underflow; CG once took it for zero, and called that converged."""
+    H, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+    H, b = H.float(), b.float()
+    options = {"terms": 60, "step": 0.3} if solve == "neumann" else {"iters": 2}
+    info = getattr(linsolve, solve)(lambda v: H @ v, size * b, **options)
+    truth = torch.linalg.solve(H, b)
+    assert (info.solution / size - truth).norm() < 1e-4 * truth.norm()
+    if solve != "neumann":
+        start = linsolve.cg(lambda v: H @ v, size * b, 1, x0=size * truth)
+        assert (start.solution / size - truth).norm() < 1e-4 * truth.norm()
+        assert info.relative_residual < 1e-4 and info.residual < size

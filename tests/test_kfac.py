@@ -1226,3 +1226,79 @@ def test_a_state_of_other_biases_or_another_float_type_is_refused(cls, kept):
     again = cls(0.1, **kept)
     again.load_state_dict(state)
     solve(again, torch.float64)
+
+
+def small(model, l2, n, seed=0):
+    """A weighted cross-entropy on n rows of three numbers, two classes."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    batch = x, torch.arange(n) % 2, torch.arange(n)
+    inner = bl.WeightedRisk(model.double(), weight=lambda lam, b: lam[b[2]], l2=l2)
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    return problem, torch.ones(n, dtype=torch.float64), bl.flatten(model), batch, batch
+
+
+def test_a_damping_that_was_refused_stays_refused():
+    """Kept inverses were once of the old damping, after one refusal of the new."""
+    at = small(nn.Linear(3, 2), 0.0, 2)
+    solver = KFAC(0.1, "exact", every=9)
+    before = bl.hypergradient(*at, solver=solver)
+    solver.damping = 0.0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damping: 0"):
+            bl.hypergradient(*at, solver=solver)
+    solver.damping = 0.1
+    assert error(bl.hypergradient(*at, solver=solver), before) < 1e-12
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+    "make", [KFAC, lambda *a, **k: KFAC(*a, damping_rule="factored", **k), EKFAC]
+)
+def test_a_separate_bias_of_a_layer_without_inputs_has_its_own_curvature(
+    make, together, monkeypatch
+):
+    """A = 0 behind a dead ReLU: its bias is all that is left, and B is exact for it."""
+    monkeypatch.setattr(kronecker, "in_batches", together)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(model[0].bias, -100.0)
+    at = small(model, 0.005, 5)
+    truth = bl.hypergradient(*at, solver=bl.Direct())
+    found = bl.hypergradient(*at, solver=make(0.0, "exact", bias="separate"))
+    assert error(found, truth) < 1e-8
+
+
+def test_a_singular_preconditioner_is_refused_by_whoever_iterates():
+    dropping = KFAC(rest="drop")
+    *at, inner, outer = small(nn.Linear(3, 2), 0.1, 4)
+    how = {"inner_batch": inner, "outer_batch": outer, "inner_lr": 0.1, "outer_lr": 0.1}
+    for make, name in (
+        (lambda: bl.CG(2, precondition=dropping), "precondition"),
+        (lambda: KFACRichardson(kfac=dropping), "kfac"),
+        (lambda: bl.AmIGO(*at, kfac=dropping, linear_lr=0.5, **how), "kfac"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: was made with rest='drop'"):
+            make()
+
+
+@pytest.mark.parametrize("cls", [KFAC, EKFAC])
+def test_what_was_averaged_in_between_counts_in_the_next_solve_resumed_or_not(cls):
+    at, other = small(nn.Linear(3, 2), 0.1, 6), small(nn.Linear(3, 2), 0.1, 6, seed=1)[3]
+    solver = cls(0.1, "exact", every=4, ema=0.5)
+    before = bl.hypergradient(*at, solver=solver)
+    solver.observe(at[0].inner_loss, at[1], at[2], other)
+    resumed = cls(0.1, "exact", every=4, ema=0.5)
+    resumed.load_state_dict(copy.deepcopy(solver.state_dict()))
+    one, two = (bl.hypergradient(*at, solver=s) for s in (solver, resumed))
+    assert torch.equal(one, two) and error(one, before) > 1e-3
+
+
+def test_a_kept_input_is_not_believed_when_numpy_has_written_into_it():
+    problem, lam, theta, (x, *rest), _ = small(nn.Linear(3, 2), 0.1, 6)
+    array = x.numpy().copy()
+    batch = (torch.from_numpy(array), *rest)
+    kept, fresh = (KFAC(0.1, "exact", fixed_batch=fixed) for fixed in (True, False))
+    bl.hypergradient(problem, lam, theta, batch, batch, kept)
+    array[:] = 2 * array[::-1]
+    one, two = (bl.hypergradient(problem, lam, theta, batch, batch, s) for s in (kept, fresh))
+    assert error(one, two) < 1e-9

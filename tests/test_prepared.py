@@ -248,3 +248,18 @@ def test_a_module_as_a_loss_is_watched():
     at = bl.BilevelProblem(loss, lambda lam, theta, batch: theta.square().sum()), torch.ones(4)
     with pytest.raises(ValueError, match="spectral_norm in training mode"):
         bl.hypergradient(*at, theta, (torch.randn(6, 3),), None, bl.CG(2))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_point_that_was_written_into_since_is_refused(name):
+    """H and J are made when they are asked for: of another point, they would be of no use."""
+    c = case("weights")
+    theta, lam = c.theta.clone(), c.lam.clone()
+    (b, _), written = directions(c), pytest.raises(ValueError, match="prepare: .* written into")
+    for tensor in (theta, lam, c.batch[0]):
+        prepared = MAKE[name]().prepare(problem_of(c), lam, theta, c.batch, cross=True)
+        tensor.mul_(1.0)
+        with written:
+            prepared.solve(b)
+        with written:
+            prepared.cross(b)

@@ -6,6 +6,7 @@ from bilevel_lite.algorithms.method import Method
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import richardson
 from bilevel_lite.options import check, instance, one_of, positive, whole
+from bilevel_lite.solvers import require_inverse
 
 __all__ = ["AmIGO"]
 
@@ -61,6 +62,7 @@ class AmIGO(Method):
         self.replaces = self.kfac is not None and self.reading == "replace"
         if not self.replaces:
             check(self, "linear_lr")
+            require_inverse("kfac", self.kfac)
         self.solver, self.v = self.kfac, torch.zeros_like(self.theta)
 
     def _direction(self):

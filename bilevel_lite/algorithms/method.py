@@ -82,7 +82,7 @@ class Slope(NamedTuple):
 
 def draw(batch: Any) -> Any:
     """Return a batch as it is, or the next one of a sampler (anything with a ``draw`` method)."""
-    return ordinary(batch.draw() if hasattr(batch, "draw") else batch)
+    return ordinary(batch.draw() if callable(getattr(batch, "draw", None)) else batch)
 
 
 @dataclass_transform(

@@ -169,8 +169,8 @@ def gpu_section() -> str:
     return (
         f"On a GPU ({origin['device']}, commit {origin['commit']}) problems of "
         "this size seem to wait for the launching of kernels more than for arithmetic (we have not "
-        f"profiled it), and the rows come closer: CG-3 costs {min(gains):.1f} to {max(gains):.1f} times what KFAC costs there.\n\n"
-        + bench_table("bench_cuda")
+        f"profiled it), and the rows come closer: CG-3 costs {min(gains):.1f} to "
+        f"{max(gains):.1f} times what KFAC costs there.\n\n" + bench_table("bench_cuda")
     )
 
 
