@@ -99,11 +99,30 @@ def test_chapter_12_on_the_study_of_trec():
     def less(one, other):
         return difference(rows[one], rows[other], "test_accuracy")
 
-    learned = ("identity", "sama", "cg-3-ggn", "kfac-mc", "kfac-empirical")
+    learned = (
+        "identity", "sama", "neumann-3", "neumann-10", "cg-3-ggn", "cg-normal-3", "kfac-mc",
+        "kfac-empirical",
+    )  # fmt: skip
     for name in (*learned, "balanced"):
         assert min(less(name, "noisy")[0]) > 0, name
     decided = [name for name in learned if (d := less(name, "noisy"))[2] < d[1]]
-    assert decided == ["identity", "cg-3-ggn", "kfac-empirical"]
+    assert decided == ["identity", "neumann-3", "neumann-10", "cg-3-ggn", "kfac-empirical"]
+    for one, other, said in (
+        ("neumann-3", "noisy", (0.107, 0.051)),
+        ("neumann-10", "noisy", (0.121, 0.022)),
+        ("cg-normal-3", "noisy", (0.077, 0.090)),
+        ("cg-normal-3", "cg-3-ggn", (-0.045, 0.013)),
+        ("kfac-mc", "cg-normal-3", (0.031, 0.047)),
+    ):
+        assert less(one, other)[1:] == pytest.approx(said, abs=5e-4)
+    solvers = [name for name in learned if name != "sama"]
+    apart = [
+        (one, other)
+        for k, one in enumerate(solvers)
+        for other in solvers[k + 1 :]
+        if (d := less(one, other))[2] < abs(d[1])
+    ]
+    assert apart == [("cg-3-ggn", "cg-normal-3")]
     first = [
         min(run["history"], key=lambda look: look["tuning_loss"])["iteration"]
         for row in rows.values() for run in row["runs"]
