@@ -7,9 +7,9 @@ import zlib
 
 import pytest
 import torch
+from words import main
 
 from bilevel_lite import plotting
-from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job, methods, search
 from bilevel_lite.tasks import cleaning_comparison as comparison
 from bilevel_lite.tasks import cleaning_figures, studies

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from words import main
 
 import bilevel_lite as bl
 from bilevel_lite import experiment, plotting
-from bilevel_lite.__main__ import OPTIONS, _drawn, main
+from bilevel_lite.__main__ import OPTIONS, _drawn
+from bilevel_lite.__main__ import main as strictly
 from bilevel_lite.experiment import RunError, RunFolder, bench, supervised
 from bilevel_lite.experiment.methods import METHODS, OWN
 from bilevel_lite.experiment.task import owner
@@ -392,7 +394,7 @@ def test_a_damaged_line_of_the_log_is_told_at_the_start(tmp_path):
     ],
 )
 def test_settings_that_are_given_twice(tmp_path, arguments, message, capsys):
-    assert main(["run", "hyperclean", *arguments.split(), "--out", str(tmp_path / "run")]) == 1
+    assert strictly(["run", "hyperclean", *arguments.split(), "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
@@ -402,7 +404,7 @@ def test_options_given_twice_and_a_first_seed_too_large(tmp_path, capsys):
     for command in (["run", "hyperclean"], ["hyperclean"], ["study", "ema"], ["grade", "x.ipynb"]):
         word = "--seeds" if command[0] == "study" else "--seed"
         with pytest.raises(SystemExit):
-            main([*command, word, "1", word, "1", *out])
+            strictly([*command, word, "1", word, "1", *out])
         assert f"argument {word}: is given twice" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
     over = ["--method", "aid-cg", "--over", "outer_lr=1:2", "outer_lr=1:3"]
@@ -411,7 +413,7 @@ def test_options_given_twice_and_a_first_seed_too_large(tmp_path, capsys):
         (["study", "ema", "--at", "inner_lr=1", "inner_lr=2", *out], "--at: inner_lr is given tw"),
         (["study", "ema", "--first-seed", "9" * 20, *out], "--first-seed: got 9999999999"),
     ):
-        assert main(words) == 1
+        assert strictly(words) == 1
         assert message in capsys.readouterr().err
 
 

@@ -7,9 +7,9 @@ from statistics import mean
 import pytest
 import torch
 from together import stopped_and_resumed
+from words import main
 
 import bilevel_lite as bl
-from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job
 from bilevel_lite.experiment.comparing import joined
 from bilevel_lite.experiment.supervised import evaluate

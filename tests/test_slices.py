@@ -9,9 +9,10 @@ import threading
 import numpy as np
 import pytest
 from scipy import stats
+from words import main
 
 from bilevel_lite import plotting
-from bilevel_lite.__main__ import draw_stored, main
+from bilevel_lite.__main__ import draw_stored
 from bilevel_lite.experiment import collect, comparing, methods, search, stopping
 from bilevel_lite.tasks import cleaning_figures, studies
 
