@@ -310,9 +310,11 @@ def _given(hypergradient, lam, theta, rtol: float) -> tuple[Tensor, list[str]]:
 
 def _made_of(h: Tensor, direct: Tensor, implicit: Tensor) -> tuple[float, dict[str, float]]:
     """||h|| / ||exact||, and h as a combination of its two parts, by least squares."""
-    size = float((direct + implicit).norm())
+    rounding, parts = torch.finfo(h.dtype).eps ** 0.5, (h, direct, implicit)
+    h, direct, implicit = (t.double() for t in parts)
+    size = _size(direct + implicit)
     length = float(h.norm()) / size if size else (math.inf if h.norm() else math.nan)
-    least = torch.finfo(h.dtype).eps ** 0.5 * size  # below, a part is rounding beside the whole
+    least = rounding * size  # below, a part is rounding beside the whole
     named = {"direct": direct, "implicit": implicit}
     parts = {name: part.flatten() for name, part in named.items() if part.norm() > least}
     if not parts or not (size and torch.isfinite(h).all()):
@@ -345,11 +347,11 @@ def _same_value_twice(loss, lam, theta, batch) -> list[str]:
 
 def _residual(loss, lam, theta, batch, b, v) -> float:
     """||b - H v|| / ||b||, with H v from central differences of grad_theta g along v."""
-    unit = float(b.norm())
+    unit = _size(b)
     if not v.any():
         return 1.0 if unit else 0.0
     hv = differences(lambda at: theta_gradient(loss, lam, at, batch, "inner_loss")[1], theta, v)
-    residual = float((b - hv).norm())
+    residual = _size(b - hv)
     return residual / unit if unit else residual
 
 
@@ -360,10 +362,16 @@ def _short(error: float) -> str:
 
 def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
     """Relative error and cosine of h against the truth."""
-    size = float(truth.norm())
-    error = float((h - truth).norm()) / size if size else float(h.norm())
-    product = float(h.norm()) * size
+    h, truth = h.double(), truth.double()
+    size = _size(truth)
+    error = _size(h - truth) / size if size else _size(h)
+    product = _size(h) * size
     return error, float(dot(h, truth)) / product if product else float("nan")
+
+
+def _size(t: Tensor) -> float:
+    """||t||, also where its squares underflow in float32."""
+    return float(t.double().norm())
 
 
 @differentiating

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Operator = Callable[[Tensor], Tensor]
+F = TypeVar("F", bound=Callable)
 
 
 class NegativeCurvatureWarning(UserWarning):
@@ -97,7 +99,10 @@ class SolveInfo:
 
     def measured(self, r: Tensor, b: Tensor) -> "SolveInfo":
         """Note the residual r = b - (H + damping I) v; return itself."""
+        scale = _lift(b)
+        r, b = (r, b) if scale == 1 else (r * scale, b * scale)
         self.residual, self.relative_residual = _sizes(*_read(r.norm(), b.norm()))
+        self.residual /= scale
         return self
 
 
@@ -155,16 +160,22 @@ def _vanishes(pp: float, like: Tensor) -> bool:
     return pp <= precision.tiny / precision.eps**2
 
 
-def _in_range(solve):
-    """Give a solver b times a power of two, which is exact, where squares of b would underflow."""
+def _lift(b: Tensor) -> float:
+    """1, or a power of two (times which is exact) by which squares of b do not underflow."""
+    precision = torch.finfo(b.dtype)
+    top = float(b.detach().abs().max()) if looked_at(b) and b.numel() else 0.0
+    small = 0 < top < math.sqrt(precision.tiny) / precision.eps
+    return 2.0 ** -math.frexp(top)[1] if small else 1.0
+
+
+def _in_range(solve: F) -> F:
+    """Give a solver b in a range where its squares do not underflow."""
 
     @wraps(solve)
     def solved(matvec, b, *args, **options):
-        precision = torch.finfo(b.dtype)
-        top = float(b.detach().abs().max()) if looked_at(b) and b.numel() else 0.0
-        if not 0 < top < math.sqrt(precision.tiny) / precision.eps:
+        scale = _lift(b)
+        if scale == 1:
             return solve(matvec, b, *args, **options)
-        scale = 2.0 ** -math.frexp(top)[1]
         given = signature(solve).bind(matvec, b * scale, *args, **options)
         if given.arguments.get("x0") is not None:
             given.arguments["x0"] = given.arguments["x0"] * scale
@@ -173,7 +184,7 @@ def _in_range(solve):
         info.residual = None if info.residual is None else info.residual / scale
         return info
 
-    return solved
+    return cast(F, solved)
 
 
 @_in_range

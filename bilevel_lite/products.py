@@ -444,7 +444,8 @@ def cross_differences(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Ten
 
 def differences(field: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor) -> Tensor:
     """The derivative of a field along v, not zero, with the step of `cross_differences`."""
-    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / float(v.norm())
+    size = float(v.double().norm())  # squares of a short one underflow in float32
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / size
     return (field(theta + h * v) - field(theta - h * v)) / (2 * h)
 
 

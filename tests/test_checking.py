@@ -463,3 +463,24 @@ def test_what_is_refused_of_a_given_one():
         judged_given(lambda lam, theta: [1.0], c, theta)
     with pytest.raises(TypeError, match="problem: got"):
         bl.check("problem", c.lam, theta, hypergradient=h)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0])
+def test_a_hypergradient_of_tiny_size_in_float32_is_judged_all_the_same(scale):
+    """The squares of its entries underflow: everything was zero, and so was every error."""
+
+    def outer_loss(lam, theta, batch):
+        return scale * ((theta - 1) ** 2).sum()
+
+    problem = bl.BilevelProblem(lambda lam, theta, _: ((theta - lam) ** 2).sum() / 4, outer_loss)
+    zero = torch.zeros(2, dtype=torch.float32)
+    at = problem, zero, zero, None, None  # H = I / 2, the truth is -2 scale
+    right = torch.full_like(zero, -2 * scale)
+    assert bl.check(*at, hypergradient=right, verbose=False).passed
+    for wrong in (2 * right, 0 * right, -right):
+        assert not bl.check(*at, hypergradient=wrong, verbose=False).passed
+    assert bl.check(*at, bl.CG(2), verbose=False).passed
+    assert not bl.check(*at, bl.Neumann(2, 0.5), verbose=False).passed
+    _, info = bl.Neumann(2, 0.5).solve(*at[:4], right)
+    assert info.relative_residual == pytest.approx(0.5625)  # (1 - 1/4)^2
+    assert info.residual == pytest.approx(0.5625 * 8**0.5 * scale)

@@ -1,14 +1,19 @@
 """Numbers that chapters say beside their cells: small computations, and of stored studies."""
 
 import math
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 import bilevel_lite as bl
 from bilevel_lite.experiment.comparing import difference, fresh
 from bilevel_lite.linsolve import cg, neumann
+from bilevel_lite.products import cross_vp
 from bilevel_lite.tasks import hypercleaning
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_chapter_3_on_one_and_two_products():
@@ -205,3 +210,57 @@ def test_chapter_12_on_the_study_of_youtube():
     assert areas["sama"] == pytest.approx(0.853, abs=6e-4) and max(areas, key=areas.get) == "sama"
     assert rows["kfac-mc"]["chosen"]["outer_lr"] == pytest.approx(0.3567)  # box: 0.04 to 4
     assert rows["identity"]["chosen"]["outer_lr"] > 0.9 * 400
+
+
+def test_chapter_13_on_what_a_steep_weight_leaves_of_v():
+    """Its own cells, then v by KFAC and by the identity beside the true one."""
+    (path,) = (ROOT / "chapters").glob("13_*.ipynb")
+    names = {"bl": bl, "torch": torch}
+    torch.manual_seed(0)  # as bl.setup does; V is drawn from it
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and any(
+            words in cell.source
+            for words in ("import long_tail", "centres =", "lams = {", "def system", "nodes =",
+                          "def solved", "def truth(", "def package")
+        ):  # fmt: skip
+            exec(compile(cell.source, path.name, "exec"), names)  # noqa: S102
+    model, batch, eye = names["model"], names["batch"], torch.eye(15).double()
+    inner = bl.WeightedRisk(model, weight=names["reads"], l2=names["l2"], weight_slope=True)
+    problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+    for label, said in (("as drawn", (0.95, 0.93)), ("steep", (0.91, 0.88))):
+        lam = names["lams"][label]
+        theta, true = names["truth"](names["detached"], lam)
+        b = torch.autograd.functional.jacobian(names["outer"], theta)
+        at = problem, lam, theta, batch, b
+        v, _ = bl.Direct().solve(*at)
+        found = [s.solve(*at)[0] for s in (bl.KFAC(1e-6, fisher="exact"), bl.Identity(1.0))]
+        assert [float(torch.cosine_similarity(one, v, 0)) for one in found] == pytest.approx(
+            said, abs=5e-3
+        )
+    J = torch.stack([cross_vp(inner, lam, theta, batch, e) for e in eye], 1)
+    sizes = torch.linalg.svdvals(J)
+    assert sizes[1] > 0.1 * sizes[0] and sizes[2] < 1e-12 * sizes[0]
+    assert float(torch.cosine_similarity(-J @ found[1], true, 0)) == pytest.approx(-0.06, abs=5e-3)
+
+
+def test_chapters_5_and_11_on_the_benchmark():
+    def ratios(name):
+        (run,) = bl.experiment.stored(name)["runs"]
+        rows = {case["model"]: case["rows"] for case in run["cases"]}
+        models = ("linear", "mlp", "lenet", "resnet18")
+        return [rows[m]["kfac-mc"]["ms"] / rows[m]["cg-3"]["ms"] for m in models]
+
+    linear, *others = ratios("bench_cpu")
+    assert linear == pytest.approx(1.9, abs=0.05)
+    assert (min(others), max(others)) == pytest.approx((0.34, 0.67), abs=6e-3)
+    *three, resnet = ratios("bench_cuda")
+    assert (min(three), max(three)) == pytest.approx((0.82, 0.93), abs=0.012)
+    assert resnet == pytest.approx(0.68, abs=6e-3)
+
+
+def test_chapter_17_on_the_seconds_of_a_gradient():
+    parts = bl.experiment.stored("hyperclean_mnist_methods")["runs"]
+    rows = {row["method"]: row["runs"] for part in parts for row in part["results"]}
+    for name, said in (("nbo-gd", 0.8), ("aid-cg", 1.6), ("aid-kfac", 2.6)):
+        pace = [1e3 * run["best"]["seconds"] / run["best"]["gradients"] for run in rows[name]]
+        assert sum(pace) / len(pace) == pytest.approx(said, abs=0.1), name
