@@ -188,7 +188,7 @@ def audit(
 
     at_theta = exact(Direct(), theta)
     truth = at_theta if solve_inner is None else exact(Direct(), solve_inner(lam).detach())
-    size = float(truth.norm())
+    size = _norm(truth)
     if size == 0:
         raise ValueError("lam: the true hypergradient is zero here, so no error is relative to it")
 
@@ -207,7 +207,7 @@ def audit(
         vectors = {"curvature": solved - at_theta, "linear": answer - solved}
         if solve_inner is not None:
             vectors = {"inner": at_theta - truth, **vectors}
-        parts = {part: float(vector.norm()) / size for part, vector in vectors.items()}
+        parts = {part: _norm(vector) / size for part, vector in vectors.items()}
         seen = [answer]
         if batches:
             worker = copy.deepcopy(solver)  # its own draws go on from one minibatch to the next
@@ -221,7 +221,7 @@ def audit(
                 name,
                 _root_mean_square(errors) / size,
                 _mean(_cosine(one, truth) for one in seen if bool(one.any())),
-                _mean(float(one.norm()) / size for one in seen),
+                _mean(_norm(one) / size for one in seen),
                 parts,
                 vectors,
                 info.solve.products,
@@ -262,11 +262,17 @@ def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
     return named
 
 
+def _norm(vector: Tensor) -> float:
+    """In double precision: squares of small numbers are zero in float32."""
+    return float(vector.double().norm())
+
+
 def _root_mean_square(vectors: Tensor) -> float:
-    return float(vectors.flatten(1).square().sum(1).mean().sqrt())
+    return float(vectors.flatten(1).double().square().sum(1).mean().sqrt())
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
+    one, other = one.double(), other.double()
     return float((one * other).sum() / (one.norm() * other.norm()))
 
 

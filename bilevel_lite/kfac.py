@@ -200,8 +200,6 @@ class KFAC(Solver):
         unseen = () if look else tuple(one.side for one in done.passes)
         info, memory.age = self._diagnosis(theta), 1
         if self.every > 1:
-            if pending is not None:
-                pending.require_sound()
             memory.blocks, memory.theta = list(blocks), theta.detach().clone()
             memory.damped = self.damping + 2 * risk.l2, self.damping_rule
             return PreparedKFAC(*at, memory.blocks, own, info)
@@ -231,14 +229,26 @@ class KFAC(Solver):
 
     def _build(self, risk, done: Estimate, keep: bool) -> tuple[Iterable, Factorisations | None]:
         """Give the blocks' damped inverses; ``keep``: the tape is needed afterwards."""
-        pairs, diagonal, memory = self._factors(done, keep), done.diagonal, self._memory
-        like = done.passes[0].tape.theta
-        if self.every > 1 or self.ema:
-            self._remember(risk, done, pairs)
-            pairs = ((layer, memory.factors[layer.name]) for layer in done.layers)
-            diagonal = memory.diagonal
+        pairs, diagonal, like = self._factors(done, keep), done.diagonal, done.passes[0].tape.theta
         group = None if done.part is None else done.part.group
-        return self._made(like, risk, done.layers, pairs, done.rest, diagonal, group)
+        if not (self.every > 1 or self.ema):
+            return self._made(like, risk, done.layers, pairs, done.rest, diagonal, group)
+        factors, diagonal = self._averaged(done, pairs)
+        pairs = ((layer, factors[layer.name]) for layer in done.layers)
+        blocks = self._sound(like, risk, done.layers, pairs, done.rest, diagonal, group)
+
+        def then_kept():
+            yield from blocks
+            self._memory.keep(risk, self._how(like), factors, diagonal)
+
+        return then_kept(), None  # a build that is refused leaves the average as it was
+
+    def _sound(self, *at) -> Iterable[Block | DiagonalBlock]:
+        """The blocks that `_made` makes, their factorisations looked at."""
+        blocks, pending = self._made(*at)
+        if pending is not None:
+            pending.require_sound()
+        return blocks
 
     def _factors(self, done: Estimate, keep: bool) -> Iterator[tuple[Layer, tuple]]:
         """Each layer's factors, as they are made: all together or, on a CPU, layer by layer.
@@ -253,13 +263,11 @@ class KFAC(Solver):
             made.reverse()
             yield from ((layer, made.pop()) for layer in layers)  # each let go when it is used
 
-    def _remember(self, risk, done: Estimate, pairs: Iterable[tuple[Layer, tuple]]) -> None:
-        memory = self._memory
-        factors = {layer.name: owned(own, done) for layer, own in pairs}
-        diagonal = {
-            name: self._mix(memory.diagonal.get(name), d) for name, d in done.diagonal.items()
-        }
-        memory.keep(risk, self._how(done.passes[0].tape.theta), factors, diagonal)
+    def _averaged(self, done: Estimate, pairs: Iterable[tuple[Layer, tuple]]) -> tuple[dict, dict]:
+        """Factors and diagonals as they are to be kept."""
+        old = self._memory.diagonal
+        diagonal = {name: self._mix(old.get(name), d) for name, d in done.diagonal.items()}
+        return {layer.name: owned(own, done) for layer, own in pairs}, diagonal
 
     def _made(
         self, like: Tensor, risk, layers: list[Layer], pairs, rest, diagonal, group=None
@@ -359,7 +367,8 @@ class KFAC(Solver):
             return 0.0
         loss, risk, _ = self._shared(loss)
         done = self._estimate(loss, lam, theta, batch)
-        self._remember(risk, done, self._factors(done, keep=False))
+        made = self._averaged(done, self._factors(done, keep=False))
+        self._memory.keep(risk, self._how(theta), *made)
         self._memory.blocks = None  # of the average before; the next solve makes them anew
         return self.last_cost
 
@@ -378,11 +387,7 @@ class KFAC(Solver):
             layers, rest = layers_of(risk, self.bias, set(memory.factors))
             pairs = ((layer, memory.factors[layer.name]) for layer in layers)
             at = memory.theta, risk, layers, pairs, rest, memory.diagonal, group
-            blocks, pending = self._made(*at)
-            blocks = list(blocks)
-            if pending is not None:
-                pending.require_sound()
-            memory.blocks, memory.damped = blocks, damped
+            memory.blocks, memory.damped = list(self._sound(*at)), damped
         return True
 
     def _diagnosis(self, theta: Tensor) -> dict:

@@ -44,7 +44,6 @@ __all__ = [
     "hvp_operator",
     "theta_gradient",
     "update_graph",
-    "update_jvp",
     "update_operator",
     "update_vjp",
 ]
@@ -613,26 +612,3 @@ def update_operator(
 
     along.reads_lam = grads[0] is not None
     return grads[1].detach(), along
-
-
-def update_jvp(
-    loss: Loss, lam: Tensor, theta: Tensor, batch: Any, e: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What one forward step of unrolling needs along one direction; see `update_operator`.
-
-    Returns:
-        q = grad_theta g and H z + J^T e, both like ``theta``, detached.
-
-    Raises:
-        ValueError: as `update_operator`, or if the loss is another function at each call: it draws
-            random numbers, or its model keeps something from pass to pass.
-
-    Cost: counted as 2 gradients (the gradient is a by-product).
-    """
-
-    def again():
-        return loss(lam.detach(), theta.detach(), batch)
-
-    with same_twice("inner_loss", theta, again, loss, every=not is_structured(loss)):
-        q, along = update_operator(loss, lam, theta, batch)
-    return q, along(e, z)

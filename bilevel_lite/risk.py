@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from bilevel_lite.exact import aside, exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
 from bilevel_lite.params import dot, leaves, predict, trainable, unflatten
-from bilevel_lite.refuse import NotFinite, check_labels, looked_at, require_unwritten, versions
+from bilevel_lite.refuse import (
+    NotFinite,
+    check_labels,
+    looked_at,
+    require_number,
+    require_unwritten,
+    versions,
+)
 from bilevel_lite.same_function import due, same_twice, was_the_same
 from bilevel_lite.surroundings import differentiating, require_twice, second_order, way_out
 from bilevel_lite.trust import (
@@ -222,8 +229,7 @@ class WeightedRisk:
     ):
         if loss not in LOSSES:
             raise ValueError(f"loss: got {loss!r}, expected 'cross_entropy' or 'mse'")
-        if not (isinstance(l2, int | float) and l2 >= 0):
-            raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
+        _require_l2(l2)
         if ignore_index is not None and loss == "mse":
             raise ValueError(
                 f"ignore_index: got {ignore_index} with loss='mse', which has no labels"
@@ -766,8 +772,7 @@ class SumOfRisks:
                 raise ValueError(
                     f"coefficients: got {c}, expected finite numbers that are zero or positive"
                 )
-        if not (isinstance(l2, int | float) and l2 >= 0):
-            raise ValueError(f"l2: got {l2}, expected a number that is zero or positive")
+        _require_l2(l2)
         self.risks, self.coefficients, self.own_l2 = risks, coefficients, l2
         self.model = nn.ModuleList([risk.model for risk in risks]) if model is None else model
         self.parts = [_part(risk.model, self.model, k) for k, risk in enumerate(risks)]
@@ -942,6 +947,14 @@ def _hook(function: Callable, lam: Tensor, *args: Any) -> Any:
             else (f"lam: has {lam.numel()} entries, too few for this batch")
         )
         raise ValueError(f"{short} ({error})") from error
+
+
+def _require_l2(l2: Any) -> None:
+    if isinstance(l2, Tensor):  # one that lam made would enter no J v
+        raise ValueError(
+            "l2: got a tensor, expected a number; where lam sets it, write the loss as a function"
+        )
+    require_number("l2", l2)
 
 
 def _require_pair(batch: Any, said: str) -> None:

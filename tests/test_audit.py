@@ -177,6 +177,21 @@ def test_a_hypergradient_of_zero_has_no_angle():
     assert none.relative_error == pytest.approx(1, 1e-12)
 
 
+def test_a_tiny_hypergradient_in_float32_is_not_zero():
+    """f times 1e-25: squares of its hypergradient are no float32."""
+    rows = []
+    for factor, dtype in ((1.0, torch.float64), (1e-25, torch.float32)):
+        scale = torch.tensor([1.0, 9.0], dtype=dtype)
+        problem = bl.BilevelProblem(
+            lambda lam, theta, _, scale=scale: (scale * (theta - lam) ** 2).sum(),
+            lambda lam, theta, _, factor=factor: factor * ((theta - 1) ** 2).sum(),
+        )
+        at = problem, torch.zeros(2, dtype=dtype), torch.zeros(2, dtype=dtype), None, None
+        (row,) = bl.audit(*at, solvers=bl.CG(1)).rows
+        rows.append([row.relative_error, row.cosine, row.length, row.parts["linear"]])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+
+
 def test_prints_and_draws():
     problem, lam, solve_inner, inner, outer = setting()
     report = bl.audit(

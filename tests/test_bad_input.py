@@ -156,8 +156,9 @@ def test_batches(bad, message):
 def test_weighted_risk_options_and_weights():
     with pytest.raises(ValueError, match="loss: got 'hinge'"):
         risk(loss="hinge")
-    with pytest.raises(ValueError, match="l2: got -1"):
-        risk(l2=-1)
+    for l2, got in ((-1, "-1"), (float("inf"), "inf"), (float("nan"), "nan"), (LAM[0], "a tensor")):
+        with pytest.raises(ValueError, match=f"l2: got {got}"):
+            risk(l2=l2)
     with pytest.raises(ValueError, match=r"y has shape \(5,\), expected \(5, 4\)"):
         r = risk(loss="mse")
         r(LAM, bl.flatten(r.model), batch())

@@ -87,7 +87,7 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 500),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 670),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3350),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3365),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 660),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1060),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5395),

@@ -1293,6 +1293,18 @@ def test_what_was_averaged_in_between_counts_in_the_next_solve_resumed_or_not(cl
     assert torch.equal(one, two) and error(one, before) > 1e-3
 
 
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("cls", [KFAC, EKFAC])
+def test_a_build_that_is_refused_does_not_enter_the_average(cls, every):
+    at, other = small(nn.Linear(3, 2), 0.0, 6), small(nn.Linear(3, 2), 0.0, 6, seed=1)[3]
+    solver = cls(0.0, "exact", every=every, ema=0.5)
+    with pytest.raises(ValueError, match="damping"):  # the probabilities add up to one
+        bl.hypergradient(*at[:3], other, other, solver)
+    solver.damping = 0.1
+    one, two = (bl.hypergradient(*at, solver=s) for s in (solver, cls(0.1, "exact")))
+    assert error(one, two) < 1e-12
+
+
 def test_a_kept_input_is_not_believed_when_numpy_has_written_into_it():
     problem, lam, theta, (x, *rest), _ = small(nn.Linear(3, 2), 0.1, 6)
     array = x.numpy().copy()

@@ -376,9 +376,6 @@ def second_order(problem, lam, theta, batch):
             problem.inner_loss, lam, theta, batch, theta
         ),
         "update_vjp": lambda: products.update_vjp(problem.inner_loss, lam, theta, batch, theta),
-        "update_jvp": lambda: products.update_jvp(
-            problem.inner_loss, lam, theta, batch, lam, theta
-        ),
         "AID": lambda: bl.AID(problem, lam, theta, bl.CG(2), **common).step(),
         "AmIGO": lambda: bl.AmIGO(problem, lam, theta, linear_lr=0.1, **common).step(),
         "StocBiO": lambda: bl.StocBiO(problem, lam, theta, **common).step(),

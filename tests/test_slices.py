@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -216,6 +218,26 @@ def test_what_is_left_is_told_from_what_was_measured(tmp_path, monkeypatch, caps
     assert f"2 of 8 runs done (trials 2 of 4, final runs 0 of 4); about {minutes:.1f} minutes" in (
         capsys.readouterr().out
     )
+
+
+def test_who_only_asks_makes_nothing_and_may_ask_while_it_runs(tmp_path, monkeypatch, capsys):
+    words = [*WORDS, "--out", str(tmp_path / "run")]
+    assert main([*words, "--status"]) == 0
+    assert ": 0 of 17 runs done (" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    said = []
+
+    def ask():
+        """In the second trial, by another process."""
+        command = [sys.executable, "-m", "bilevel_lite", *words, "--status"]
+        before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+        said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_after(monkeypatch, 6, ask)
+    assert main(words) == 0
+    assert ": 1 of 17 runs done (trials 1 of 6, " in said[0]
 
 
 def test_the_full_study_is_what_it_says():

@@ -73,9 +73,9 @@ def test_products_equal_the_matrices_written_by_hand(ridge):
     jp, hp = products.update_vjp(r.inner, r.lam, r.theta, None, r.v)
     assert error(jp, jv) < 1e-13 and error(hp, r.h @ r.v) < 1e-13
     e = torch.linspace(-1, 1, 12)
-    q, along = products.update_jvp(r.inner, r.lam, 2 * r.theta, None, e, r.v)
+    q, along = products.update_operator(r.inner, r.lam, 2 * r.theta, None)
     assert error(q, r.h @ (2 * r.theta) - r.x.T @ r.y / 60) < 1e-13
-    assert error(along, r.h @ r.v + r.lam.exp() * 2 * r.theta * e) < 1e-13
+    assert error(along(e, r.v), r.h @ r.v + r.lam.exp() * 2 * r.theta * e) < 1e-13
 
 
 def mlp_risk(loss, classes=3):

@@ -43,17 +43,21 @@ class RunFolder:
     Args:
         path: The folder; made if missing.
         config: The settings, JSON values only. A folder made with other settings is refused.
+        only_look: Make, lock and write nothing: another process may be at work there.
 
     Raises:
         RunError: if the folder cannot be written, is in use by another process, was made with
             other settings or by another version, or holds a file that cannot be read.
     """
 
-    def __init__(self, path: str | Path, config: dict):
+    def __init__(self, path: str | Path, config: dict, only_look: bool = False):
         from filelock import FileLock, Timeout
 
-        self.path = Path(path)
+        self.path, self.only_look = Path(path), only_look
         self.config = json.loads(json.dumps({"format": FORMAT, **config}))
+        if only_look:
+            self._read()
+            return
         with self._writing("made"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
@@ -67,7 +71,8 @@ class RunFolder:
             self.close()
             raise
 
-    def _open(self):
+    def _read(self) -> bool:
+        """Read and compare what is there; False if it is nothing."""
         told = (self.path / "config.json").exists()
         if told:
             self._compare(_read(self.path / "config.json", "use another folder"))
@@ -79,7 +84,10 @@ class RunFolder:
                 f"{self.path} has lost its config.json, so that nobody knows the settings of what "
                 "it holds; use another folder"
             )
-        if not told:
+        return told
+
+    def _open(self):
+        if not self._read():
             self._write("config.json", _json(self.config))
         if self.state is None and self.finished:
             return  # finished and thinned: the log is whole
@@ -195,9 +203,11 @@ class RunFolder:
             RunError: if a line is damaged.
         """
         log, anew = self.path / "log.jsonl", self.path / "checkpoint.pt"
+        # of a run at work the log may be ahead of the checkpoint, and its last line half written
+        end = (self.state["log_bytes"] if self.state else 0) if self.only_look else None
         return [
             _object(line, f"{log}, line {number},", f"remove {anew} to start this run anew")
-            for number, line in enumerate(log.read_bytes().splitlines(), 1)
+            for number, line in enumerate(log.read_bytes()[:end].splitlines(), 1)
         ]
 
     def read_result(self) -> dict:
@@ -214,7 +224,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process use the folder."""
-        self._lock.release()
+        if not self.only_look:
+            self._lock.release()
 
     def __enter__(self):
         return self

@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -96,7 +96,8 @@ def run(
         widen: How often boxes may widen; each time all variants get half as many further trials.
         baselines: Also train what the task compares with, on the first seed.
         minutes: Stop after so many, or when asked to (`stopping.stoppable`).
-        status: Only say what is done and what is left.
+        status: Only say what is done and what is left, also while another process is at it; makes
+            nothing.
 
     Returns:
         The result, also written to ``result.json``.
@@ -137,14 +138,16 @@ def run(
             {"name": v.name, "settings": v.settings, **_follows(v)} for v in variants
         ],
     }  # fmt: skip
-    with stoppable(minutes) as stop, job.float32(), RunFolder(out, config) as folder:
+    with stoppable(minutes) as stop, job.float32(), RunFolder(out, config, status) as folder:
         if (folder.path / "result.json").exists():
             result = folder.read_result()
             print(
                 f"{folder.path} holds the finished study:\n{table(result['results'], kind.shown())}"
             )
             return result
-        storage = storage or f"sqlite:///{(folder.path / 'trials.db').resolve()}"
+        trials_db = (folder.path / "trials.db").resolve()
+        if not status or trials_db.exists():  # asked before it began: nothing is made
+            storage = storage or f"sqlite:///{trials_db}"
         study = _Study(kind, jobs, folder, storage, place, stop)
         if status:
             raise Stopped(f"{folder.path}: {study.standing()}")
@@ -205,7 +208,7 @@ class _Study:
     and the length that it went, in the unit of the study's lengths.
     """
 
-    def __init__(self, kind, jobs, folder: RunFolder, storage: str, device, stop: Callable):
+    def __init__(self, kind, jobs, folder: RunFolder, storage: str | None, device, stop):
         self.kind, self.folder, self.device, self.stop = kind, folder, device, stop
         self.variants = {v.name: v for v, _ in jobs}
         self.settings = {v.name: s for v, s in jobs}
@@ -467,7 +470,7 @@ class _Trials:
         values: The criterion of each; infinite if it diverged.
     """
 
-    def __init__(self, kind, s, variant: Variant, length: dict, storage: str):
+    def __init__(self, kind, s, variant: Variant, length: dict, storage: str | None):
         import optuna
 
         text = json.dumps([declared.written(s), variant.space, length], sort_keys=True)
