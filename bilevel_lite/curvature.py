@@ -57,7 +57,6 @@ __all__ = [
     "Probes",
     "from_curvlinops",
     "ggn_vp",
-    "output_probes",
     "output_side",
     "require_risk",
 ]
@@ -266,37 +265,6 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor, look: bool = True) -> 
         if look:
             _require_weights(sigma)
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
-
-
-def output_probes(
-    risk: WeightedRisk,
-    outputs: Tensor,
-    y: Tensor,
-    sigma: Tensor | None,
-    fisher: str = "mc",
-    samples: int = 1,
-    generator: "torch.Generator | Drawn | None" = None,
-    slope: Tensor | None = None,
-) -> list[Tensor]:
-    """Output-gradient columns whose second moment is the output curvature; see `Probes`.
-
-    Args:
-        risk: Gives the likelihood.
-        outputs: Model outputs, shape (n, C) or (n, T, C).
-        y: Targets; used by the empirical variant, for ignored labels and with ``slope``.
-        sigma: Weights, shape (n,), or None.
-        fisher, samples, generator: As `Probes` says.
-        slope: V', shape (n,), or None.
-
-    Returns:
-        A list of tensors like the outputs.
-
-    Raises:
-        ValueError: as `Probes` and `Probes.of`.
-    """
-    return Probes(fisher, samples, generator).of(
-        OutputSide(risk, outputs.detach(), y, sigma, slope)
-    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
 from bilevel_lite.same_function import SameDraws, same_back, same_twice
+from bilevel_lite.slopes import slopes_and_route
 from bilevel_lite.surroundings import (
     differentiating,
     ordinary,
@@ -350,7 +351,7 @@ def cross_vp(
         J v = grad_lam (1/n) sum_i sigma_i(lam) < grad_theta l_i, v >
 
     which are one forward-mode pass of the model, held against an ordinary gradient
-    (`WeightedRisk.slopes`).
+    (`bilevel_lite.slopes.slopes_and_route`).
 
     Args:
         loss: ``loss(lam, theta, batch)`` -> scalar.
@@ -393,7 +394,7 @@ def cross_and_route(
     if mode == "double_backward" or not has_slopes(loss):
         return _cross_twice(loss, lam, theta, batch, v), "double backward"
     terms = same_terms(loss, lam.detach(), batch)
-    parts = [t.risk.slopes_and_route(t.read(theta), t.batch, t.read(v), True) for t in terms]
+    parts = [slopes_and_route(t.risk, t.read(theta), t.batch, t.read(v), True) for t in terms]
     if twice := [route for slope, route in parts if slope is None]:
         return _cross_twice(loss, lam, theta, batch, v), twice[0]
     slopes = [slope for slope, _ in parts]

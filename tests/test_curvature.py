@@ -135,11 +135,15 @@ def test_scipy_view_gives_the_same_products_and_solves():
 # ---------------------------------------------------------------- the output side
 
 
+def probes_of(risk, outputs, y, sigma, *how, **more):
+    return curvature.Probes(*how, **more).of(curvature.OutputSide(risk, outputs, y, sigma))
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exact_probes_have_the_weighted_output_hessian_as_second_moment(loss):
     risk, lam, theta, batch = setting(loss)
     outputs, sigma = risk.outputs(theta, batch), lam.sigmoid()
-    probes = torch.stack(curvature.output_probes(risk, outputs, batch[1], sigma, "exact"))
+    probes = torch.stack(probes_of(risk, outputs, batch[1], sigma, "exact"))
     moment = torch.einsum("mnc,mnd->ncd", probes, probes)
     h = example_hessians(risk, theta, batch)
     assert error(moment, sigma[:, None, None] * h) < 1e-13
@@ -155,9 +159,7 @@ def test_monte_carlo_probes_have_it_in_expectation_at_the_rate_one_over_root_m(l
     truth = sigma[:, None, None] * example_hessians(risk, theta, batch)
     g, errors = torch.Generator().manual_seed(2), []
     for m in (100, 10000):
-        probes = torch.stack(
-            curvature.output_probes(risk, outputs, batch[1], sigma, "mc", m, generator=g)
-        )
+        probes = torch.stack(probes_of(risk, outputs, batch[1], sigma, "mc", m, generator=g))
         errors.append(error(torch.einsum("mnc,mnd->ncd", probes, probes), truth))
     assert errors[1] < 0.05
     assert 5 < errors[0] / errors[1] < 20  # 10 = sqrt(100)
@@ -172,13 +174,13 @@ def test_labels_are_those_of_multinomial_and_noise_that_of_randn(shape, dtype):
     risk = bl.WeightedRisk(torch.nn.Linear(2, 2))
     p = outputs.softmax(-1)
     root = (1 / torch.tensor(shape[1:-1] or 1, dtype=dtype).prod()).sqrt()
-    for probe in curvature.output_probes(risk, outputs, y, None, "mc", 3, ours):
+    for probe in probes_of(risk, outputs, y, None, "mc", 3, ours):
         labels = p.flatten(0, -2).multinomial(1, generator=theirs).view(shape[:-1])
         want = root * (p - torch.nn.functional.one_hot(labels, shape[-1]))
         assert error(probe * math.sqrt(3), want) < 10 * torch.finfo(dtype).eps
     assert torch.equal(ours.get_state(), theirs.get_state())
     risk = bl.WeightedRisk(torch.nn.Linear(2, 2), "mse")
-    (probe,) = curvature.output_probes(risk, outputs, outputs, None, "mc", 1, ours)
+    (probe,) = probes_of(risk, outputs, outputs, None, "mc", 1, ours)
     assert torch.equal(probe, torch.randn(shape, dtype=dtype, generator=theirs))
 
 

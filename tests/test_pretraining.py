@@ -20,6 +20,7 @@ from bilevel_lite.experiment import job
 from bilevel_lite.experiment.comparing import fresh
 from bilevel_lite.factors import kfac_factors
 from bilevel_lite.params import flatten, predict
+from bilevel_lite.slopes import slopes_and_route
 from bilevel_lite.tasks import pretraining as tasks
 from bilevel_lite.tasks import pretraining_study
 from bilevel_lite.tasks.pretraining import Pretraining
@@ -489,7 +490,7 @@ def test_samas_difference_has_the_derivative_of_adamws_step_and_the_weights_own_
     here = theta.clone().requires_grad_()
     (b,) = torch.autograd.grad(f(lam.detach(), here, twin._draw("outer")), here)
     v, term = (known * b).detach(), g.terms(lam, batch)[1]
-    slopes = term.risk.slopes(term.read(theta), term.batch, term.read(v))
+    slopes, _ = slopes_and_route(term.risk, term.read(theta), term.batch, term.read(v))
     losses = term.risk.losses(term.read(theta), term.batch).detach().requires_grad_()
     value = task.V(lam, losses)
     (mine,) = torch.autograd.grad((value * slopes).mean(), lam, retain_graph=True)

@@ -835,7 +835,8 @@ def test_exact_probes_that_would_not_fit_are_refused():
     risk = bl.WeightedRisk(model())
     outputs = torch.zeros(2, 40, 1000)
     with pytest.raises(ValueError, match="1000 x 40 probes of shape .* use 'mc' or 'empirical'"):
-        curvature.output_probes(risk, outputs, torch.zeros(2, 40).long(), None, "exact")
+        side = curvature.OutputSide(risk, outputs, torch.zeros(2, 40).long())
+        curvature.Probes("exact").of(side)
 
 
 def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_curvature():

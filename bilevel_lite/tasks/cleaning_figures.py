@@ -15,7 +15,7 @@ from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure, interval
 
 __all__ = [
     "draw_hyperclean", "draw_hyperclean_methods", "draw_noise_surest", "draw_study",
-    "draw_surest", "unpack_images",
+    "unpack_images",
 ]  # fmt: skip
 
 
@@ -358,33 +358,6 @@ DRAW_STUDY = {
     "noise": _draw_noise,
     "resnet18": _draw_resnet18,
 }
-
-
-def draw_surest(surest: dict, classes: list[str] | None = None, columns: int = 12):
-    """Draw the images that learned weights are surest are mislabelled, each under its given label.
-
-    Args:
-        surest: As in a result: ``shape, given, true, pixels``.
-        classes: Names of the classes; numbers by default.
-        columns: Images in a row.
-
-    Returns:
-        The figure; labels that are in fact right are in the colour of clean examples.
-    """
-    names = classes or [str(c) for c in range(1 + max(surest["given"] + surest["true"]))]
-    images = unpack_images(surest)
-    with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            -(-len(images) // columns), columns, squeeze=False,
-            figsize=(0.75 * columns, 1.0 * -(-len(images) // columns)),
-        )  # fmt: skip
-        for ax in axes.flat:
-            ax.axis("off")
-        for ax, image, given, true in zip(
-            axes.flat, images, surest["given"], surest["true"], strict=False
-        ):
-            _picture(ax, image, names[given], given == true)
-    return fig
 
 
 def _picture(ax, image, label, right: bool) -> None:
