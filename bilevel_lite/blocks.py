@@ -111,7 +111,7 @@ def kfac_operator(
     bias: str = "joint",
     rest: str = "diagonal",
 ) -> Operator:
-    """The undamped KFAC matrix as an `Operator`: A (x) B blocks, diagonal rest, plus 2 l2 I.
+    """The undamped KFAC matrix as an `Operator`: B (x) A blocks, diagonal rest, plus 2 l2 I.
 
     The arguments and errors are those of `kfac_factors`; ``rest`` is that of `KFAC`.
 

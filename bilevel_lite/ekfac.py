@@ -4,7 +4,7 @@ r"""EKFAC: keep KFAC's eigenbasis, replace its eigenvalues by the true second mo
     E_jk = (1/n) sum_i [ (U_B^T G_i U_A)_jk ]^2                  (G_i the gradient of example i)
     v-block = U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T,           tau = damping + 2 l2
 
-In the basis U_A (x) U_B the best diagonal in Frobenius norm is the matrix's own diagonal, which is
+In the basis U_B (x) U_A the best diagonal in Frobenius norm is the matrix's own diagonal, which is
 E: so EKFAC is never farther from the block of the same Fisher than KFAC. Damping is exact.
 
 Where a factor has fewer columns than rows its basis is thin: every G_i lies in the space that the

@@ -394,7 +394,7 @@ def kfac_factors(
         samples: Draws per example for ``"mc"``.
         generator: A CPU generator for the draws.
         bias: ``"joint"`` (a has a 1 appended, the block is that of [W, bias]) or ``"separate"``
-            (weight A (x) B, bias B).
+            (weight B (x) A, bias B).
 
     Returns:
         Layer name -> (A, B), shapes (d2, d2) and (d1, d1); A is None where the weight is frozen.

@@ -1,14 +1,15 @@
-r"""KFAC: one Kronecker product A (x) B for each linear map, inverted factor by factor.
+r"""KFAC: one Kronecker product B (x) A for each linear map, inverted factor by factor.
 
 For a layer z = W a (a with a 1 appended if the bias is joint), over examples and positions:
 
     A = mean of a a^T                        (d2 x d2, from the forward pass)
     B = (1/n) sum over positions of gamma gamma^T    (d1 x d1, gamma = (dz/doutputs)^T s, s a probe)
 
-    GGN block of W  ~  A (x) B,     (A (x) B) vec V = vec(B V A),     V shaped like W
+    GGN block of W  ~  B (x) A,     (B (x) A) vec V = vec(B V A),     V shaped like W
 
-The probes s carry sqrt(sigma_i) (`bilevel_lite.curvature.Probes`), A is unweighted.
-Conventions are those of curvlinops ("expand" for convolutions).
+vec reads row by row, as theta holds W. The probes s carry sqrt(sigma_i)
+(`bilevel_lite.curvature.Probes`), A is unweighted. Conventions are those of curvlinops ("expand"
+for convolutions).
 
 Damping. The inner problem's own l2 ||theta||^2 adds 2 l2 I to the curvature, exactly as damping
 adds delta I. Both enter as one number tau = delta + 2 l2, by one of the rules of

@@ -1,12 +1,14 @@
-r"""One Kronecker product A (x) B: three forms of a factor, damping, and the inverse product.
+r"""One Kronecker product B (x) A: three forms of a factor, damping, and the inverse product.
 
-    (A (x) B) vec V = vec(B V A),      (A (x) B)^-1 vec V = vec(B^-1 V A^-1)
+    (B (x) A) vec V = vec(B V A),      (B (x) A)^-1 vec V = vec(B^-1 V A^-1)
+
+with vec row by row, as theta holds a weight (column by column it would be A (x) B).
 
 Damping tau, by one of three rules:
 
-    heuristic   (A + pi sqrt(tau) I) (x) (B + sqrt(tau)/pi I),  pi^2 = (tr A / d2) / (tr B / d1)
+    heuristic   (B + sqrt(tau)/pi I) (x) (A + pi sqrt(tau) I),  pi^2 = (tr A / d2) / (tr B / d1)
     factored    the same with pi = 1
-    exact       A (x) B + tau I, in the eigenbases of A and B
+    exact       B (x) A + tau I, in the eigenbases of A and B
 
 A factor of rank R < d is never formed: the Woodbury identity solves it in its R columns
 (`Columns`). Nothing is inverted: Cholesky factors solve.
@@ -704,7 +706,7 @@ def kronecker_inverse(
         delta_a, delta_b = heuristic_damping(a, b, tau)
     else:
         delta_a = delta_b = _scalar(math.sqrt(tau), b)
-    # A (x) B is zero if one of them is: then leave both out, and (sqrt(tau) I) (x) (sqrt(tau) I),
+    # B (x) A is zero if one of them is: then leave both out, and (sqrt(tau) I) (x) (sqrt(tau) I),
     # damping alone, remains.
     on = ((a.trace() > 0) & (b.trace() > 0)).to(delta_a.dtype)
     weight = FactoredInverse(a.damped(delta_a, on, group), b.damped(delta_b, on, group))

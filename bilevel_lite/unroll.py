@@ -88,7 +88,7 @@ def unrolled_hypergradient(
 
     Or through T steps of momentum, Adam or any other ``update``, of which plain descent is one.
 
-        reverse:  w = grad_theta f(theta_T);  for t = T-1, ..., T-K:
+        reverse:  h = grad_lam f,  w = grad_theta f, both at theta_T;  for t = T-1, ..., T-K:
                       h <- h - lr J_t w,   w <- w - lr H_t w
         forward:  D_0 = 0;  D_{t+1} = D_t - lr (H_t D_t + J_t^T);
                       h = grad_lam f + D_T^T grad_theta f

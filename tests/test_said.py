@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import mean
 
 import nbformat
 import pytest
@@ -127,7 +128,19 @@ def test_chapter_12_on_the_study_of_trec():
         for other in solvers[k + 1 :]
         if (d := less(one, other))[2] < abs(d[1])
     ]
-    assert apart == [("cg-3-ggn", "cg-normal-3")]
+    assert apart == [("cg-3-ggn", "cg-normal-3")] and len(solvers) == 7
+    for pair, what, said in (
+        (("cg-normal-3", "cg-3-ggn"), "last", (-0.002, 0.112)),
+        (("identity", "cg-3-ggn"), "last", (0.041, 0.033)),
+    ):
+        found = difference(*(rows[name] for name in pair), "test_accuracy", what)[1:]
+        assert found == pytest.approx(said, abs=6e-4)
+    for name in ("cg-normal-3", "cg-3-ggn"):
+        for run in rows[name]["runs"]:
+            run["all looks"] = {"accuracy": mean(look["test_accuracy"] for look in run["history"])}
+    pair = rows["cg-normal-3"], rows["cg-3-ggn"]
+    found = difference(*pair, "accuracy", "all looks")[1:]
+    assert found == pytest.approx((-0.004, 0.032), abs=6e-4)
     first = [
         min(run["history"], key=lambda look: look["tuning_loss"])["iteration"]
         for row in rows.values() for run in row["runs"]
