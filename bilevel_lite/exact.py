@@ -5,7 +5,7 @@ torch 2.13, found by comparing its derivatives with differences of those one ord
 second order  weight norm (its norms are taken for constants); cross-entropy of a linear map in
               chunks; embeddings with ``scale_grad_by_freq`` (the scale is forgotten), which no form
               can mend, since that gradient is the gradient of nothing; sparse tensors of learned
-              values, scan, while_loop (parts are missing)
+              values, scan, while_loop (parts are missing); solve, det, slogdet under forward mode
 third order   layer_norm, batch_norm and instance_norm with their own statistics
 
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
@@ -100,6 +100,18 @@ _CONTROL = (
 )
 
 
+_SOLVED = (
+    "model: takes a forward-mode derivative (torch.func.jvp, say) of {}, and the gradient of that "
+    "is wrong in torch; use torch.linalg.inv(A) @ B, or a reverse derivative (torch.func.vjp)"
+)
+
+
+def _pushing_forward() -> bool:
+    """True inside a forward-mode transform of ``torch.func``."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
 def _scaled(function, args, kwargs):
     by_place = args[3:4] if function in (torch.embedding, torch.embedding_bag) else ()
     return kwargs.get("scale_grad_by_freq", any(by_place))
@@ -162,6 +174,10 @@ class _Exactly(TorchFunctionMode):
             if self.written_out or inside or transforming():
                 self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
+        elif function in _WRONG_OF_FORWARD and (
+            fwad._current_level > self.level or _pushing_forward()
+        ):
+            raise ValueError(_SOLVED.format(function.__name__))
         elif transforming() and _scaled(function, args, kwargs):  # the graph is hidden
             raise ValueError(_SCALED)
         elif self.order > 1 and steers(function):
@@ -227,6 +243,10 @@ def _low_instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, ep
     return _instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)
 
 
+_WRONG_OF_FORWARD = {
+    torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve, torch.linalg.det,
+    torch.linalg.slogdet, torch.det, torch.slogdet, Tensor.det, Tensor.slogdet,
+}  # fmt: skip
 _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _OTHER_FORMS = {torch._weight_norm: _weight_norm}
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13

@@ -21,8 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_lite.exact import exactly
 from bilevel_lite.refuse import require_finite, require_number, require_variable
-from bilevel_lite.surroundings import differentiating, ordinary
+from bilevel_lite.same_function import same_twice
+from bilevel_lite.surroundings import (
+    differentiating,
+    ordinary,
+    require_twice,
+    second_order,
+    way_out,
+)
+from bilevel_lite.trust import tolerance
 
 __all__ = ["functional_hypergradient", "spread", "tangents"]
 
@@ -113,13 +122,15 @@ def functional_hypergradient(
                 f"basis: got shape {tuple(b.shape)} on {name} for predictions of shape "
                 f"{tuple(h.shape)}, expected (n, C, k) and (n, C)"
             )
-    with torch.enable_grad():
+    with torch.enable_grad(), second_order(), way_out():
         beyond = beyond.detach().requires_grad_()
         outer = _losses("outer_loss", outer_loss, lam, beyond, outer_batch).mean()
         pull = _slope(outer, beyond)
         within = within.detach().requires_grad_()
         losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
         slope = _slope(losses.sum(), within, create_graph=True)
+        require_twice("inner_loss", slope)
+        _require_apart(losses, slope, within)
         for name, found in (("outer_loss", pull), ("inner_loss", slope)):
             if found is None:
                 raise ValueError(f"{name}: does not depend on the predictions")
@@ -159,11 +170,29 @@ def _slope(value, predictions, **kwargs):
     ]
 
 
+def _require_apart(losses, slope, within):
+    """Refuse losses that read other examples' predictions: with any c, c_i is to be slope_i's."""
+    if slope is None:
+        return
+    c = torch.linspace(0.5, 1.5, len(losses)).to(losses)
+    along, expected = _slope(c @ losses, within), c[:, None] * slope.detach()
+    if float((along - expected).norm()) > tolerance(losses) * float(expected.norm()):
+        raise ValueError(
+            "inner_loss: an example's loss reads the predictions of others, so there is no loss of "
+            "each prediction alone, which this hypergradient is of; write it example by example"
+        )
+
+
 def _losses(name, loss, lam, h, batch):
-    losses = loss(lam, h, batch)
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"{name}: returned {got}, expected a floating-point tensor of losses")
+    def again():
+        return loss(lam.detach(), h.detach(), batch)
+
+    with same_twice(name, h, again, loss, every=True) as watch:
+        losses = exactly(loss, lam, h, batch)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            got = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"{name}: returned {got}, expected a floating-point tensor of losses")
+        watch.value = losses
     if losses.shape != h.shape[:1]:
         raise ValueError(
             f"{name}: got losses of shape {tuple(losses.shape)}, expected one for each of the "

@@ -22,7 +22,7 @@ from bilevel_lite.refuse import (
 )
 from bilevel_lite.risk import only_reads
 from bilevel_lite.solvers import Direct, SolveInfo, Solver
-from bilevel_lite.surroundings import differentiating, ordinary
+from bilevel_lite.surroundings import differentiating, ordinary, transforming
 
 __all__ = ["HypergradientInfo", "hypergradient", "implicit"]
 
@@ -139,6 +139,12 @@ def hypergradient(
         >>> bl.hypergradient(problem, lam, lam, None, None, solver=bl.CG(2))
         tensor([-2., -2.])
     """
+    if transforming():
+        raise ValueError(
+            "hypergradient: is called inside a transform of torch.func (vmap, grad, ...), which "
+            "hides the graphs that it needs; call it in a loop, or see bilevel_lite.meta for many "
+            "problems at once"
+        )
     require_problem(problem)
     require_variable("lam", lam)
     require_variable("theta", theta)

@@ -218,7 +218,7 @@ class KFAC(Solver):
         """One pass for factors and diagonals (``true``: and for J v)."""
         risk = apart(loss)[0]
         if self.ema:
-            self._memory.require_same(risk, self._how(theta), theta)
+            self._memory.require_same(risk, self._how(risk, theta), theta)
         tau = self.damping + 2 * risk.l2
         done = estimate(
             loss, lam, theta, batch, self._probes(), self.bias, self.rest,
@@ -240,7 +240,7 @@ class KFAC(Solver):
 
         def then_kept():
             yield from blocks
-            self._memory.keep(risk, self._how(like), factors, diagonal)
+            self._memory.keep(risk, self._how(risk, like), factors, diagonal)
 
         return then_kept(), None  # a build that is refused leaves the average as it was
 
@@ -369,7 +369,7 @@ class KFAC(Solver):
         loss, risk, _ = self._shared(loss)
         done = self._estimate(loss, lam, theta, batch)
         made = self._averaged(done, self._factors(done, keep=False))
-        self._memory.keep(risk, self._how(theta), *made)
+        self._memory.keep(risk, self._how(risk, theta), *made)
         self._memory.blocks = None  # of the average before; the next solve makes them anew
         return self.last_cost
 
@@ -380,7 +380,7 @@ class KFAC(Solver):
         memory = self._memory
         if memory.theta is None or memory.age >= self.every:
             return False
-        memory.require_same(risk, self._how(theta), theta)
+        memory.require_same(risk, self._how(risk, theta), theta)
         damped = self.damping + 2 * risk.l2, self.damping_rule
         if memory.blocks is None or memory.damped != damped:
             # brought back by a state, averaged since, or damped by what is no longer said
@@ -394,8 +394,11 @@ class KFAC(Solver):
     def _diagnosis(self, theta: Tensor) -> dict:
         return {**self._memory.staleness(theta), "rest": self.rest}
 
-    def _how(self, theta: Tensor) -> str:
-        return f"bias={self.bias!r}, rest={self.rest!r} in {theta.dtype}"
+    def _how(self, risk: WeightedRisk | SumOfRisks, theta: Tensor) -> str:
+        terms = risk.risks if isinstance(risk, SumOfRisks) else [risk]
+        losses = "+".join(t.loss + " with slopes" * t.weight_slope for t in terms)
+        own = f"bias={self.bias!r}, rest={self.rest!r}, fisher={self.fisher!r}"
+        return f"{own} of {losses} in {theta.dtype}"
 
     def limit(self) -> None:
         """Return None: its system, the Kronecker one, is solved exactly."""

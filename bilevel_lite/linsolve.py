@@ -162,10 +162,21 @@ def _vanishes(pp: float, like: Tensor) -> bool:
 
 def _lift(b: Tensor) -> float:
     """1, or a power of two (times which is exact) by which squares of b do not underflow."""
-    precision = torch.finfo(b.dtype)
-    top = float(b.detach().abs().max()) if looked_at(b) and b.numel() else 0.0
+    precision, top = torch.finfo(b.dtype), _top(b)
     small = 0 < top < math.sqrt(precision.tiny) / precision.eps
     return 2.0 ** -math.frexp(top)[1] if small else 1.0
+
+
+def _top(b: Tensor) -> float:
+    return float(b.detach().abs().max()) if looked_at(b) and b.numel() else 0.0
+
+
+def _lift_of_h(r: Tensor, hr: Tensor) -> float:
+    """1, or a power of two by which ||H H r||^2 does not underflow where H is small."""
+    top, along = _top(r), _top(hr)
+    if not 0 < along < top or not _vanishes((along / top * along) ** 2, r):
+        return 1.0
+    return 2.0 ** (math.frexp(top)[1] - math.frexp(along)[1])
 
 
 def _in_range(solve: F) -> F:
@@ -213,7 +224,8 @@ def cg(
         precondition: r -> M r, with M an approximate inverse of H, symmetric positive definite.
 
     Returns:
-        `SolveInfo`; ``residual`` is the recurrence's own.
+        `SolveInfo`; ``residual`` is the recurrence's own (begun anew, once, where the rounding of a
+        start far away would hide what is left).
 
     Raises:
         ValueError: for a negative damping, fewer than one step, or a product that is not finite.
@@ -241,6 +253,7 @@ def cg(
     b_norm, residual, pp = _read(b.norm(), r.norm(), dot(p, p))
     _require_finite("b: the right-hand side", b_norm)
     _require_finite("b - H x0, or what precondition makes of it,", residual, pp)
+    far = residual if residual > b_norm else 0.0  # a start far away, whose rounding r carries
     while steps < iters and residual > tol * b_norm:
         if pp == 0:  # the direction underflowed: nothing is left to solve
             break
@@ -269,6 +282,12 @@ def cg(
         rz, rz_old = dot(r, z), rz
         p = torch.addcmul(z, rz / rz_old, p)
         residual, pp = _read(r.norm(), dot(p, p))
+        if residual <= tol * b_norm < far * torch.finfo(b.dtype).eps:  # lost in its rounding
+            r = b - apply(v)
+            z = precondition(r)
+            p, rz = z.clone(), dot(r, z)
+            residual, pp = _read(r.norm(), dot(p, p))
+            far = 0.0
         _require_finite(f"matvec: the residual after CG step {steps}", residual, pp)
     return apply.info(v, steps, *_sizes(residual, b_norm), residual <= tol * b_norm)
 
@@ -316,14 +335,17 @@ def cg_normal(
     v = _start(x0, b)
     r = b.clone() if x0 is None else b - apply(v)  # residual of H v = b
     s = apply(r)  # residual of the normal equations, H r
+    hb = s if x0 is None else apply(b)
+    times, lift = apply, _lift_of_h(r, s)
+    if lift != 1:  # (lift H) (v / lift) = b
+        times, s, hb, v = (lambda p: apply(p) * lift), s * lift, hb * lift, v / lift
     p, ss = s.clone(), dot(s, s)
     steps = 0
-    hb = s if x0 is None else apply(b)
     s_norm, hb_norm, b_norm = _read(s.norm(), hb.norm(), b.norm())
     _require_finite("b: the right-hand side", b_norm)
     _require_finite("matvec: H b", s_norm, hb_norm)
     while steps < iters and s_norm > tol * hb_norm:
-        hp = apply(p)
+        hp = times(p)
         hphp, pp = _read(dot(hp, hp), dot(p, p))
         _require_finite(f"matvec: ||H p||^2 at step {steps + 1}", hphp, pp)
         if pp == 0:  # the direction underflowed: nothing is left to solve
@@ -332,18 +354,18 @@ def cg_normal(
             break
         if hphp == 0:
             raise ValueError(f"matvec: ||H p||^2 is {hphp} at step {steps + 1}: H is singular")
-        apply.along(hphp, pp)
+        apply.along(hphp / lift**2, pp)
         alpha = ss / hphp
         v.addcmul_(alpha, p)
         r.addcmul_(-alpha, hp)
-        s = apply(r)
+        s = times(r)
         steps += 1
         ss, ss_old = dot(s, s), ss
         p = s + (ss / ss_old) * p
         (s_norm,) = _read(s.norm())
         _require_finite(f"matvec: the residual after step {steps}", s_norm)
     sizes = _sizes(*_read(r.norm()), b_norm)
-    return apply.info(v, steps, *sizes, s_norm <= tol * hb_norm)
+    return apply.info(v if lift == 1 else v * lift, steps, *sizes, s_norm <= tol * hb_norm)
 
 
 @_in_range

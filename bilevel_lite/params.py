@@ -139,8 +139,8 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     note(model)
 
-    def evaluate(at: dict[str, Tensor]) -> Any:
-        return functional_call(model, places_for(model, at), inputs, tie_weights=False)
+    def evaluate(at: dict[str, Tensor], given: tuple = inputs) -> Any:
+        return functional_call(model, places_for(model, at), given, tie_weights=False)
 
     with lock_of_modules(), nothing_again("model"):
         return pure(model, evaluate, named, inputs)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_lite.exact import exactly, exactly_once
 from bilevel_lite.parallel import Sharded, apart
@@ -18,10 +18,11 @@ from bilevel_lite.params import dot
 from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
-from bilevel_lite.same_function import SameDraws, same_back, same_twice
+from bilevel_lite.same_function import SameDraws, back_is_due, same_back, same_twice
 from bilevel_lite.slopes import slopes_and_route
 from bilevel_lite.surroundings import (
     differentiating,
+    nodes,
     ordinary,
     require_twice,
     second_order,
@@ -128,7 +129,14 @@ def _first(loss, lam, theta, batch, name):
     of = _alone(loss)
     if only_reads(of):
         return evaluate(loss, lam, theta, batch, name)
-    return exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    # what torch compiled (inductor) frees parts of its graph on the first way back
+    if not back_is_due(of):
+        return exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    with second_order():
+        value = exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    if not is_structured(of):
+        _parameters_behind(value, lam, theta, name)
+    return value
 
 
 def _alone(loss):
@@ -172,9 +180,33 @@ def _value(loss, lam, theta, batch):
     of = None if only_reads(loss) else loss
     if not plain:
         same_terms(loss, lam.detach(), batch)
+    own = []
     with same_twice("inner_loss", theta, again, of, every=plain) as watch:
         watch.value = value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
+        if plain:
+            own = _parameters_behind(value, lam, theta, "inner_loss")
+    if own and back_is_due(_alone(loss)):
+        again()
+    if any(p._version != version for p, version in own):  # written into when evaluated again
+        raise ValueError(_PUT.format(name="inner_loss"))
     return value
+
+
+_PUT = (
+    "{name}: puts theta into a module's parameters (vector_to_parameters, load_state_dict, copy_) "
+    "and computes with these, so no derivative of it reaches theta; use "
+    "bilevel_lite.params.predict(model, theta, x) or torch.func.functional_call"
+)
+
+
+def _parameters_behind(value, lam, theta, name):
+    """The parameters that a loss reads beside lam and theta, with the count of writes into each."""
+    found = [getattr(node, "variable", None) for node in nodes(value)]
+    found = [p for p in found if isinstance(p, nn.Parameter) and p is not lam and p is not theta]
+    place = theta.untyped_storage().data_ptr()
+    if any(p.untyped_storage().data_ptr() == place for p in found):
+        raise ValueError(_PUT.format(name=name))
+    return [(p, p._version) for p in found]
 
 
 def _gradients(loss, lam, theta, batch, need_lam=True):

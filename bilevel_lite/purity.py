@@ -8,7 +8,9 @@ dict, an attribute of its class) is not seen.
 """
 
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bilevel_lite.refuse import attributes, recording
+from bilevel_lite.exact import aside
+from bilevel_lite.refuse import attributes, recording, require_unwritten, versions
 from bilevel_lite.same_function import (
     OWN,
     containers,
@@ -29,9 +32,9 @@ from bilevel_lite.same_function import (
     restore_random_state,
 )
 from bilevel_lite.surroundings import nodes, transforming
-from bilevel_lite.trust import doubling, known_code, still
+from bilevel_lite.trust import doubling, known_code, some_examples, still
 
-__all__ = ["pure"]
+__all__ = ["looking", "only_looking", "pure"]
 
 Named = dict[str, Tensor]
 
@@ -43,7 +46,8 @@ def pure(
 
     Args:
         model: What is evaluated.
-        evaluate: Takes the parts of theta by name, and evaluates the model with them on ``inputs``.
+        evaluate: Takes the parts of theta by name, and evaluates the model with them on ``inputs``,
+            or on what comes second.
         named: The parts of theta.
         inputs: What else goes in.
 
@@ -51,33 +55,60 @@ def pure(
         ValueError: if the model reads a parameter of its own in place of theta's, gives one another
             value, or keeps what decides the next value; naming it and the way out.
 
-    Cost: nothing, or, where it is looked at and not all of its code is known, a copy of theta, and
-    two more forward passes if it kept something.
+    Cost: nothing, or, where it is looked at and not all of its code is known, some copies of theta,
+    a few examples forward and back, and two more forward passes if it kept something.
     """
-    if not named or not _to_be_looked_at(model):
+    if not named or recording() or transforming():  # which hide what is computed
         return evaluate(named)
-    memos, copies = None, {}
-    if not known_code(model):
-        memos, copies = _Memos(model), {k: p.detach().clone() for k, p in named.items()}
-    outputs = evaluate(named)
-    _require_parameters_unwritten(model, named, copies)
-    _require_read(model, outputs, [*named.values(), *inputs])
-    if memos is not None:
-        elsewhere = {k: _nearby(p) for k, p in copies.items()}
-        memos.require_none(lambda: evaluate(elsewhere), next(iter(copies.values())))
+    counts = _evaluated.setdefault(model, {})
+    modes = tuple(module.training for module in model.modules())
+    count = counts.get(modes, 0) + 1
+    outputs = _looked_at(model, evaluate, named, inputs) if doubling(count) else evaluate(named)
+    counts[modes] = count  # what was refused does not count: it is looked at again
     return outputs
 
 
-# model -> how many evaluations there were
+# model -> for each setting of its modes, training or not, how many evaluations there were
 _evaluated: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _to_be_looked_at(model: nn.Module) -> bool:
-    """True at evaluation 1, 2, 4, 8 ..., and where nothing hides what is computed."""
-    if recording() or transforming():
-        return False
-    count = _evaluated[model] = _evaluated.get(model, 0) + 1
-    return doubling(count)
+def _looked_at(model, evaluate, named, inputs):
+    if known_code(model):
+        outputs = evaluate(named)
+        _require_read(model, outputs, [*named.values(), *inputs])
+        return outputs
+    memos, copies = _Memos(model), {k: p.detach().clone() for k, p in named.items()}
+    counted = versions((None, [*named.values()]))
+    outputs = evaluate(named)
+    require_unwritten("model", counted, versions((None, [*named.values()])))
+    _require_parameters_unwritten(model, named, copies)
+    _require_read(model, outputs, [*named.values(), *inputs])
+    with looking():
+        memos.require_none(
+            lambda: evaluate({k: _nearby(p) for k, p in copies.items()}),
+            next(iter(copies.values())),
+        )
+        if torch.is_grad_enabled():
+            _require_theta_alone(model, evaluate, named, inputs)
+    return outputs
+
+
+_looking: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Evaluations that only look: who notes a model's calls (`bilevel_lite.tape`) skips them."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def only_looking() -> bool:
+    """True within `looking`."""
+    return _looking.get()
 
 
 def _require_parameters_unwritten(model: nn.Module, named: dict[str, Tensor], copies: dict) -> None:
@@ -115,8 +146,60 @@ def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
 
 def _nearby(p: Tensor) -> Tensor:
     """Another value, not a multiple (a normalised weight would not show one), none of it drawn."""
-    wave = torch.arange(p.numel(), device=p.device).cos().view(p.shape).to(p)
-    return p + 0.03 * p.abs().mean() * wave
+    return p + 0.03 * p.abs().mean() * _wave(p)
+
+
+def _wave(like: Tensor) -> Tensor:
+    return torch.arange(like.numel(), device=like.device).cos().view(like.shape).to(like)
+
+
+def _require_theta_alone(
+    model: nn.Module, evaluate: Callable[..., Any], named: Named, inputs: tuple[Any, ...]
+) -> None:
+    """Refuse a model whose value or gradient depends on what its own parameters hold meanwhile.
+
+    A tensor that shares a parameter's memory reads them, and so does a backward pass that runs a
+    module again. So a few examples go through the model twice, the second time with other numbers
+    in the parameters.
+    """
+    own = {name: p for name, p in model.named_parameters() if name in named}
+    was, moved = {name: p.detach().clone() for name, p in own.items()}, []
+    at = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
+    rows = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+    few = some_examples(inputs, list(range(min(rows, 4))), rows)
+    like, drawn = next(iter(at.values())), random_state(next(iter(at.values())))
+
+    def made() -> list[Tensor]:
+        restore_random_state(drawn, like)
+        with still(model), aside():  # which copies buffers as they are now
+            out = tree_leaves(evaluate(at, few))
+            out = [one for one in out if isinstance(one, Tensor) and one.requires_grad]
+            back = list(map(_wave, out))
+            grads = torch.autograd.grad(out, [*at.values()], back, allow_unused=True)
+        pairs = zip(grads, at.values(), strict=True)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        return [torch.cat([one.detach().reshape(-1) for one in some]) for some in (out, grads)]
+
+    try:
+        here = made()
+        for name, p in own.items():
+            p.data.add_(0.3 * p.data.abs().mean() * _wave(p))
+            moved.append(name)
+        there = made()
+        if all(map(near, here, there)) or not all(map(near, there, made())):
+            return  # of theta alone; or another one each time, which others say
+    except Exception:  # whatever a model says to a few examples
+        return
+    finally:
+        for name in moved:
+            own[name].data.copy_(was[name])
+        restore_random_state(drawn, like)
+    raise ValueError(
+        f"model: {type(model).__name__} gives another value or gradient when its own parameters "
+        "hold other numbers, so it reads them, and not theta alone: by a tensor that shares a "
+        "parameter's memory, or in a backward pass that runs a module again (checkpointing, "
+        "reversible layers); read the parameters from the modules in forward, and switch that off"
+    )
 
 
 class _Memos:
@@ -157,6 +240,7 @@ class _Memos:
             restore_random_state(drawn, like)
         for one, other in zip(*values, strict=True):
             if one.is_floating_point() and not near(one, other):
+                _put_back(self.attributes)  # or the next call would read the memo
                 raise ValueError(
                     f"model: {type(self.model).__name__} has another value after a call than it "
                     f"would have without that call: it keeps something from call to call "

@@ -457,12 +457,12 @@ class Recordings:
     def _made(self, record, plain, at: Point) -> Any:
         """Record, after a plain run that shows whether there is something to freeze."""
         model, theta = at.risk.model, at.inputs[1]
-        draws = random_state(theta)
+        draws = random_state(theta, known=True)
         with still(model):  # the trial itself is to leave no trace
             before = [b._version for b in model.buffers()]
             plain()
             moved = before != [b._version for b in model.buffers()]
-        if not equal_states(draws, random_state(theta)):
+        if not equal_states(draws, random_state(theta, known=True)):
             restore_random_state(draws, theta)
             raise _Dropped("the model draws random numbers")
         if moved:

@@ -52,6 +52,12 @@ class Seen(tuple):
     """A batch after `WeightedRisk.inputs`, as the model sees it."""
 
 
+@cache
+def _seen(kind: type) -> type:
+    """`Seen` with the fields of a named tuple."""
+    return type(kind.__name__, (Seen, kind), {}) if hasattr(kind, "_fields") else Seen
+
+
 @dataclass
 class Term:
     """One mean of a risk at one (lam, batch): what whoever reads the structure walks over.
@@ -264,7 +270,8 @@ class WeightedRisk:
             )
         new = _hook(self.inputs, lam, batch)
         _require_pair(new, "inputs: returned")
-        return Seen(new)
+        kind = _seen(type(new))
+        return kind(new) if kind is Seen else kind._make(new)
 
     def terms(self, lam: Tensor, batch: Any) -> list[Term]:
         """Return the means that the risk is a sum of: one."""
@@ -804,12 +811,13 @@ def _hook(function: Callable, lam: Tensor, *args: Any) -> Any:
     try:
         return function(lam, *args)
     except IndexError as error:
-        short = (
-            "batch: has too few parts"
-            if "tuple" in str(error) or "list" in str(error)
-            else (f"lam: has {lam.numel()} entries, too few for this batch")
-        )
-        raise ValueError(f"{short} ({error})") from error
+        said = str(error)
+        short = "weight, inputs: index with what is no index"
+        if "tuple index" in said or "list index" in said:
+            short = "batch: has too few parts"
+        elif "out of" in said:
+            short = f"lam: has {lam.numel()} entries, too few for this batch"
+        raise ValueError(f"{short} ({said})") from error
 
 
 def _require_l2(l2: Any) -> None:

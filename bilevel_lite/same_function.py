@@ -7,6 +7,7 @@ pass leaves in the model's attributes may be a memo, read as a constant by the n
 `bilevel_lite.purity`.
 """
 
+import random
 import sys
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from bilevel_lite.trust import doubling, known_code, low_precision, still
 __all__ = [
     "OWN",
     "SameDraws",
+    "back_is_due",
     "containers",
     "due",
     "equal_states",
@@ -46,19 +49,31 @@ __all__ = [
 # ------------------------------------------------------------------ random numbers
 
 
-def random_state(like: Tensor) -> list[Tensor]:
-    """The states of torch's own generators that a model on this device may draw from."""
-    states = [torch.default_generator.get_state()]
+def random_state(like: Tensor, known: bool = False) -> list[Any]:
+    """The states of the global generators that a model on this device may draw from.
+
+    Python's, NumPy's and torch's own; where all of the code is known, torch's own alone.
+    """
+    others = None
+    if not known:
+        kind, keys, *rest = np.random.get_state()
+        others = random.getstate(), (kind, keys.tobytes(), *rest)
+    states = [others, torch.default_generator.get_state()]
     if like.device.type == "cuda":
         states.append(torch.cuda.get_rng_state(like.device))
     return states
 
 
-def restore_random_state(states: list[Tensor], like: Tensor) -> None:
+def restore_random_state(states: list[Any], like: Tensor) -> None:
     """Put back what `random_state` returned."""
-    torch.default_generator.set_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], like.device)
+    others, own, *cuda = states
+    if others is not None:
+        python, (kind, keys, *rest) = others
+        random.setstate(python)
+        np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))
+    torch.default_generator.set_state(own)
+    if cuda:
+        torch.cuda.set_rng_state(cuda[0], like.device)
 
 
 class SameDraws:
@@ -104,9 +119,9 @@ class SameDraws:
             restore_random_state(now, theta)
 
 
-def equal_states(one: list[Tensor], other: list[Tensor]) -> bool:
+def equal_states(one: list[Any], other: list[Any]) -> bool:
     """True if two results of `random_state` are the same: nothing was drawn in between."""
-    return all(map(torch.equal, one, other))
+    return one[0] == other[0] and all(map(torch.equal, one[1:], other[1:]))
 
 
 # ------------------------------------------------------------------ what a model keeps
@@ -282,6 +297,11 @@ def was_the_same(of: Any, counted: WeakKeyDictionary = _uses) -> None:
         counted[of] = counted.get(of, 0) + 1
 
 
+def back_is_due(of: Any) -> bool:
+    """True where `same_back` will go back twice."""
+    return due(of, _ways_back)
+
+
 def same_back(
     what: str, back: Callable[..., tuple[Tensor | None, ...]], of: Any = None
 ) -> tuple[Tensor | None, ...]:
@@ -300,7 +320,7 @@ def same_back(
 
     Cost: nothing, or half of a gradient where the way is gone twice.
     """
-    if not due(of, _ways_back):
+    if not back_is_due(of):
         was_the_same(of, _ways_back)
         return back()
     grads = back(retain_graph=True)
@@ -345,10 +365,11 @@ def same_twice(
     if recording():
         yield _Watch()
         return
-    before = random_state(like)
+    known = of is None and not every
+    before = random_state(like, known)
     with _watching(every) as watch:
         yield watch
-    drew = not equal_states(before, random_state(like))
+    drew = not equal_states(before, random_state(like, known))
     moved = watch.moved()
     if not (due(of) or drew or moved):
         return was_the_same(of)

@@ -268,6 +268,8 @@ _HOPELESS = (  # what torch says where a derivative is missing
     "no autograd formula",
     "is_coalesced expected",
     "higher order operator",
+    "functions with out=... arguments",
+    "deepcopy protocol",
 )
 
 

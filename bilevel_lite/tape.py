@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from bilevel_lite.params import leaves, predict, trainable
+from bilevel_lite.purity import only_looking
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.same_function import same_twice
 from bilevel_lite.surroundings import lock_of_modules, second_order
@@ -104,9 +105,11 @@ class Call:
     shape: torch.Size | None  # of the output
 
     def __post_init__(self):
-        one_image = isinstance(self.module, nn.Conv2d) and len(self.shape or ()) == 3
+        # one example alone, without a dimension for several: an image, a vector
+        least = {nn.Conv2d: 4, nn.Linear: 2}.get(kind_of(self.module), 0)
+        alone = len(self.shape or ()) < least
         # one tensor in, one out
-        self.usable = self.input is not None and self.edge is not None and not one_image
+        self.usable = self.input is not None and self.edge is not None and not alone
 
     @property
     def shapes(self) -> tuple:
@@ -157,6 +160,13 @@ class Tape:
         # known code (in eval mode, as required) draws nothing and keeps nothing
         once = same_twice("model", self.theta, again, risk.model)
         once = nullcontext() if self.known else once
+        for owner in self.owners:
+            if isinstance(self.modules[owner], torch.jit.ScriptModule):
+                raise ValueError(
+                    f"model: layer {owner!r} is scripted, so what goes through it cannot be seen; "
+                    "use the module as it was before torch.jit.script, or a solver that need not "
+                    "see it, such as CG"
+                )
         with once as watch, lock_of_modules():
             hooks = [
                 self.modules[o].register_forward_hook(self._hook(o), with_kwargs=True)
@@ -176,6 +186,8 @@ class Tape:
 
     def _hook(self, name):
         def keep(module, inputs, options, output):
+            if only_looking():
+                return
             single = len(inputs) == 1 and isinstance(inputs[0], Tensor) and not options
             ours = isinstance(output, Tensor) and output.requires_grad
             if single and inputs[0].layout != torch.strided:
@@ -183,10 +195,13 @@ class Tape:
                     f"model: layer {name!r} takes a sparse tensor ({inputs[0].layout}), expected a "
                     "dense one; put x.to_dense() into the batch"
                 )
+            x = inputs[0].detach() if single else None
+            if single and x.is_floating_point():  # autocast inside of the model
+                x = x.to(self.theta.dtype)
             call = Call(
                 module,
-                inputs[0].detach() if single else None,
-                inputs[0]._version if single else 0,
+                x,
+                x._version if single else 0,
                 get_gradient_edge(output) if ours else None,
                 output.shape if ours else None,
             )
@@ -201,7 +216,10 @@ class Tape:
         if not edges:
             return {name: [None] * len(calls) for name, calls in self.calls.items()}
         grads = iter(
-            torch.autograd.grad(self.outputs, edges, probe, retain_graph=keep, allow_unused=True)
+            None if g is None else g.to(probe.dtype)
+            for g in torch.autograd.grad(
+                self.outputs, edges, probe, retain_graph=keep, allow_unused=True
+            )
         )
         return {
             name: [None if c.edge is None else next(grads) for c in calls]

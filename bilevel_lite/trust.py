@@ -133,9 +133,8 @@ def known_code(model: nn.Module) -> bool:
     """
     common = nn.modules.module
     hooks = [*common._global_forward_pre_hooks.values(), *common._global_forward_hooks.values()]
-    if common._global_backward_hooks or any(
-        getattr(hook, "__module__", "") not in _ONLY_LOOK for hook in hooks
-    ):
+    back = common._global_backward_hooks, common._global_backward_pre_hooks
+    if any(back) or any(getattr(hook, "__module__", "") not in _ONLY_LOOK for hook in hooks):
         return False
     return all(
         type(m) in ROWWISE
@@ -166,7 +165,7 @@ class ByHand(TorchFunctionMode):
 
     ways = {
         Tensor.register_hook, Tensor.detach, Tensor.detach_, torch.detach, torch.detach_,
-        Tensor.data.__get__, torch._C._set_grad_enabled,
+        Tensor.data.__get__, Tensor.grad_fn.__get__, torch._C._set_grad_enabled,
     }  # fmt: skip
 
     def __init__(self, model: nn.Module):

@@ -1,6 +1,7 @@
 """Bad input gives one clear sentence that names what came and what was expected."""
 
 import math
+from collections import namedtuple
 from fractions import Fraction
 from functools import partial
 
@@ -745,3 +746,45 @@ def test_a_direction_of_another_shape_is_refused():
     for v in (torch.ones(3), torch.ones(1, 2), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"v: got shape .*, expected \(2,\), that of theta"):
             products.hvp(g, lam, theta, None, v)
+
+
+def test_inside_of_a_transform_it_says_so():
+    problem = bl.BilevelProblem(
+        lambda lam, t, b: (t - lam).square().sum(), lambda lam, t, b: t.square().sum()
+    )
+    with pytest.raises(ValueError, match="inside a transform of torch.func"):
+        torch.vmap(lambda lam: bl.hypergradient(problem, lam, torch.ones(3), solver=bl.CG(2)))(
+            torch.ones(4, 3)
+        )
+
+
+def test_nhgd_takes_a_theta_of_any_shape():
+    problem = bl.BilevelProblem(
+        lambda lam, t, b: (t - lam[0]).square().sum() + (lam[1] * t**4).sum(),
+        lambda lam, t, b: (t - 1).square().sum(),
+    )
+    lam, theta, made = torch.tensor([0.5, 0.3]), torch.linspace(0.5, 1, 6), []
+    for shape in ((6,), (3, 2)):
+        method = bl.NHGD(problem, lam, theta.view(shape), inner_lr=0.05, outer_lr=0.1)
+        for _ in range(3):
+            method.step()
+        made.append((method.lam, method.theta.reshape(-1)))
+    assert torch.equal(made[0][0], made[1][0]) and torch.allclose(made[0][1], made[1][1])
+
+
+def test_a_named_tuple_keeps_its_names_and_a_bad_index_is_no_fault_of_lams():
+    kind = namedtuple("Named", "x y index")
+    model = torch.nn.Linear(3, 2)
+    batch = kind(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]), torch.arange(4))
+    risk = bl.WeightedRisk(
+        model, weight=lambda lam, b: lam[b.index],
+        inputs=lambda lam, b: kind(b.x * lam.mean(), b.y, b.index),
+    )  # fmt: skip
+    theta, two = bl.flatten(model), torch.full((4,), 2.0)
+    plain = bl.WeightedRisk(model)(two, theta, (2 * batch.x, batch.y))
+    assert float(risk(two, theta, batch)) == pytest.approx(2 * float(plain))
+    floats = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]])
+    with pytest.raises(ValueError, match="no index"):
+        floats(torch.ones(4), theta, (*batch[:2], batch.index.double()))
+    with pytest.raises(ValueError, match="lam: has 3 entries, too few"):
+        floats(torch.ones(3), theta, tuple(batch))

@@ -1314,3 +1314,65 @@ def test_a_kept_input_is_not_believed_when_numpy_has_written_into_it():
     array[:] = 2 * array[::-1]
     one, two = (bl.hypergradient(problem, lam, theta, batch, batch, s) for s in (kept, fresh))
     assert error(one, two) < 1e-9
+
+
+@pytest.mark.parametrize("how", [{"every": 5}, {"ema": 0.9}])
+def test_what_is_kept_of_another_likelihood_is_refused(how):
+    model = nn.Linear(3, 2)
+    problem, lam, theta, batch, outer = small(model, 0.3, 6)
+    inner = bl.WeightedRisk(model, "mse", weight=lambda lam, b: lam[b[2]], l2=0.3)
+    other = bl.BilevelProblem(inner, problem.outer_loss)
+    solver = KFAC(0.1, "exact", **how)
+    bl.hypergradient(problem, lam, theta, batch, outer, solver)
+    targets = batch[0], batch[0][:, :2], batch[2]
+    with pytest.raises(ValueError, match="of cross_entropy in .* expected .* of mse in"):
+        bl.hypergradient(other, lam, theta, targets, outer, solver)
+
+
+def test_autocast_inside_of_the_model():
+    """Sixteen bits inside: near the same model without, and no word of torch's."""
+
+    class Mixed(nn.Module):
+        def __init__(self, on):
+            super().__init__()
+            self.a, self.o, self.on = nn.Linear(3, 4), nn.Linear(4, 2), on
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.on):
+                return self.o(torch.tanh(self.a(x))).float()
+
+    made, state = [], Mixed(False).float().state_dict()
+    for on in (False, True):
+        (model := Mixed(on).float()).load_state_dict(state)
+        inner = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]], l2=0.1)
+        problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        batch, theta = (x, torch.arange(12) % 2, torch.arange(12)), bl.flatten(model)
+        lam = torch.ones(12, dtype=torch.float32)
+        made.append(bl.hypergradient(problem, lam, theta, batch, batch, KFAC(0.5, "exact")))
+    assert error(made[1], made[0]) < 0.05
+
+
+def test_a_layer_of_one_vector_has_no_examples_whatever_their_number():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z = nn.Parameter(torch.linspace(-1, 1, 6))
+            self.g, self.a, self.o = nn.Linear(6, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.o(torch.tanh(self.a(x) * self.g(self.z)))
+
+    for n in (5, 6):  # six is what the vector has
+        at = small(Gate(), 0.1, n)
+        bl.hypergradient(*at, solver=KFAC(0.1, rest="damping"))
+        with pytest.raises(ValueError, match="'g.weight' has no Kronecker block"):
+            bl.hypergradient(*at, solver=KFAC(0.1))
+
+
+def test_a_scripted_layer_is_refused_by_name():
+    model = nn.Sequential(torch.jit.script(nn.Linear(3, 4).double()), nn.Linear(4, 2))
+    at = small(model, 0.1, 6)
+    bl.hypergradient(*at, solver=bl.CG(3))
+    with pytest.raises(ValueError, match="layer '0' is scripted.*such as CG"):
+        bl.hypergradient(*at, solver=KFAC(0.1))

@@ -505,3 +505,44 @@ def test_a_search_finds_the_best_of_its_own_trials(trainings):
 def test_bad_trainings_are_refused(trainings, call, message):
     with pytest.raises(ValueError, match=message):
         call(trainings)
+
+
+def pointwise(lam, o, batch):
+    return lam[0].exp() * (o - batch[1]).square().sum(1) + lam[1] * (o**4).sum(1)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o):
+        ctx.save_for_backward(o)
+        return o**4
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 4 * ctx.saved_tensors[0] ** 3 * g
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (lambda lam, o, b: pointwise(lam, o - o.mean(0), b), "reads the predictions of others"),
+        (lambda lam, o, b: pointwise(lam, o, b) * torch.rand(8), "draws random numbers"),
+        (lambda lam, o, b: lam.sum() * Once.apply(o).sum(1), "once_differentiable"),
+        (
+            lambda lam, o, b: (
+                pointwise(lam, o, b) + torch.cdist(o[:, None], b[1][:, None])[:, 0, 0]
+            ),
+            "torch cannot differentiate it",
+        ),
+    ],
+)
+def test_the_functional_hypergradient_refuses_what_the_others_do(loss, message):
+    g = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(*shape, generator=g) for shape in ((8, 2), (8, 2), (2, 2)))
+    lam, batch = torch.tensor([0.3, 0.7]), (x, y)
+    basis = spread(lambda x: x, 2)
+    at = pointwise, lam, lambda x: x @ w, basis, batch, batch
+    functional_hypergradient(pointwise, *at)
+    with pytest.raises(ValueError, match=message):
+        functional_hypergradient(loss, *at)

@@ -1,9 +1,11 @@
 """A loss that is evaluated again is the same loss: the batch that was drawn, the same dropout."""
 
 import copy
+import random
 from collections import UserDict
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -427,8 +429,11 @@ class Late(nn.Module):
 
 
 def test_a_model_is_compared_at_its_first_second_fourth_eighth_use():
-    """A use is one call, a comparison one more: what begins after call 9 is found at use 8."""
-    problem = weighted(model := Late(calls=9))
+    """A use is one call, a comparison one more, and evaluation 1, 2, 4, 8 is looked at by two more.
+
+    What begins after call 17, which is in use 7, is found at use 8.
+    """
+    problem = weighted(model := Late(calls=17))
     at = problem.inner_loss, numbers(1, 20), bl.flatten(model), WHOLE, numbers(3, 16)
     for _ in range(7):
         products.hvp(*at)
@@ -467,3 +472,39 @@ def test_unrolling_forwards_differentiates_the_descent_that_was_done():
     slope = sum(-0.1 * k / s for k, s in zip((1, 2, 3), shrunk, strict=True))
     close(bl.unrolled_hypergradient(*at), 2 * (theta * shrunk.prod()).square() * slope, 1e-6)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: np.random.uniform()])
+def test_numbers_of_pythons_and_numpys_own_generators_are_seen(draw):
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return h + torch.tanh(self.b(h)) if draw() > 0.5 else h
+
+    problem = weighted(model := Skips())
+    at = problem, numbers(1, 20), bl.flatten(model), WHOLE, WHOLE
+    refused = 0
+    for _ in range(8):
+        try:
+            bl.hypergradient(*at, solver=bl.CG(3, damping=1.0))
+        except ValueError as error:
+            refused += "draws random numbers" in str(error)
+    assert refused >= 5  # four equal draws acquit, once in 8
+
+
+def test_unrolling_replays_what_python_draws():
+    def g(lam, theta, batch):
+        return 0.5 * (lam * theta.square()).sum() * (1 + random.random())
+
+    problem = bl.BilevelProblem(g, lambda lam, theta, batch: theta.square().sum())
+    random.seed(0)
+    factors = 1 - 0.1 * (1 + torch.tensor([random.random() for _ in range(3)]))
+    random.seed(0)
+    theta = torch.tensor([1.0, 3.0])
+    got = bl.unrolled_hypergradient(problem, torch.ones(2), theta, 3, 0.1)
+    end = theta * factors.prod()
+    close(got, 2 * end.square() * sum((f - 1) / f for f in factors), 1e-6)

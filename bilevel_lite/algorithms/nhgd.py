@@ -77,7 +77,7 @@ class NHGD(Method):
             )
         self.solver, self.updates, self.m = self.kfac, 1, None
         if self.kfac is None:
-            self.m = (torch.ones_like(self.theta) / self.initial).diag()
+            self.m = (torch.ones_like(self.theta.reshape(-1)) / self.initial).diag()
 
     def _direction(self):
         for step in range(self.inner_steps):
@@ -95,6 +95,6 @@ class NHGD(Method):
             return self._preconditioner(batch) if last else self._observe(batch)
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
-        count = examples(batch) if self.scale == "fisher" else None
-        self.m = rank_one_inverse(self.m, q, beta, (1 - beta) * (1 if count is None else count))
-        return self.m.mv
+        count = (self.scale == "fisher" and examples(batch)) or 1
+        self.m = rank_one_inverse(self.m, q.reshape(-1), beta, (1 - beta) * count)
+        return lambda b, m=self.m: m.mv(b.reshape(-1)).view_as(b)
