@@ -36,7 +36,7 @@ else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	cp constraints.txt $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
-	    $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu) torch
+	    $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu) torch torchvision
 endif
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@

@@ -574,7 +574,7 @@ def _check(options: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 1 with one sentence if not, 130 if it was stopped."""
+    """Run one command; 0 if it went well, or stopped as asked; 1 with one sentence; 130: Ctrl-C."""
     known = parser()
     found, rest = known.parse_known_args(arguments)
     options = vars(found)

@@ -630,11 +630,30 @@ def test_collect(whole, tmp_path, monkeypatch):
     path = experiment.collect([str(whole)], "some")
     assert json.loads(path.read_text())["runs"][0]["kind"] == "hyperclean"
     assert experiment.stored("some")["kind"] == "hyperclean"
-    experiment.collect([str(whole)], "some", add=True)  # to what is there
-    first, second = experiment.stored("some")["runs"]
-    assert first == second
-    with pytest.raises(RunError, match="holds no result.json"):
-        experiment.collect([str(tmp_path)], "some")
+    other = json.loads((whole / "result.json").read_text())
+    other["settings"]["seed"] += 1
+    del other["sha256"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_text(json.dumps(experiment.folder.seal(other)))
+    experiment.collect([str(tmp_path / "other")], "some", add=True)  # to what is there
+    first, second = (run["settings"]["seed"] for run in experiment.stored("some")["runs"])
+    assert second == first + 1
+    for folder, name, message in (
+        (tmp_path, "some", "holds no result.json"),
+        (whole, "some", "holds a run that is there already"),
+        (whole, "../some", "name without a folder"),
+    ):
+        with pytest.raises(RunError, match=message):
+            experiment.collect([str(folder)], name, add=True)
+    before = path.read_bytes()
+
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        experiment.collect([str(whole)], "some")
+    assert path.read_bytes() == before
 
 
 def test_what_no_task_draws_keeps_nobody_from_being_drawn(tmp_path, capsys):

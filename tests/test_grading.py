@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import form
@@ -191,6 +192,21 @@ def test_what_is_expected_of_a_notebook():
 def test_lines_for_ipython_do_nothing():
     assert plain("if x:\n    %pip install y\n!ls") == "if x:\n    pass\npass"
     assert plain("%%time\nx = 1") == "\nx = 1"
+    assert plain("%time x = 1\nlen?\nfiles = !ls") == "x = 1\npass\nfiles = None"
+    for python in ("x = (7\n     % 4)", 'y = """\n% a\n!b\n"""'):
+        assert plain(python) == python
+
+
+def test_what_grade_may_not_do(tmp_path):
+    path = notebook(tmp_path / "one.ipynb", ONE)
+    for timeout in (math.inf, 1e12, 0, math.nan):
+        with pytest.raises(ValueError, match="up to a day"):
+            grading.grade([path], timeout=timeout)
+    result = {"submissions": [{"file": str(path)}]}
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is a submission"):
+        grading.write(result, tmp_path / ".." / tmp_path.name / "one.ipynb")
+    assert path.read_bytes() == before
 
 
 # every answer that there is, through a record: the verdict is the same

@@ -470,3 +470,18 @@ def test_what_chapter_13_says_of_the_stored_study():
     assert all(1.8 < run["last"]["inner_loss"] < 2.2 for run in rows["kfac-normalised"]["runs"])
     losses = {name: [run["best"]["test_loss"] for run in row["runs"]] for name, row in rows.items()}
     assert all(a < b for a, b in zip(losses["balanced"], losses["kfac-empirical"], strict=True))
+
+
+def test_what_a_result_says_of_each_class_is_of_the_chosen_iterate(tmp_path):
+    """With BatchNorm: not of the statistics that the last iterate left."""
+    words = ["run", "long_tail", "--method", "aid-identity", "--device", "cpu", "--set",
+             "dataset=digits", "model=resnet18", "most=40", "imbalance=4", "outer_steps=4",
+             "evaluate_every=1", "inner_steps=3", "batch_size=20", "curvature_batch_size=20",
+             "cross_batch_size=20", "outer_batch_size=20", "inner_lr=0.2",
+             "baselines=0"]  # fmt: skip
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best"]["iteration"] < 4  # else it would say nothing
+    counts = made(**result["settings"])[1].test[1].bincount()
+    whole = sum(int(n) * a for n, a in zip(counts, result["class_accuracy"], strict=True))
+    assert whole / int(counts.sum()) == pytest.approx(result["best"]["test_accuracy"], abs=1e-6)

@@ -1,6 +1,7 @@
 """The protocol of a task, on each one of the book and on a stranger's of forty lines."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
     [
         (["run", "rigde"], "there is no task 'rigde'; known: ["),
         (["run", "nowhere:ridge"], "there is no module 'nowhere' with a task"),
+        (["run", "./nowhere:ridge"], "expected MODULE:NAME"),
+        (["run", ".nowhere:ridge"], "expected MODULE:NAME"),
         (["run", "ridge", "--set", "row=3"], "set: got 'row=3', expected NAME=VALUE"),
         (["run", "ridge", "--inner-lrr", "1"], "; did you mean inner_lr?"),
         (["run", "ridge", "--seed", "1", "--set", "seed=2"], "--seed: is given as an option and"),
@@ -201,3 +204,62 @@ def test_another_tasks_folder_is_refused(tmp_path, capsys):
     RunFolder(tmp_path, stranger_config).close()
     assert main(["run", "long_tail", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "was made with other settings" in capsys.readouterr().err
+
+
+def test_a_task_lies_in_the_folder_where_one_is(tmp_path, monkeypatch):
+    """The installed command has not that folder on its path."""
+    source = Path(stranger.__file__).read_text()
+    (tmp_path / "of_mine.py").write_text(source.replace("ridge", "of_mine"))
+    (tmp_path / "lacks.py").write_text("import nothing_of_that_name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    try:
+        assert find("of_mine:of_mine").__module__ == "of_mine"
+        with pytest.raises(ValueError, match="'lacks' imports 'nothing_of_that_name'"):
+            find("lacks:of_mine")
+    finally:
+        TASKS.pop("of_mine", None)
+        sys.modules.pop("of_mine", None)
+
+
+@pytest.fixture
+def measured():
+    """A task whose looks measure what is asked for."""
+    values = []
+
+    class Measured(stranger.Ridge, name="measured"):
+        """Measures what it is told."""
+
+        def measure(self, lam, theta):
+            return values.pop(0)
+
+    yield values
+    TASKS.pop("measured")
+
+
+def test_a_look_that_is_not_finite_is_not_the_best(measured, tmp_path):
+    measured += [{"criterion": v} for v in (math.nan, 3.0, math.inf, 2.0, math.nan)]
+    words = ["run", "measured", "--outer-steps", "5", "--evaluate-every", "1"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best"]["iteration"] == 4 and result["best"]["criterion"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [({"loss": 1.0}, "gave NoneType for the criterion 'criterion', expected a number"),
+     ({"criterion": torch.ones(())}, "gave Tensor for the criterion")],
+)  # fmt: skip
+def test_a_look_without_a_number_to_judge_by(measured, row, message, tmp_path, capsys):
+    measured.append(row)
+    words = ["run", "measured", "--outer-steps", "1", "--out", str(tmp_path / "run")]
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_database_that_cannot_be_opened(tmp_path, capsys):
+    words = ["search", "ridge", "--method", "soba", "--over", "inner_lr=0.01:0.1", "--trials", "1",
+             "--seeds", "1", "--search-steps", "2", "--outer-steps", "2"]  # fmt: skip
+    for k, storage in enumerate(("nonsense", "sqlite:////nowhere/x.db")):
+        assert main([*words, "--out", str(tmp_path / str(k)), "--storage", storage]) == 1
+        assert "which Optuna cannot open" in capsys.readouterr().err

@@ -172,6 +172,7 @@ def test_places_that_hold_no_encoder(alone, tmp_path):
     folder = save(tmp_path / "mine")
     refused(folder, "max_length: got 21, expected 3 to 20", max_length=21)
     refused(folder, "max_length: got 2,", max_length=2)
+    refused(folder, "max_length: got 7.5,", max_length=7.5)
     # a hub that refuses, one that is switched off, one that says nothing: the local one is named
     alone.setenv("BILEVEL_LITE_MODELS", str(folder))
     refused("someone/model", "the hub does not answer .*mine.*tiny")
@@ -193,6 +194,10 @@ def test_places_that_hold_no_encoder(alone, tmp_path):
         text.transformers().BertConfig.from_pretrained(short, vocab_size=20)
     ).save_pretrained(short)
     refused(short, "tokenizer: knows 23 tokens, but the encoder short has embeddings for 20")
+    wordless = save(tmp_path / "wordless")
+    for file in (*wordless.glob("*token*"), *wordless.glob("vocab*")):
+        file.unlink()
+    refused(wordless, "wordless holds no tokenizer")
     cut = save(tmp_path / "cut")
     text.transformers().BertConfig.from_pretrained(cut, num_hidden_layers=3).save_pretrained(cut)
     refused(cut, "cut lacks the weights of 'encoder.layer.2")

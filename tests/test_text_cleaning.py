@@ -582,3 +582,25 @@ def test_peaks_are_named_by_the_study_or_refused():
     assert text_figures.peaks([plain, *runs]) == {"noisy": 3.0, "kfac-mc": 5.0, "cg-3-ggn": 7.0}
     with pytest.raises(ValueError, match="runs: soba is none of"):
         text_figures.peaks([run(1.0, method="soba")])
+
+
+def test_class_names_go_by_their_numbers(tmp_path):
+    entry = {"label": 1, "data": {"text": "a word"}, "weak_labels": [0, -1]}
+    for file in ("train", "valid", "test"):
+        (tmp_path / f"{file}.json").write_text(json.dumps({"0": entry}))
+    (tmp_path / "label.json").write_text(json.dumps({"1": "spam", "0": "ham"}))
+    assert wrench.read(tmp_path).classes == ["ham", "spam"]
+    (tmp_path / "label.json").write_text(json.dumps({"0": "ham", "2": "spam"}))
+    with pytest.raises(bl.data.DataError, match="names the classes 0, 2, expected 0 to 1"):
+        wrench.read(tmp_path)
+    (tmp_path / "label.json").write_text(json.dumps({"0": "ham", "1": "spam"}))
+    for key, value, message in (
+        ("weak_labels", None, "has weak labels None, expected a list"),
+        ("label", 1.0, "has label 1.0"),
+    ):
+        (tmp_path / "train.json").write_text(json.dumps({"0": {**entry, key: value}}))
+        with pytest.raises(bl.data.DataError, match=message):
+            wrench.read(tmp_path)
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(bl.data.DataError, match="got an empty one"):
+        wrench.read(tmp_path)

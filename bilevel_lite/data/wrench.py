@@ -121,7 +121,13 @@ def read(folder: str | Path, name: str = "") -> WeakTexts:
     """
     folder = Path(folder)
     parts = {file: _json(folder / file) for file in FILES}
-    classes = list(parts.pop("label.json").values())
+    names = parts.pop("label.json")
+    if sorted(names) != sorted(map(str, range(len(names)))):
+        raise DataError(
+            f"{folder / 'label.json'}: names the classes {', '.join(names)}, expected 0 to "
+            f"{len(names) - 1}"
+        )
+    classes = [names[str(number)] for number in range(len(names))]
     splits = [_split(folder / file, entries, len(classes)) for file, entries in parts.items()]
     widths = [split.weak.shape[1] for split in splits]
     if len(set(widths)) > 1:
@@ -142,10 +148,15 @@ def _split(path: Path, entries: dict, classes: int) -> Texts:
             ) from None
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{path}: the text of entry {key!r} is empty; leave the entry out")
-        if label not in range(classes):
+        if not isinstance(label, int) or label not in range(classes):
             raise DataError(
                 f"{path}: entry {key!r} has label {label!r}, expected 0 to {classes - 1}, the "
                 "classes of label.json"
+            )
+        if not isinstance(votes, list):
+            raise DataError(
+                f"{path}: entry {key!r} has weak labels {votes!r}, expected a list, one for each "
+                "labelling function"
             )
         if weak and len(votes) != len(weak[0]):
             raise DataError(
@@ -288,7 +299,8 @@ def _json(path: Path) -> dict:
     except ValueError as error:
         raise DataError(f"{path} is damaged: not JSON ({error}); put it there anew") from error
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{path}: expected a dictionary of entries, got {type(found).__name__}")
+        got = "an empty one" if found == {} else type(found).__name__
+        raise DataError(f"{path}: expected a dictionary of entries, got {got}")
     return found
 
 

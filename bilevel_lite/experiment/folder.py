@@ -481,6 +481,13 @@ def _without_folders(result: dict) -> dict:
     return result
 
 
+def _of(run: dict) -> dict:
+    """What a result is of: all that was said, nothing that came out."""
+    made = ("provenance", "source", "results", "baselines", "best", "history")
+    said = run.get("settings")
+    return {"settings": said} if said else {k: v for k, v in run.items() if k not in made}
+
+
 def collect(folders: list[str], name: str, to: str | Path | None = None, add: bool = False) -> Path:
     """Gather the results of several finished runs into ``figures/data/NAME.json``.
 
@@ -495,19 +502,31 @@ def collect(folders: list[str], name: str, to: str | Path | None = None, add: bo
 
     Raises:
         RunError: if a folder holds no result, or one that was edited or made by another version, or
-            the kinds differ, or the file cannot be written.
+            that is there already, or the kinds differ, or the file cannot be written (then the old
+            one is kept).
     """
+    if Path(name).name != name:
+        raise RunError(
+            f"name: got {name!r}, expected a file's name without a folder (--to says it)"
+        )
     runs = stored(name, to)["runs"] if add else []
     for folder in folders:
         path = Path(folder) / "result.json"
         if not path.exists():
             raise RunError(f"{folder} holds no result.json: is the run finished?")
-        runs.append(_without_folders(read_sealed(path)))
+        run = _without_folders(read_sealed(path))
+        if any(_of(run) == _of(one) for one in runs):
+            raise RunError(
+                f"{folder} holds a run that is there already: the same settings and seed"
+            )
+        runs.append(run)
     kinds = sorted({run.get("kind") for run in runs})
     if len(kinds) != 1:
         raise RunError(f"the runs are of different kinds: {kinds}")
     target = figures_folder(to) / "data" / f"{name}.json"
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(compact(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
+        temporary = target.with_suffix(".json.tmp")  # the old file or the new one
+        temporary.write_text(compact(seal({"kind": kinds[0], "runs": runs})), encoding="utf-8")
+        os.replace(temporary, target)
     return target

@@ -1,5 +1,6 @@
 """One run of any task: baselines, iterations, log, the chosen iterate, a result; resumable."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -151,11 +152,12 @@ def run_job(
                 "negative_curvature": info.solve is not None and info.solve.negative_curvature,
                 **task.measure(method.lam, method.theta),
             }
+            _judged(task, row)
             if group is not None:  # which iterate is best is decided by one of them, too
                 row = group.tell(row)
             folder.log(row)
             best = state["best"]
-            if best is None or row[task.criterion] < best["row"][task.criterion]:
+            if best is None or _judged(task, row) < _judged(task, best["row"]):
                 state["best"] = {"row": row}
                 chosen = {"lam": method.lam.cpu().clone(), "theta": method.theta.cpu().clone()}
                 folder.write_tensors(_chosen(state), chosen)
@@ -173,6 +175,8 @@ def run_job(
     best = state["best"]
     chosen = best if "theta" in best else folder.read_tensors(_chosen(state), "lam", "theta")
     lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
+    if not trial:
+        task.refresh(theta)
     result = {
         "kind": task.name,
         "settings": declared.written(s),
@@ -190,6 +194,18 @@ def run_job(
         }
     folder.finish(result)
     return result
+
+
+def _judged(task: Task, row: dict) -> float:
+    """The criterion of a look; one that is not finite is the worst."""
+    value = row.get(task.criterion)
+    if not isinstance(value, int | float):
+        measured = sorted(set(row) - {"iteration", "seconds", "gradients"})
+        raise RunError(
+            f"measure: gave {type(value).__name__} for the criterion {task.criterion!r}, expected "
+            f"a number (it measured {measured})"
+        )
+    return value if math.isfinite(value) else math.inf
 
 
 def _chosen(state: dict) -> str:

@@ -117,7 +117,7 @@ def run(
             raise ValueError(f"{name}: got {value}, expected at least {least} and below 2**63")
     for prefix, length in (("search_", search), ("", final)):
         for name, value in length.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 called = (prefix + name).replace("search_outer", "search")
                 raise ValueError(f"{called}: got {value}, expected a positive number")
     try:
@@ -475,11 +475,15 @@ class _Trials:
 
         text = json.dumps([declared.written(s), variant.space, length], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name=f"{kind.label(s)}-{variant.name}-{key}",
-            load_if_exists=True,
-        )
+        name = f"{kind.label(s)}-{variant.name}-{key}"
+        try:
+            self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        except Exception as error:  # whatever Optuna's database makes of its address
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"storage: got {storage!r}, which Optuna cannot open ({reason}); give a database "
+                "such as sqlite:///trials.db"
+            ) from error
         done = self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
         self.points, self.values = [t.params for t in done], [t.value for t in done]
 

@@ -94,7 +94,11 @@ class Supervised(Task):
         if not isinstance(method, alg.AID | alg.AmIGO | alg.StocBiO | alg.BSG1 | alg.SAMA):
             raise ValueError(
                 f"batchnorm: {s.method} cannot use a batch's statistics in its inner steps; "
-                "expected 'refresh' or 'frozen'"
+                + (
+                    "expected 'refresh' or 'frozen'"
+                    if hasattr(s, "batchnorm")
+                    else "take AID, AmIGO, StocBiO, BSG1 or SAMA, or a model without BatchNorm"
+                )
             )
         method.descending = lambda: self.descending(method.theta)
 

@@ -10,6 +10,8 @@
 is all that must be said; what else may be said stands in `Task`, with its default.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -191,7 +193,7 @@ class Task:
     def result(self, s: Any, lam: Tensor, theta: Tensor) -> dict:
         """What table and figure need of the chosen iterate, beyond its line of the log.
 
-        What a model keeps for itself is where the run ended: `refresh` brings it to ``theta``.
+        What a model keeps for itself was brought to ``theta`` (`refresh`).
         """
         return {}
 
@@ -269,9 +271,16 @@ def find(name: str) -> type[Task]:
     """
     module, _, task = name.rpartition(":")
     if module:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"task: got {name!r}, expected MODULE:NAME, such as mytask:ridge")
+        if "" not in sys.path and os.getcwd() not in sys.path:  # the installed command
+            sys.path.insert(0, os.getcwd())
         try:
             import_module(module)
         except ModuleNotFoundError as error:
+            if module != error.name and not module.startswith(f"{error.name}."):
+                why = f"module {module!r} imports {error.name!r}, which is not installed"
+                raise ValueError(why) from error
             raise ValueError(f"there is no module {error.name!r} with a task") from None
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; known: {sorted(TASKS)}")

@@ -37,6 +37,7 @@ CALL = re.compile(r"\bcheck\(\s*[\"'](\d+[a-z]?\.(?:\d+|[A-Z]))[\"']")
 TITLE = re.compile(r"^# (\d+[a-z]?)\. ", re.MULTILINE)
 HEADING = re.compile(r"^### Exercise (\d+[a-z]?\.\d+)\b", re.MULTILINE)
 LARGEST = 2**28  # bytes that are read of a record
+DAY = 86_400.0  # seconds
 
 
 def cells(path: str | Path) -> tuple[list[str], str]:
@@ -95,10 +96,10 @@ def grade(paths: list[str | Path], seed: int | None = None, timeout: float = 600
         not the stops inside a chapter.
 
     Raises:
-        ValueError: if ``timeout`` is not positive, or nothing is given.
+        ValueError: if ``timeout`` is not positive or above a day, or nothing is given.
     """
-    if not timeout > 0:
-        raise ValueError(f"timeout: got {timeout}, expected seconds above 0")
+    if not 0 < timeout <= DAY:
+        raise ValueError(f"timeout: got {timeout}, expected seconds above 0 and up to a day")
     seed = secrets.randbelow(2**31) if seed is None else int(seed)
     files = []
     for path in map(Path, paths):
@@ -269,11 +270,13 @@ def write(result: dict, out: str | Path | None = None, table: str | Path | None 
     """Write a result as JSON to ``out``, and as CSV to ``table``, a line for each exercise.
 
     Raises:
-        ValueError: if a file cannot be written.
+        ValueError: if a file cannot be written, or is one of the submissions.
     """
     for name, path in (("out", out), ("csv", table)):
         if path is None:
             continue
+        if Path(path).resolve() in {Path(one["file"]).resolve() for one in result["submissions"]}:
+            raise ValueError(f"{name}: {path} is a submission, which would be lost; give another")
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with Path(path).open("w", encoding="utf-8", newline="") as file:

@@ -9,6 +9,7 @@ import io
 import json
 import linecache
 import os
+import re
 import signal
 import struct
 import sys
@@ -58,13 +59,22 @@ def guard(event: str, args: tuple) -> None:
 
 def plain(source: str) -> str:
     """A cell as Python: lines for IPython alone, `%pip` and the like, do nothing."""
-    lines = source.splitlines()
+    try:
+        ast.parse(source)
+        return source
+    except SyntaxError:
+        lines = source.splitlines()
     if lines and lines[0].startswith("%%"):
         lines[0] = ""
     for k, line in enumerate(lines):
-        bare = line.lstrip()
-        if bare[:1] in ("%", "!"):
-            lines[k] = line[: len(line) - len(bare)] + "pass"
+        bare = line.strip()
+        indent = line[: len(line) - len(line.lstrip())]
+        if timed := re.match(r"%time\s+(.+)", bare):
+            lines[k] = indent + timed[1]
+        elif asked := re.match(r"(\w+)\s*=\s*[!%]", bare):  # what a shell or a magic gives
+            lines[k] = f"{indent}{asked[1]} = None"
+        elif bare[:1] in ("%", "!", "?") or bare[-1:] == "?":
+            lines[k] = indent + "pass"
     return "\n".join(lines)
 
 

@@ -137,9 +137,9 @@ class Encoder:
                 "cannot stand in one batch; set tokenizer.pad_token"
             )
         most = _most(self.module, self.tokenizer)
-        if not 2 < self.max_length <= most:
+        if not isinstance(self.max_length, int) or not 2 < self.max_length <= most:
             raise EncoderError(
-                f"max_length: got {self.max_length}, expected 3 to {most}, the most tokens that "
+                f"max_length: got {self.max_length!r}, expected 3 to {most}, the most tokens that "
                 f"{self.name} takes; longer texts are cut off"
             )
         self.module.float().eval().requires_grad_(False)
@@ -304,6 +304,11 @@ def _loaded(place: str, max_length: int | None) -> Encoder:
             f"place: {place} holds no encoder with its tokenizer ({type(error).__name__}: {reason})"
         ) from error
     name = folder.resolve().name if folder.is_dir() else place
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of no files
+        raise EncoderError(
+            f"place: {place} holds no tokenizer (tokenizer.json, vocab.txt or the like), so that "
+            "every word would be unknown; put the model's own beside its weights"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise EncoderError(f"place: {name} is an encoder with a decoder; give an encoder alone")
     missing = list(said["missing_keys"])
