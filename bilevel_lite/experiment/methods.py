@@ -49,8 +49,10 @@ class Recipe:
         }
 
     def reads(self, s: Any) -> set[str]:
-        """The settings that its options are read from, of settings ``s`` of any values."""
-        seen = set()
+        """The settings that it is made of, of settings ``s`` of any values."""
+        seen = {"batch_size" if r == "inner" else f"{r}_batch_size" for r in self.cls.roles}
+        seen |= {"inner_lr"} if self.inner else set()
+        seen |= {"inner_momentum"} if self.inner == "momentum" else set()
 
         class Seen:
             def __getattr__(self, name):

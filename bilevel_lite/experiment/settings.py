@@ -14,6 +14,8 @@ __all__ = [
 
 # of the linear system; each method reads some of them
 SYSTEM = ("iters", "damping", "step", "curvature", "fisher", "ema", "every")
+# ... and others that not all methods read
+STEPPED = ("inner_lr", "inner_momentum", "inner_steps", "curvature_batch_size", "cross_batch_size")
 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
@@ -109,7 +111,7 @@ def require_batches(s: Any, train: int, validation: int) -> None:
 
 
 def require_read(methods: list[str], given: Iterable[str]) -> None:
-    """Refuse settings of the linear system that were given and that none of the methods reads.
+    """Refuse settings that were given and that none of the methods reads.
 
     Methods that only a task has are passed over.
 
@@ -119,7 +121,9 @@ def require_read(methods: list[str], given: Iterable[str]) -> None:
     if not set(methods) <= set(METHODS):
         return
     reads = {name: recipe.reads(Settings()) for name, recipe in METHODS.items()}
-    for name in sorted(set(SYSTEM) & set(given) - set().union(*(reads[one] for one in methods))):
+    for name in sorted(
+        {*SYSTEM, *STEPPED} & set(given) - set().union(*(reads[one] for one in methods))
+    ):
         others = ", ".join(other for other in sorted(METHODS) if name in reads[other])
         raise ValueError(f"{name}: is not read by {', '.join(methods)}; it is by {others}")
 
