@@ -87,7 +87,7 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 500),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 695),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3420),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3421),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 665),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1065),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5395),
