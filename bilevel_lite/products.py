@@ -129,12 +129,8 @@ def _first(loss, lam, theta, batch, name):
     of = _alone(loss)
     if only_reads(of):
         return evaluate(loss, lam, theta, batch, name)
-    # what torch compiled (inductor) frees parts of its graph on the first way back
-    if not back_is_due(of):
-        return exactly_once(of, evaluate, loss, lam, theta, batch, name)
-    with second_order():
-        value = exactly_once(of, evaluate, loss, lam, theta, batch, name)
-    if not is_structured(of):
+    value = exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    if not is_structured(of) and back_is_due(of):
         _parameters_behind(value, lam, theta, name)
     return value
 

@@ -181,6 +181,7 @@ def _require_theta_alone(
         return [torch.cat([one.detach().reshape(-1) for one in some]) for some in (out, grads)]
 
     try:
+        made()  # what is kept from the pass before is of this point, too
         here = made()
         for name, p in own.items():
             p.data.add_(0.3 * p.data.abs().mean() * _wave(p))

@@ -171,6 +171,20 @@ def test_chapter_12_on_the_study_of_semeval():
     )
     gains = [-d for d in difference(rows["noisy"], rows["identity"], "test_accuracy")[0]]
     assert sorted(gain > 0 for gain in gains) == [False, True, True]
+    for one, other, best, last in (
+        ("kfac-empirical", "noisy", (0.038, 0.022), (0.004, 0.010)),
+        ("clean", "noisy", (0.089, 0.049), (0.101, 0.028)),
+        ("balanced", "noisy", (0.029, 0.064), (0.006, 0.020)),
+        ("kfac-mc", "balanced", (-0.002, 0.051), (0.008, 0.051)),
+        ("kfac-mc", "kfac-empirical", (-0.011, 0.027), (0.010, 0.031)),
+        ("clean", "kfac-mc", (0.062, 0.036), (0.087, 0.058)),
+        ("validation", "noisy", (-0.139, 0.074), (-0.146, 0.095)),
+    ):
+        for at, said in (("best", best), ("last", last)):
+            found = difference(rows[one], rows[other], "test_accuracy", at)[1:]
+            assert found == pytest.approx(said, abs=6e-4), (one, other, at)
+    trials = [round(89 * trial["tuning_error"]) for trial in rows["kfac-empirical"]["trials"]]
+    assert sorted(trials).count(min(trials)) == 3
     assert max(less("identity", "auc")[0]) < 0
     areas = [sum(r["best"]["auc"] for r in rows[k]["runs"]) / 3 for k in ("identity", "kfac-mc")]
     assert areas == pytest.approx((0.736, 0.596), abs=6e-4)
