@@ -130,7 +130,7 @@ def functional_hypergradient(
         losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
         slope = _slope(losses.sum(), within, create_graph=True)
         require_twice("inner_loss", slope)
-        _require_apart(losses, slope, within)
+        _require_apart(inner_loss, lam, within, inner_batch)
         for name, found in (("outer_loss", pull), ("inner_loss", slope)):
             if found is None:
                 raise ValueError(f"{name}: does not depend on the predictions")
@@ -170,12 +170,16 @@ def _slope(value, predictions, **kwargs):
     ]
 
 
-def _require_apart(losses, slope, within):
+def _require_apart(loss, lam, h, batch):
     """Refuse losses that read other examples' predictions: with any c, c_i is to be slope_i's."""
-    if slope is None:
-        return
+    wave = torch.arange(h.numel(), device=h.device).cos().view_as(h).to(h)
+    h = (h + 0.01 * h.abs().mean() * wave).detach().requires_grad_()  # where slopes are not zero
+    losses = exactly(loss, lam.detach(), h, batch)
     c = torch.linspace(0.5, 1.5, len(losses)).to(losses)
-    along, expected = _slope(c @ losses, within), c[:, None] * slope.detach()
+    slope, along = _slope(losses.sum(), h), _slope(c @ losses, h)
+    if slope is None or along is None:
+        return
+    expected = c[:, None] * slope
     if float((along - expected).norm()) > tolerance(losses) * float(expected.norm()):
         raise ValueError(
             "inner_loss: an example's loss reads the predictions of others, so there is no loss of "

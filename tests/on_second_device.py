@@ -166,7 +166,7 @@ SOLVES = {  # and how often one waits
     "kfac": (lambda: bl.KFAC(0.1), 1),
     "exact fisher": (lambda: bl.KFAC(0.1, "exact", damping_rule="factored", bias="separate"), 1),
     "kept": (lambda: bl.KFAC(0.1, every=2), 2 + 1 + 1),  # weights, outputs; factors; v
-    "averaged": (lambda: bl.KFAC(0.1, ema=0.5), 2 + 1),  # weights, outputs; all was well
+    "averaged": (lambda: bl.KFAC(0.1, ema=0.5), 2 + 1 + 1),  # weights, outputs; factors; v
     "exact rule": (lambda: bl.KFAC(0.1, damping_rule="exact"), 2 + 1 + 2 + 1),  # sizes 5 and 6
     "ekfac": (lambda: bl.EKFAC(0.1), 2 + 1 + 2 + 1),  # the same
 }

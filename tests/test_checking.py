@@ -14,7 +14,7 @@ from test_risk import case, problem_of, solve
 from torch import nn
 
 import bilevel_lite as bl
-from bilevel_lite import checking, kfac, products, risk, same_function, solvers, tape
+from bilevel_lite import checking, kfac, products, same_function, slopes, solvers, tape
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel_lite.linsolve.NegativeCurvatureWarning")
 
@@ -111,15 +111,15 @@ def blamed(report, fault):
 @pytest.mark.parametrize("change", [lambda s: 1.01 * s, for_one])
 @pytest.mark.parametrize("name", ["weights", "rising", "sum"])
 def test_slopes_by_forward_mode(monkeypatch, name, change):
-    def pushed(*args, push=risk.push_forward):
+    def pushed(*args, push=slopes.push_forward):
         outputs, along = push(*args)
         return outputs, change(along)
 
-    monkeypatch.setattr(risk, "push_forward", pushed)
+    monkeypatch.setattr(slopes, "push_forward", pushed)
     mended = judged(case(name), bl.Identity(0.1))
     assert mended.relative_error_cross < 1e-6  # held against an ordinary gradient
     assert "double backward" in mended.info.solve.cross
-    monkeypatch.setattr(bl.WeightedRisk, "confirms", lambda *args: True)
+    monkeypatch.setattr(slopes, "_confirmed", lambda *args: True)
     blamed(judged(case(name), bl.Identity(0.1)), "J v by forward mode: is not what another route")
 
 

@@ -81,11 +81,11 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12520),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12522),
     "methods": ([*METHODS.values()], 931),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1346),
     "meta-learning": ([PACKAGE / "meta.py"], 500),
-    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 695),
+    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 697),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3421),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 665),

@@ -325,6 +325,7 @@ def test_resnet32_runs_with_each_batchs_statistics(method, float32, monkeypatch)
     run, modes = methods.build(s, task), []
     task.model.register_forward_pre_hook(lambda m, x: modes.append((m.training, len(x[0]))))
     run.step()
+    modes = [(mode, n) for mode, n in modes if n != 4]  # a few examples, only looked at
     # the inner steps in training mode; all else with the statistics that refresh took
     assert modes[:2] == [(True, 10)] * 2 and (False, 10) in modes and (True, 10) not in modes[3:]
     assert not task.model.training and torch.isfinite(run.lam).all()

@@ -580,7 +580,7 @@ def test_a_mask_on_mse_that_counts_padding_is_refused():
 
 STRUCTURE = [
     "__call__", "losses", "mean", "output_gradient", "output_losses", "outputs", "seen", "share",
-    "slopes", "terms", "unpadded", "weight_slopes", "weights",
+    "terms", "unpadded", "weight_slopes", "weights",
 ]  # fmt: skip
 
 
