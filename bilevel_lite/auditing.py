@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bilevel_lite.hypergrad import hypergradient
+from bilevel_lite.params import norm_of
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.refuse import at_least, require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
@@ -188,7 +189,7 @@ def audit(
 
     at_theta = exact(Direct(), theta)
     truth = at_theta if solve_inner is None else exact(Direct(), solve_inner(lam).detach())
-    size = _norm(truth)
+    size = norm_of(truth)
     if size == 0:
         raise ValueError("lam: the true hypergradient is zero here, so no error is relative to it")
 
@@ -207,7 +208,7 @@ def audit(
         vectors = {"curvature": solved - at_theta, "linear": answer - solved}
         if solve_inner is not None:
             vectors = {"inner": at_theta - truth, **vectors}
-        parts = {part: _norm(vector) / size for part, vector in vectors.items()}
+        parts = {part: norm_of(vector) / size for part, vector in vectors.items()}
         seen = [answer]
         if batches:
             worker = copy.deepcopy(solver)  # its own draws go on from one minibatch to the next
@@ -221,7 +222,7 @@ def audit(
                 name,
                 _root_mean_square(errors) / size,
                 _mean(_cosine(one, truth) for one in seen if bool(one.any())),
-                _mean(_norm(one) / size for one in seen),
+                _mean(norm_of(one) / size for one in seen),
                 parts,
                 vectors,
                 info.solve.products,
@@ -260,11 +261,6 @@ def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
             name = f"{type(solver).__name__} ({number})"
         named[name] = solver
     return named
-
-
-def _norm(vector: Tensor) -> float:
-    """In double precision: squares of small numbers are zero in float32."""
-    return float(vector.double().norm())
 
 
 def _root_mean_square(vectors: Tensor) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bilevel_lite.hypergrad import HypergradientInfo
 from bilevel_lite.hypergrad import hypergradient as by_solver
+from bilevel_lite.params import norm_of
 from bilevel_lite.problem import BilevelProblem, evaluate
 from bilevel_lite.products import (
     cross_differences,
@@ -235,7 +236,7 @@ def check(
             faults.append(f"J v by {info.solve.cross}: is not what another route gives")
     if theta.numel() <= Direct().max_dim:
         v, solved = Direct().solve(problem, lam, theta, inner_batch, b)
-        largest = max(map(abs, solved.curvature)) * float(v.norm()) / max(float(b.norm()), tiny)
+        largest = max(map(abs, solved.curvature)) * norm_of(v) / (norm_of(b) or 1.0)
         left = _residual(*at, b, v)
         if not left <= rtol * max(1.0, largest * tiny ** (1 / 3)):
             faults.append(
@@ -312,7 +313,7 @@ def _made_of(h: Tensor, direct: Tensor, implicit: Tensor) -> tuple[float, dict[s
     """||h|| / ||exact||, and h as a combination of its two parts, by least squares."""
     rounding, parts = torch.finfo(h.dtype).eps ** 0.5, (h, direct, implicit)
     h, direct, implicit = (t.double() for t in parts)
-    size = _size(direct + implicit)
+    size = norm_of(direct + implicit)
     length = float(h.norm()) / size if size else (math.inf if h.norm() else math.nan)
     least = rounding * size  # below, a part is rounding beside the whole
     named = {"direct": direct, "implicit": implicit}
@@ -347,11 +348,11 @@ def _same_value_twice(loss, lam, theta, batch) -> list[str]:
 
 def _residual(loss, lam, theta, batch, b, v) -> float:
     """||b - H v|| / ||b||, with H v from central differences of grad_theta g along v."""
-    unit = _size(b)
+    unit = norm_of(b)
     if not v.any():
         return 1.0 if unit else 0.0
     hv = differences(lambda at: theta_gradient(loss, lam, at, batch, "inner_loss")[1], theta, v)
-    residual = _size(b - hv)
+    residual = norm_of(b - hv)
     return residual / unit if unit else residual
 
 
@@ -363,15 +364,10 @@ def _short(error: float) -> str:
 def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
     """Relative error and cosine of h against the truth."""
     h, truth = h.double(), truth.double()
-    size = _size(truth)
-    error = _size(h - truth) / size if size else _size(h)
-    product = _size(h) * size
+    size = norm_of(truth)
+    error = norm_of(h - truth) / size if size else norm_of(h)
+    product = norm_of(h) * size
     return error, float(dot(h, truth)) / product if product else float("nan")
-
-
-def _size(t: Tensor) -> float:
-    """||t||, also where its squares underflow in float32."""
-    return float(t.double().norm())
 
 
 @differentiating

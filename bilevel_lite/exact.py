@@ -11,8 +11,7 @@ third order   layer_norm, batch_norm and instance_norm with their own statistics
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bilevel_lite.refuse import switched_on
 from bilevel_lite.surroundings import nodes, transforming
 from bilevel_lite.trust import STEERING, doubling, steers
 
@@ -144,14 +144,9 @@ def _require_right(value: Any, order: int) -> None:
 _aside: ContextVar[bool] = ContextVar("aside", default=False)
 
 
-@contextmanager
-def aside() -> Iterator[None]:
+def aside():
     """Derivatives that are taken within a loss only to look at something: it holds none of them."""
-    token = _aside.set(True)
-    try:
-        yield
-    finally:
-        _aside.reset(token)
+    return switched_on(_aside)
 
 
 class _Exactly(TorchFunctionMode):

@@ -31,7 +31,7 @@ from bilevel_lite.surroundings import (
     second_order,
     way_out,
 )
-from bilevel_lite.trust import tolerance
+from bilevel_lite.trust import tolerance, wave
 
 __all__ = ["functional_hypergradient", "spread", "tangents"]
 
@@ -130,7 +130,7 @@ def functional_hypergradient(
         losses = _losses("inner_loss", inner_loss, lam, within, inner_batch)
         slope = _slope(losses.sum(), within, create_graph=True)
         require_twice("inner_loss", slope)
-        _require_apart(inner_loss, lam, within, inner_batch)
+        _require_pointwise(inner_loss, lam, within, inner_batch)
         for name, found in (("outer_loss", pull), ("inner_loss", slope)):
             if found is None:
                 raise ValueError(f"{name}: does not depend on the predictions")
@@ -170,10 +170,9 @@ def _slope(value, predictions, **kwargs):
     ]
 
 
-def _require_apart(loss, lam, h, batch):
+def _require_pointwise(loss, lam, h, batch):
     """Refuse losses that read other examples' predictions: with any c, c_i is to be slope_i's."""
-    wave = torch.arange(h.numel(), device=h.device).cos().view_as(h).to(h)
-    h = (h + 0.01 * h.abs().mean() * wave).detach().requires_grad_()  # where slopes are not zero
+    h = (h + 0.01 * h.abs().mean() * wave(h)).detach().requires_grad_()  # where slopes are not zero
     losses = exactly(loss, lam.detach(), h, batch)
     c = torch.linspace(0.5, 1.5, len(losses)).to(losses)
     slope, along = _slope(losses.sum(), h), _slope(c @ losses, h)

@@ -344,6 +344,7 @@ def cg_normal(
     s_norm, hb_norm, b_norm = _read(s.norm(), hb.norm(), b.norm())
     _require_finite("b: the right-hand side", b_norm)
     _require_finite("matvec: H b", s_norm, hb_norm)
+    far = s_norm if s_norm > hb_norm else 0.0  # as in `cg`
     while steps < iters and s_norm > tol * hb_norm:
         hp = times(p)
         hphp, pp = _read(dot(hp, hp), dot(p, p))
@@ -363,6 +364,11 @@ def cg_normal(
         ss, ss_old = dot(s, s), ss
         p = s + (ss / ss_old) * p
         (s_norm,) = _read(s.norm())
+        if s_norm <= tol * hb_norm < far * torch.finfo(b.dtype).eps:
+            r = b - times(v)
+            s, far = times(r), 0.0
+            p, ss = s.clone(), dot(s, s)
+            (s_norm,) = _read(s.norm())
         _require_finite(f"matvec: the residual after step {steps}", s_norm)
     sizes = _sizes(*_read(r.norm()), b_norm)
     return apply.info(v if lift == 1 else v * lift, steps, *sizes, s_norm <= tol * hb_norm)

@@ -161,6 +161,11 @@ def places_for(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def norm_of(t: Tensor) -> float:
+    """||t||, in double precision: the squares of small numbers are zero in float32."""
+    return float(t.double().norm())
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two tensors of the same shape, also of scalars; a tensor of shape ()."""
     return torch.dot(a.reshape(-1), b.reshape(-1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bilevel_lite.exact import exactly, exactly_once
 from bilevel_lite.parallel import Sharded, apart
-from bilevel_lite.params import dot
+from bilevel_lite.params import dot, norm_of
 from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
@@ -182,7 +182,7 @@ def _value(loss, lam, theta, batch):
         if plain:
             own = _parameters_behind(value, lam, theta, "inner_loss")
     if own and back_is_due(_alone(loss)):
-        again()
+        watch.evaluate(again, 1)
     if any(p._version != version for p, version in own):  # written into when evaluated again
         raise ValueError(_PUT.format(name="inner_loss"))
     return value
@@ -472,8 +472,7 @@ def cross_differences(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Ten
 
 def differences(field: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor) -> Tensor:
     """The derivative of a field along v, not zero, with the step of `cross_differences`."""
-    size = float(v.double().norm())  # squares of a short one underflow in float32
-    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / size
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * max(1.0, float(theta.norm())) / norm_of(v)
     return (field(theta + h * v) - field(theta - h * v)) / (2 * h)
 
 

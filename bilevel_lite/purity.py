@@ -8,8 +8,7 @@ dict, an attribute of its class) is not seen.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from contextvars import ContextVar
 from copy import copy
 from typing import Any
@@ -17,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bilevel_lite.exact import aside
-from bilevel_lite.refuse import attributes, recording, versions
+from bilevel_lite.refuse import attributes, recording, switched_on, versions
 from bilevel_lite.same_function import (
     OWN,
     containers,
@@ -32,7 +31,7 @@ from bilevel_lite.same_function import (
     restore_random_state,
 )
 from bilevel_lite.surroundings import nodes, transforming
-from bilevel_lite.trust import doubling, known_code, some_examples, still
+from bilevel_lite.trust import doubling, known_code, still, wave
 
 __all__ = ["looking", "only_looking", "pure"]
 
@@ -77,33 +76,41 @@ def _looked_at(model, evaluate, named, inputs):
         outputs = evaluate(named)
         _require_read(model, outputs, [*named.values(), *inputs])
         return outputs
+    alone = not torch.is_grad_enabled() or _of_theta_alone(model, evaluate, named, inputs)
     memos, copies = _Memos(model), {k: p.detach().clone() for k, p in named.items()}
     counted = versions((None, [*named.values()]))
-    outputs = evaluate(named)
+    like = next(iter(copies.values()))
+    drawn = random_state(like)
+
+    def as_before():
+        restore_random_state(drawn, like)
+        return evaluate(named)
+
+    outputs = evaluate(named)  # after the look, so that what hooks keep is of this pass
     if versions((None, [*named.values()])) == counted:  # counted writes are for others to judge
         _require_parameters_unwritten(model, named, copies)
     _require_read(model, outputs, [*named.values(), *inputs])
     with looking():
         memos.require_none(
-            lambda: evaluate({k: _nearby(p) for k, p in copies.items()}),
-            next(iter(copies.values())),
+            lambda: evaluate({k: _nearby(p) for k, p in copies.items()}), like, as_before
         )
-        if torch.is_grad_enabled():
-            _require_theta_alone(model, evaluate, named, inputs)
+    if not alone:
+        raise ValueError(
+            f"model: {type(model).__name__} gives another value or gradient when its own "
+            "parameters hold other numbers, so it reads them, and not theta alone: by a tensor "
+            "that shares a parameter's memory, or in a backward pass that runs a module again "
+            "(checkpointing, reversible layers); read the parameters from the modules in forward, "
+            "and switch that off"
+        )
     return outputs
 
 
 _looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
-@contextmanager
-def looking() -> Iterator[None]:
+def looking():
     """Evaluations that only look: who notes a model's calls (`bilevel_lite.tape`) skips them."""
-    token = _looking.set(True)
-    try:
-        yield
-    finally:
-        _looking.reset(token)
+    return switched_on(_looking)
 
 
 def only_looking() -> bool:
@@ -146,61 +153,59 @@ def _require_read(model: nn.Module, outputs: Any, given: list[Any]) -> None:
 
 def _nearby(p: Tensor) -> Tensor:
     """Another value, not a multiple (a normalised weight would not show one), none of it drawn."""
-    return p + 0.03 * p.abs().mean() * _wave(p)
+    return p + 0.03 * p.abs().mean() * wave(p)
 
 
-def _wave(like: Tensor) -> Tensor:
-    return torch.arange(like.numel(), device=like.device).cos().view(like.shape).to(like)
-
-
-def _require_theta_alone(
+def _of_theta_alone(
     model: nn.Module, evaluate: Callable[..., Any], named: Named, inputs: tuple[Any, ...]
-) -> None:
-    """Refuse a model whose value or gradient depends on what its own parameters hold meanwhile.
+) -> bool:
+    """False if value or gradient depend on what the model's own parameters hold meanwhile.
 
     A tensor that shares a parameter's memory reads them, and so does a backward pass that runs a
     module again. So a few examples go through the model twice, the second time with other numbers
-    in the parameters.
+    in the parameters. Parameters, attributes and generators are afterwards as they were.
     """
     own = {name: p for name, p in model.named_parameters() if name in named}
     was, moved = {name: p.detach().clone() for name, p in own.items()}, []
     at = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
-    rows = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
-    few = some_examples(inputs, list(range(min(rows, 4))), rows)
-    like, drawn = next(iter(at.values())), random_state(next(iter(at.values())))
+    few, like, before = _few(inputs), next(iter(at.values())), _attributes(model)
+    drawn = random_state(like)
 
     def made() -> list[Tensor]:
         restore_random_state(drawn, like)
         with still(model), aside():  # which copies buffers as they are now
             out = tree_leaves(evaluate(at, few))
             out = [one for one in out if isinstance(one, Tensor) and one.requires_grad]
-            back = list(map(_wave, out))
+            back = list(map(wave, out))
             grads = torch.autograd.grad(out, [*at.values()], back, allow_unused=True)
         pairs = zip(grads, at.values(), strict=True)
         grads = [torch.zeros_like(p) if g is None else g for g, p in pairs]
         return [torch.cat([one.detach().reshape(-1) for one in some]) for some in (out, grads)]
 
-    try:
-        made()  # what is kept from the pass before is of this point, too
-        here = made()
-        for name, p in own.items():
-            p.data.add_(0.3 * p.data.abs().mean() * _wave(p))
-            moved.append(name)
-        there = made()
-        if all(map(near, here, there)) or not all(map(near, there, made())):
-            return  # of theta alone; or another one each time, which others say
-    except Exception:  # whatever a model says to a few examples
-        return
-    finally:
-        for name in moved:
-            own[name].data.copy_(was[name])
-        restore_random_state(drawn, like)
-    raise ValueError(
-        f"model: {type(model).__name__} gives another value or gradient when its own parameters "
-        "hold other numbers, so it reads them, and not theta alone: by a tensor that shares a "
-        "parameter's memory, or in a backward pass that runs a module again (checkpointing, "
-        "reversible layers); read the parameters from the modules in forward, and switch that off"
-    )
+    with looking():
+        try:
+            made()  # what is kept from the pass before is of this point, too
+            here = made()
+            for name, p in own.items():
+                p.data.add_(0.3 * p.data.abs().mean() * wave(p))
+                moved.append(name)
+            there = made()
+            # another one each time is for others to refuse
+            return all(map(near, here, there)) or not all(map(near, there, made()))
+        except Exception:  # whatever a model says to a few examples
+            return True
+        finally:
+            for name in moved:
+                own[name].data.copy_(was[name])
+            _put_back(before)
+            restore_random_state(drawn, like)
+
+
+def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """At most four examples of a model's inputs: the rows of all that has as many as the first."""
+    rows = next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+    has = lambda x: isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows  # noqa: E731
+    return tree_map(lambda x: x[:4] if has(x) else x, inputs)
 
 
 class _Memos:
@@ -217,8 +222,12 @@ class _Memos:
         self.model, self.before = model, kept_by(model)
         self.attributes = _attributes(model)
 
-    def require_none(self, evaluate: Callable[[], Any], like: Tensor) -> None:
+    def require_none(
+        self, evaluate: Callable[[], Any], like: Tensor, last: Callable[[], Any]
+    ) -> None:
         """Evaluate at another theta, with what was left and without, if anything was left.
+
+        Then ``last``, where there are hooks: what they keep is of the last pass.
 
         Raises:
             ValueError: naming what is kept, and the way out.
@@ -236,6 +245,9 @@ class _Memos:
                     restore_random_state(drawn, like)
                     made = [v.detach() for v in tree_leaves(evaluate()) if isinstance(v, Tensor)]
                     values.append(made)
+                if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.modules()):
+                    _put_back(self.attributes)
+                    last()
         finally:
             _put_back(now)
             restore_random_state(drawn, like)

@@ -40,6 +40,7 @@ __all__ = [
     "require_state",
     "require_unwritten",
     "require_variable",
+    "switched_on",
     "versions",
     "while_recording",
 ]
@@ -49,23 +50,23 @@ _recording: ContextVar[bool] = ContextVar("recording", default=False)
 
 
 @contextmanager
+def switched_on(flag: ContextVar[bool]) -> Iterator[None]:
+    """A flag of this thread, True inside."""
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)
+
+
 def every_look():
     """Check intermediate values on a GPU too, where each check waits for the device."""
-    token = _every_look.set(True)
-    try:
-        yield
-    finally:
-        _every_look.reset(token)
+    return switched_on(_every_look)
 
 
-@contextmanager
 def while_recording():
     """Check no intermediate value: what is recorded cannot wait (`bilevel_lite.recorded`)."""
-    token = _recording.set(True)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
+    return switched_on(_recording)
 
 
 def every_look_on() -> bool:

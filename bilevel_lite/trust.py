@@ -34,6 +34,7 @@ __all__ = [
     "still",
     "tolerance",
     "verdicts_of",
+    "wave",
 ]
 
 # model -> what was compared, and how it came out
@@ -94,6 +95,11 @@ def numbers(like: Tensor) -> int:
     the tolerance itself: 1 in 10 million in float64, 1 in 300 in float32.
     """
     return 1 if tolerance(like) < 1e-6 else 3
+
+
+def wave(like: Tensor) -> Tensor:
+    """Numbers like another tensor, all different and none of them drawn."""
+    return torch.arange(like.numel(), device=like.device).cos().view(like.shape).to(like)
 
 
 def mixes_examples(model: nn.Module) -> bool:

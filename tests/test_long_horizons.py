@@ -1,5 +1,6 @@
 """Schedules, populations and functional hypergradients: each against another way to its number."""
 
+import kinds
 import pytest
 import torch
 
@@ -511,24 +512,12 @@ def pointwise(lam, o, batch):
     return lam[0].exp() * (o - batch[1]).square().sum(1) + lam[1] * (o**4).sum(1)
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, o):
-        ctx.save_for_backward(o)
-        return o**4
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 4 * ctx.saved_tensors[0] ** 3 * g
-
-
 @pytest.mark.parametrize(
     "loss, message",
     [
         (lambda lam, o, b: pointwise(lam, o - o.mean(0), b), "reads the predictions of others"),
         (lambda lam, o, b: pointwise(lam, o, b) * torch.rand(8), "draws random numbers"),
-        (lambda lam, o, b: lam.sum() * Once.apply(o).sum(1), "once_differentiable"),
+        (lambda lam, o, b: lam.sum() * kinds.Square.apply(o).sum(1), "once_differentiable"),
         (
             lambda lam, o, b: (
                 pointwise(lam, o, b) + torch.cdist(o[:, None], b[1][:, None])[:, 0, 0]

@@ -267,3 +267,35 @@ def test_a_model_compiled_by_the_default_backend_may_be_used():
     for _ in range(3):
         got = bl.hypergradient(problem(compiled, compiled), *at)
         assert float((got - truth).norm()) < 1e-9 * float(truth.norm())
+
+
+def test_what_a_pass_keeps_is_of_that_pass_and_not_of_a_look():
+    """Activations in an attribute, and by a hook in a dict of the caller's."""
+
+    class Keeps(Net):
+        def hidden(self, x):
+            self.h = super().hidden(x)
+            return self.h
+
+    model, by_hook = Keeps(), {}
+    model.a.register_forward_hook(lambda module, x, out: by_hook.update(out=out))
+    theta = bl.flatten(model).requires_grad_()
+    for k in range(9):
+        x = numbers(30 + k, 8, 5)
+        bl.params.predict(model, theta, x)
+        assert torch.equal(by_hook["out"].tanh(), model.h) and len(model.h) == 8
+        (slope,) = torch.autograd.grad(model.h.sum(), theta)
+        assert float(slope.norm()) > 0
+
+
+def test_a_look_takes_few_examples_of_a_dict():
+    sizes = []
+
+    class OfADict(Net):
+        def forward(self, x):
+            sizes.append(len(x["x"]))
+            return super().forward(x["x"])
+
+    model = OfADict()
+    bl.params.predict(model, bl.flatten(model).requires_grad_(), {"x": numbers(0, 8, 5)})
+    assert sizes.count(8) == 1 and set(sizes) == {4, 8}
