@@ -596,6 +596,8 @@ def test_a_small_matrix_in_float32(solve, h, b):
     info = solve(lambda v: a @ v, right, 40, tol=1e-6)
     truth = torch.linalg.solve(a.double(), right.double())
     assert info.converged and error(info.solution.double(), truth) < 1e-5
+    started = solve(lambda v: a @ v, right, 40, tol=1e-6, x0=info.solution.flip(0))
+    assert started.converged and error(started.solution.double(), truth) < 1e-5
     low, high = info.curvature
     power = 1 if solve is linsolve.cg else 2
     eigenvalues = torch.linalg.eigvalsh(a.double()) ** power
