@@ -166,6 +166,8 @@ def _of_theta_alone(
     in the parameters. Parameters, attributes and generators are afterwards as they were.
     """
     own = {name: p for name, p in model.named_parameters() if name in named}
+    if any(p.device.type == "cpu" and p.is_shared() for p in own.values()):
+        return True  # other processes would see them move
     was, moved = {name: p.detach().clone() for name, p in own.items()}, []
     at = {name: p.detach().clone().requires_grad_() for name, p in named.items()}
     few, like, before = _few(inputs), next(iter(at.values())), _attributes(model)

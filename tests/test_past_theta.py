@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 from torch.utils.checkpoint import checkpoint
@@ -299,3 +299,10 @@ def test_a_look_takes_few_examples_of_a_dict():
     model = OfADict()
     bl.params.predict(model, bl.flatten(model).requires_grad_(), {"x": numbers(0, 8, 5)})
     assert sizes.count(8) == 1 and set(sizes) == {4, 8}
+
+
+def test_parameters_that_processes_share_are_not_moved(monkeypatch):
+    model, moved = Alias().share_memory(), []
+    monkeypatch.setattr(Tensor, "add_", lambda self, *args: moved.append(1))
+    bl.params.predict(model, bl.flatten(model).requires_grad_(), INNER[0])
+    assert not moved
