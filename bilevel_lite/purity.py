@@ -204,8 +204,14 @@ def _of_theta_alone(
 
 
 def _few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """At most four examples of a model's inputs: the rows of all that has as many as the first."""
-    rows = next((len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 0)
+    """At most four examples of a model's inputs: the rows of all that has as many as the first.
+
+    All of them where one has no rows to take: a sparse or a nested tensor.
+    """
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    if any(x.is_nested or x.layout != torch.strided for x in tensors):
+        return inputs
+    rows = next(map(len, tensors), 0)
     has = lambda x: isinstance(x, Tensor) and x.dim() > 0 and len(x) == rows  # noqa: E731
     return tree_map(lambda x: x[:4] if has(x) else x, inputs)
 

@@ -837,6 +837,10 @@ def _require_pair(batch: Any, said: str) -> None:
         if not isinstance(part, Tensor) or not part.dim():
             got = "a tensor without rows" if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(f"{said} {got} as {name}, expected a tensor with an example a row")
+        if part.is_nested and part.layout == torch.strided:  # which torch gives no length
+            raise ValueError(
+                f"{said} a strided nested tensor as {name}, expected layout=torch.jagged"
+            )
 
 
 def _require_rows(batch: Any, name: str) -> None:

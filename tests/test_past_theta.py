@@ -301,6 +301,35 @@ def test_a_look_takes_few_examples_of_a_dict():
     assert sizes.count(8) == 1 and set(sizes) == {4, 8}
 
 
+class Rows(Net):
+    """Its inputs are the rows of a matrix, or of as many lengths as there are examples."""
+
+    def hidden(self, x):
+        if x.is_nested:
+            x = torch.stack([row.mean(0) for row in x.unbind()])
+        return torch.tanh(x @ self.a.weight.T + self.a.bias)
+
+
+@pytest.mark.parametrize("solver", [bl.Direct, lambda: bl.CG(3, 0.1), lambda: bl.Identity(0.1)])
+@pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage)")
+def test_a_look_takes_inputs_that_have_no_rows_to_take(solver):
+    def hyper(x, outer):
+        model = Rows()
+        inner = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]], l2=1.0)
+        problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        at = LAM, bl.flatten(model), (x, *INNER[1:]), (outer, OUTER[1])
+        return bl.hypergradient(problem, *at, solver())
+
+    dense = hyper(INNER[0], OUTER[0])
+    for way in (Tensor.to_sparse, Tensor.to_sparse_csr):
+        torch.testing.assert_close(hyper(way(INNER[0]), way(OUTER[0])), dense)
+    of_lengths = [row.expand(1 + k, 5) for k, row in enumerate(INNER[0])]
+    jagged = torch.nested.nested_tensor(of_lengths, layout=torch.jagged)
+    torch.testing.assert_close(hyper(jagged, OUTER[0]), dense)
+    with pytest.raises(ValueError, match="strided nested tensor as x, .*layout=torch.jagged"):
+        hyper(torch.nested.nested_tensor(of_lengths), OUTER[0])
+
+
 def test_parameters_that_processes_share_are_not_moved(monkeypatch):
     model, moved = Alias().share_memory(), []
     monkeypatch.setattr(Tensor, "add_", lambda self, *args: moved.append(1))
