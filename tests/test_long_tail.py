@@ -118,6 +118,18 @@ def test_an_inner_step_follows_what_the_settings_say(kind, reading, float32):
     )
 
 
+def test_plain_training_may_have_the_meta_images_too():
+    _, task = made(weights="network")
+    both = task.on("meta")
+    for part, own, more in zip(both.train, task.train, task.validation, strict=True):
+        assert torch.equal(part, torch.cat([own, more])) and len(more)
+    assert both.counts.tolist() == task.counts.tolist()
+    for kind in ("equal", "meta"):  # and no other kind has them, or has them twice
+        assert len(both.on(kind).train[1]) == len(task.on(kind).train[1])
+    s, other = made(weights="meta", method="aid-identity")
+    assert torch.equal(other.train[1], both.train[1]) and len(methods.build(s, other).theta)
+
+
 def test_the_focal_loss_is_the_potential_of_its_weights():
     losses = torch.linspace(0.01, 8, 50, dtype=torch.float64)
     for gamma in (0.5, 1.0, 2.0):
@@ -418,8 +430,8 @@ def test_the_study_has_the_papers_rows_and_is_drawn(tmp_path, capsys):
     found = studies.variants("long_tail", "cifar10", "lenet")
     names = [v.name for v in found]
     assert names == [
-        "equal", "focal", "balanced", "frozen", "identity", "sama", "kfac-empirical", "kfac-mc",
-        "kfac-normalised", "class", "kfac-1e-5",
+        "equal", "focal", "balanced", "frozen", "meta", "identity", "sama", "kfac-empirical",
+        "kfac-mc", "kfac-normalised", "class", "kfac-1e-5",
     ]  # fmt: skip
     assert {v.name for v in found if v.space} == {
         *long_tail_study.SOLVERS, *long_tail_study.OTHERS,

@@ -48,8 +48,8 @@ __all__ = ["SIZES", "LongTail", "LongTailSettings", "class_balanced", "focal", "
 SIZES = {"digits": (80, 10, 10), "cifar10": (4990, 10, 200), "cifar100": (490, 10, 20)}
 BETA, GAMMA = 0.9999, 1.0  # of class-balanced weights and of the focal loss
 # what weighs an example: V, learned or as it was drawn; a number for each class, learned or
-# class-balanced; the focal loss; nothing
-WEIGHTS = ("network", "frozen", "class", "balanced", "focal", "equal")
+# class-balanced; the focal loss; nothing; nothing, and the meta images are trained on, too
+WEIGHTS = ("network", "frozen", "class", "balanced", "focal", "equal", "meta")
 LEARNED, READ = ("network", "class"), ("network", "frozen", "focal")  # READ: the losses
 READINGS = ("full", "no_slope", "normalised")
 
@@ -126,7 +126,7 @@ class LongTail(Supervised, name="long_tail"):
     Batches are (x, y, index), with ``augment`` of shifted and flipped images.
 
     Attributes:
-        counts: Training images of each class, shape (C,).
+        counts: Training images of each class, shape (C,), without the meta images.
         net: The network in V; its own parameters are the start of lam.
         kind: What weighs an example, one of `WEIGHTS`.
         reading: One of `READINGS`.
@@ -240,7 +240,10 @@ class LongTail(Supervised, name="long_tail"):
             start = self.lam0.new_full((1,), GAMMA)
         elif kind in ("network", "frozen"):
             start = flatten(self.net)
-        task = replace(self, lam0=start, kind=kind)
+        own = [part[: int(self.counts.sum())] for part in self.train]
+        if kind == "meta":
+            own = [torch.cat(pair) for pair in zip(own, self.validation, strict=True)]
+        task = replace(self, lam0=start, kind=kind, train=tuple(own))
         mean = self.reading == "normalised" and kind != "focal"  # which is a loss, no weighting
 
         def weight(lam: Tensor, batch: Any, losses: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ SHADES = {
     "equal": PALETTE[7], "focal": PALETTE[3], "balanced": PALETTE[4], "frozen": PALETTE[6],
     "identity": PALETTE[5], "sama": PALETTE[1], "kfac-empirical": PALETTE[2],
     "kfac-mc": PALETTE[0], "kfac-1e-5": PALETTE[7], "kfac-normalised": PALETTE[3],
-    "class": PALETTE[1],
+    "class": PALETTE[1], "meta": PALETTE[0],
 }  # fmt: skip
 SHOWN = ("equal", "balanced", "class", "kfac-empirical")  # by class: more are a tangle
 RULES = {"held out": "o", "last": "_", "on test": "^"}

@@ -22,7 +22,7 @@ __all__ = ["OTHERS", "RIVALS", "SOLVERS", "TABLE_3", "selection", "variants"]
 # weights that nothing is learned for
 RIVALS = {
     "equal": "plain training", "focal": "focal loss", "balanced": "class-balanced weights",
-    "frozen": "V as it was drawn",
+    "frozen": "V as it was drawn", "meta": "plain, meta images too",
 }  # fmt: skip
 DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}  # the identity's step only scales what Adam scales
 SOLVERS: dict[str, dict] = {
