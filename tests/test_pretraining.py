@@ -24,7 +24,7 @@ from bilevel_lite.slopes import slopes_and_route
 from bilevel_lite.tasks import pretraining as tasks
 from bilevel_lite.tasks import pretraining_study
 from bilevel_lite.tasks.pretraining import Pretraining
-from bilevel_lite.tasks.pretraining_parts import Cosines
+from bilevel_lite.tasks.pretraining_parts import Cosines, scrambled
 
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")
@@ -593,7 +593,7 @@ def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):
         assert rows[name].settings["outer"] == "held_out"
         assert rows[f"{name}-on-train"].settings["outer"] == "train"
     searched = {row.name for row in rows.values() if row.space}
-    assert searched == set(rows) - {*pretraining_study.RIVALS, "cosine"}
+    assert searched == set(rows) - {*pretraining_study.RIVALS, "fixed-scrambled", "cosine"}
     assert {tuple(row.space.items()) for row in rows.values() if row.space} == {
         tuple(pretraining_study.BOX.items())
     }
@@ -606,6 +606,22 @@ def test_the_study_has_both_judges_and_the_papers_numbers(tmp_path, capsys):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "fixed", "kfac-empirical", "kfac-empirical-on-train",
     ]  # fmt: skip
+
+
+def test_scrambled_texts_keep_their_lengths_and_no_order():
+    texts = [f"a{k} b{k} c{k} d{k}"[: 3 * (1 + k % 4)] for k in range(40)]
+    drawn = scrambled(texts, torch.Generator().manual_seed(3))
+    assert [len(one.split()) for one in drawn] == [len(one.split()) for one in texts]
+    assert {*" ".join(drawn).split()} < {*" ".join(texts).split()} and drawn != texts
+    assert drawn == scrambled(texts, torch.Generator().manual_seed(3))
+    plain, other = (
+        Pretraining.make(Pretraining.settings(texts=30, head_steps=0, masked_texts=kind), CPU)
+        for kind in ("own", "scrambled")
+    )
+    assert len(plain.masked[1]) == len(other.masked[1])
+    assert not torch.equal(plain.masked[1], other.masked[1])
+    for one, two in ((plain.train, other.train), (plain.tuning, other.tuning)):
+        assert torch.equal(one[1], two[1])
 
 
 def test_what_chapter_14_says_of_scierc():

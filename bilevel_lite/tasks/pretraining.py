@@ -81,6 +81,10 @@ class PretrainingSettings(Settings):
     outer: str = setting("held_out", "the texts of f", known=OUTER)
     texts: int = setting(0, "training texts, drawn; 0 is all", least=0)
     copies: int = setting(2, "how often each text is masked", least=1)
+    masked_texts: str = setting(
+        "own", "the training texts, or as many words drawn at random from all of them",
+        known=("own", "scrambled"),
+    )  # fmt: skip
     masked: float = option(
         "a number between 0 and 1", lambda v: 0 < v < 1, 0.15, help="share of a text's tokens"
     )
@@ -191,6 +195,7 @@ class Pretraining(Supervised, name="pretraining"):
         if s.texts:
             rows = torch.randperm(n, generator=generator)[: s.texts].tolist()
         asked = (s.layers, s.max_length, s.copies, s.masked, s.head_steps, s.kept_in)
+        asked += (s.masked_texts,)
         found = prepared(s.dataset, tuple(rows), s.encoder, *asked, device)
         (model, words), sets, start = found.models, found.sets, found.start
         tuned = round(s.tuning_share * valid)

@@ -83,10 +83,19 @@ def _shared(risk: SumOfRisks) -> Tensor:
     return torch.cat([torch.full((n,), i in both) for i, n in enumerate(sizes)])
 
 
+def scrambled(texts: list[str], generator: torch.Generator) -> list[str]:
+    """As many words in each text, every word drawn from all of them (a control: no sense left)."""
+    words = [one.split() for one in texts]
+    pool = [word for one in words for word in one]
+    places = torch.randint(len(pool), (len(pool),), generator=generator).tolist()
+    drawn = iter(pool[k] for k in places)
+    return [" ".join(next(drawn) for _ in one) for one in words]
+
+
 @lru_cache(maxsize=1)
 def prepared(
     dataset: str, rows: tuple[int, ...], place: str, layers: str, length: int, copies: int,
-    masked: float, head_steps: int, kept_in: str, device: torch.device,
+    masked: float, head_steps: int, kept_in: str, masked_texts: str, device: torch.device,
 ) -> SimpleNamespace:  # fmt: skip
     """Texts, the two models, inputs by split, masked copies; the last one made is kept.
 
@@ -99,7 +108,10 @@ def prepared(
     encoder = encoder_of(place, length)
     splits, draws = (sets.train, sets.valid, sets.test), torch.Generator().manual_seed(0)
     strings = [one for split in splits for one in split.texts]
-    hidden = text.hide(encoder, sets.train.texts, draws, copies, masked)
+    own = sets.train.texts
+    if masked_texts == "scrambled":
+        own = scrambled(own, torch.Generator().manual_seed(0))
+    hidden = text.hide(encoder, own, draws, copies, masked)
     many = trained(encoder, layers)
     model = text.TextClassifier(encoder, len(sets.classes), many, "mean", draws).to(device)
     ids = encoder.ids(strings)

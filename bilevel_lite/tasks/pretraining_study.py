@@ -1,11 +1,12 @@
 """The study of auxiliary pretraining: what weighs masked texts, by which solver; after Table 4.
 
 Three rows learn nothing (`RIVALS`: the end task alone; both losses alike, TARTAN-MT; V as it was
-drawn), one learns a weight for each of the two losses by cosines (META-TARTAN), the others V by a
-solver, with f on held-out texts and, as the main paper has it, on the training texts. All have the
-same inner steps. V moves by Adam, whose steps are as long for every solver: one box for all. The
-two weights of META-TARTAN move by plain gradient descent at ten times its scripts' step, as a run
-has a tenth of their steps.
+drawn), and a control has both losses alike on texts of words drawn at random. One row learns a
+weight for each of the two losses by cosines (META-TARTAN), the others V by a solver, with f on
+held-out texts and, as the main paper has it, on the training texts. All have the same inner steps.
+V moves by Adam, whose steps are as long for every solver: one box for all. The two weights of
+META-TARTAN move by plain gradient descent at ten times its scripts' step, as a run has a tenth of
+their steps.
 """
 
 from bilevel_lite.experiment.search import Variant
@@ -43,6 +44,8 @@ TABLE_4 = {
 def variants(dataset: str, model: str) -> list[Variant]:
     """The rivals, the two weights moved by cosines, and every solver with either f."""
     found = [Variant(kind, {**PLAIN, "weights": kind}) for kind in RIVALS]
+    fixed = {**PLAIN, "weights": "fixed", "masked_texts": "scrambled"}
+    found.append(Variant("fixed-scrambled", fixed))
     found.append(Variant("cosine", {"weights": "cosine", "method": "aid-identity"}))
     for outer, ending in OUTER.items():
         for name, settings in SOLVERS.items():
