@@ -1,5 +1,6 @@
 """Numbers that chapters say beside their cells: small computations, and of stored studies."""
 
+import json
 import math
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite.experiment.comparing import difference, fresh
+from bilevel_lite.experiment.comparing import difference, fresh, memory_pairs
 from bilevel_lite.linsolve import cg, neumann
 from bilevel_lite.products import cross_vp
 from bilevel_lite.tasks import hypercleaning
@@ -84,6 +85,82 @@ def test_chapter_11_on_batch_sizes_and_the_second_search():
     for rival, said in (("neumann-10", 0.020), ("cg-normal-3", 0.055), ("identity", 0.087)):
         assert -difference(wide["kfac"], wide[rival])[1] == pytest.approx(said, abs=6e-4)
     assert set(wide) <= set(first)
+
+
+def test_numbers_of_chapter_11_that_stand_in_the_readme_of_the_figures():
+    text = (ROOT / "figures" / "README.md").read_text("utf-8")
+    wide = fresh("hyperclean_mnist_solvers_wide")
+    linear = fresh("hyperclean_mnist_solvers", "hyperclean_mnist_solvers_fresh")
+    mlp = fresh("hyperclean_mnist_mlp_solvers", "hyperclean_mnist_mlp_fresh")
+    kept = fresh("hyperclean_mnist_refresh", "hyperclean_mnist_refresh_fresh")
+    pairs = memory_pairs(list(fresh("hyperclean_mnist_ema").values()))
+    said = [f"{d[1]:+.4f} ± {d[2]:.4f}" for d in pairs.values()]
+    said += [
+        f"{d[1]:+.4f} ± {d[2]:.4f} ({k})"
+        for k in (5, 10, 50) if (d := difference(kept[f"kfac-every{k}"], kept["kfac-every1"]))
+    ]  # fmt: skip
+    for one, other, name, digits in (
+        (wide["kfac"], wide["identity"], "minus the identity", 3),
+        (linear["kfac"], linear["kfac-empirical"], "minus empirical KFAC", 4),
+        (mlp["cg-3-ggn"], mlp["cg-3"], "CG-3 on the GGN minus CG-3", 3),
+    ):
+        _, middle, half = difference(one, other)
+        said.append(f"{name} {middle:+.{digits}f} ± {half:.{digits}f}")
+    assert len(said) == 13 and [one for one in said if one not in text] == []
+    for rows, rival in ((mlp, "cg-normal-3"), (fresh("hyperclean_cifar10_solvers_large"), "cg-3")):
+        runs = [run for run in rows["kfac"]["runs"] if run["seed"] < 3]
+        _, middle, half = difference({"runs": runs}, rows[rival])
+        assert abs(middle) < half < float("inf")
+
+
+def test_chapter_11_on_the_edges_of_its_boxes():
+    edges, widened = {}, set()
+    for path in sorted((ROOT / "figures" / "data").glob("hyperclean_*.json")):
+        for study in bl.experiment.stored(path.stem)["runs"]:
+            widened |= {path.stem} if study.get("widen") else set()
+            for row in study.get("results", []):
+                box = row.get("space") if row["trials"] else None
+                for name, (low, high) in (box or {}).items():
+                    share = math.log(row["chosen"][name] / low) / math.log(high / low)
+                    if not 0.1 <= share <= 0.9:
+                        edges.setdefault(path.stem.partition("_")[2], set()).add(row["method"])
+    assert {name.removeprefix("hyperclean_mnist_") for name in widened} == {
+        "batch", "batch_5000", "ema_equal", "solvers_wide",
+    }  # fmt: skip
+    of_ema = {f"ema{m}-damping{d}-b128" for m in ("0", "0.9") for d in ("0.1", "1")}
+    noisy = {f"cg-3-{kind}-{rate}" for kind in ("uniform", "pair") for rate in (0.2, 0.4, 0.6, 0.8)}
+    assert edges == {
+        "mnist_batch": {"identity-b64", "identity-b128", "cg-3-b64", "cg-3-b128"},
+        "mnist_ema": of_ema,
+        "mnist_methods": {"soba", "saba", "nbo-gd", "nsbo-sgd", "nbo-cg", "sama"},
+        "mnist_mlp_solvers": {"ekfac", "cg-normal-3"},
+        "mnist_noise": noisy,
+        "mnist_refresh": {f"ekfac-every{k}" for k in (1, 5, 10, 50)},
+        "mnist_solvers": {"identity", "cg-1", "cg-3", "cg-10", "pcg-3", "ekfac"},
+        "mnist_solvers_wide": {"identity"},
+    }
+
+
+def test_chapter_11_on_memory_and_on_the_cost_of_a_solve():
+    peers = json.loads((ROOT / "chapters" / "book" / "peers.json").read_text("utf-8"))["memory"]
+    ours = [peers[name]["bilevel_lite"] for name in ("KFAC, Monte Carlo", "CG, 3 steps")]
+    assert ours == [167, 626]
+    peaks = {}
+    for run in bl.experiment.stored("text_cleaning_memory")["runs"]:
+        s = run["settings"]
+        if s["weights"] == "learned":
+            peaks[s["method"], s["fisher"]] = run["memory"]["peak_mib"]
+    sama = peaks["sama", "empirical"]
+    for fisher in ("mc", "empirical"):
+        kfac = peaks["aid-kfac", fisher]
+        assert kfac / sama == pytest.approx(1.2, abs=0.05)
+        for rival in ("aid-cg", "aid-cg-normal"):
+            assert kfac / peaks[rival, "empirical"] == pytest.approx(1, abs=0.03)
+    (run,) = bl.experiment.stored("bench_cpu")["runs"]
+    (case,) = (case["rows"] for case in run["cases"] if case["model"] == "linear")
+    free = case["identity"]["ratio"]
+    spent = [case[name]["ratio"] - free for name in ("kfac-mc", "kfac-mc, first factor kept")]
+    assert spent == pytest.approx([7.5, 1.2], abs=0.05)
 
 
 def test_chapter_11_on_the_mlp_and_on_what_three_visits_tell():

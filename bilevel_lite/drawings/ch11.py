@@ -3,6 +3,8 @@
 from itertools import accumulate
 from statistics import mean
 
+from matplotlib.transforms import blended_transform_factory
+
 from bilevel_lite import plotting
 from bilevel_lite.drawings import arrow, canvas, text
 from bilevel_lite.plotting import COLORS, PALETTE
@@ -96,33 +98,38 @@ def forest(groups, edge=0.03):
 
     ``groups[heading][line]`` is (one for each seed, mean, half width, note); the note stands at the
     right. Filled where zero is outside of the interval. The axis is linear within ``edge`` of zero,
-    the grey band, and logarithmic beyond.
+    the grey band, and logarithmic beyond. Headings stand on white lines of their own.
     """
     lines = sum(1 + len(group) for group in groups.values())
-    figure, ax = plotting.figure(1, height=0.7 + 0.185 * lines)
-    figure.set_size_inches(7.4, 0.7 + 0.185 * lines)
-    figure.set_dpi(76)
+    figure, ax = plotting.figure(1)
+    figure.set_size_inches(7.8, 0.7 + 0.19 * lines)
+    figure.set_dpi(78)
     ax.set_xscale("symlog", linthresh=edge, linscale=1.2)
     ax.axvspan(-edge, edge, color="0.93", lw=0)
     ax.axvline(0, color="black", lw=0.8)
     places, names, y = [], [], 0
+    left = blended_transform_factory(figure.transFigure, ax.transData)
     for heading, group in groups.items():
-        ax.text(0.0, y, heading, transform=ax.get_yaxis_transform(), fontsize=7.5, weight="bold",
-                va="center", backgroundcolor="white")  # fmt: skip
+        ax.axhspan(y - 0.5, y + 0.5, color="white", lw=0, zorder=2.5)
+        ax.text(0.01, y, heading, transform=left, fontsize=9, weight="bold", va="center", zorder=3,
+                in_layout=False)  # fmt: skip
         for line, (each, middle, half, note) in group.items():
             y += 1
             decided = abs(middle) > half
             color = (GREEN if middle < 0 else ORANGE) if decided else "0.45"
             plotting.interval(ax, y, each, middle, half, color)
-            ax.text(1.01, y, note, transform=ax.get_yaxis_transform(), fontsize=6.5, va="center")
+            ax.text(1.01, y, note, transform=ax.get_yaxis_transform(), fontsize=8.5, va="center")
             places, names = [*places, y], [*names, line]
         y += 1
-    ax.set_yticks(places, names, fontsize=7)
-    ax.set_ylim(y - 0.4, -0.7)
+    ax.set_yticks(places, names, fontsize=9)
+    ax.tick_params("y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(y - 0.4, -0.5)
     ticks = [-0.5, -0.2, -0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.1]
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
     ax.minorticks_off()
-    ax.set(xlim=(-0.8, 0.2), xlabel="difference of test losses (left of 0: the first is lower)")
+    ax.set(xlim=(-0.8, 0.2))
+    ax.set_xlabel("difference of test losses (left of 0: the first is lower)", fontsize=9.5)
     ax.grid(axis="y", visible=False)
     return figure
 
