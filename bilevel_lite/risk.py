@@ -166,11 +166,11 @@ class WeightedRisk:
     tuple (x, y, ...), whose x may depend on lam and which may have more rows (data poisoning).
     Loss, weights, mask and curvature all read that one.
 
-    **Several loss terms an example.** With outputs of shape (n, T, C) and labels (n, T), l_i is the
+    **Several loss terms an example.** With outputs of shape (n, P, C) and labels (n, P), l_i is the
     mean over example i's positions whose label is not ``ignore_index``; 0 if there are none.
 
     Args:
-        model: Module with outputs of shape (n, C) or (n, T, C), classes last. Its own parameter
+        model: Module with outputs of shape (n, C) or (n, P, C), classes last. Its own parameter
             values are not used.
         loss: ``"cross_entropy"`` (y: integer labels, the outputs' shape without C), or ``"mse"``
             (l = 1/2 ||output - y||^2, summed over all of an example's outputs; y like the outputs).
@@ -181,9 +181,9 @@ class WeightedRisk:
         weight_slope: Add V' to the curvature; for weights that read the losses.
         ignore_index: The label of what has no loss term; by default -100 where labels have
             positions, and none where they are of shape (n,).
-        mask: ``mask(batch)`` -> bool, shape (n, T), True at positions that are not padding. It
+        mask: ``mask(batch)`` -> bool, shape (n, P), True at positions that are not padding. It
             changes no loss; it leaves padding out of KFAC's factor A in the layers that are applied
-            at (n, T) or (n, T, ...); others, such as a head on pooled texts, have no padding or
+            at (n, P) or (n, P, ...); others, such as a head on pooled texts, have no padding or
             positions of their own. (Factor B needs no mask where padding has no loss term: the
             gradients there are zero.)
 
@@ -278,7 +278,7 @@ class WeightedRisk:
         return [Term(self, self.seen(lam, batch))]
 
     def unpadded(self, batch: Any) -> Tensor | None:
-        """Return mask(batch), bool, shape (n, T), True where there is no padding; None without.
+        """Return mask(batch), bool, shape (n, P), True where there is no padding; None without.
 
         Raises:
             ValueError: if it is not of that kind, or leaves nothing.
@@ -292,7 +292,7 @@ class WeightedRisk:
             raise ValueError(f"mask: returned {got}, expected a bool tensor, True where it is real")
         if mask.dim() < 2 or len(mask) != n:
             raise ValueError(
-                f"mask: returned shape {tuple(mask.shape)}, expected (n, T) with n = {n}"
+                f"mask: returned shape {tuple(mask.shape)}, expected (n, P) with n = {n}"
             )
         if looked_at(mask):
             self._check_mask(mask, batch[1])
@@ -332,7 +332,7 @@ class WeightedRisk:
     # -- the losses
 
     def outputs(self, theta: Tensor, batch: Any) -> Tensor:
-        """Evaluate the model on ``batch[0]``; shape (n, C) or (n, T, C)."""
+        """Evaluate the model on ``batch[0]``; shape (n, C) or (n, P, C)."""
         self._require_seen(batch)
         _require_pair(batch, "batch: got")
         _require_rows(batch, "batch")
@@ -434,7 +434,7 @@ class WeightedRisk:
     def _check_targets(self, outputs: Tensor, y: Tensor) -> None:
         if outputs.dim() < 2:
             raise ValueError(
-                f"model: gives shape {tuple(outputs.shape)}, expected (n, C) or (n, T, C)"
+                f"model: gives shape {tuple(outputs.shape)}, expected (n, C) or (n, P, C)"
             )
         if outputs.shape[0] != y.shape[0]:
             raise ValueError(

@@ -50,6 +50,22 @@ def test_the_package_has_the_names():
         assert set(names) <= set(inspect.signature(thing).parameters)
 
 
+def test_docstrings_obey():
+    texts = notation.docstrings(bl)
+    assert len(texts) > 250
+    found = {name: notation.docstring_problems(text) for name, text in texts.items()}
+    assert {name: problems for name, problems in found.items() if problems} == {}
+
+
+@pytest.mark.parametrize("text", [
+    "h of g + alpha ||theta||^2", "(H + lambda I) v = b", "the largest lambda_max", "at theta^*",
+    "p_t = b", "inner_steps: S, steps", "linear_steps: N, steps", "outputs of shape (n, T, C)",
+])  # fmt: skip
+def test_each_rule_of_docstrings_bites(text):
+    assert notation.docstring_problems(text)
+    assert not notation.docstring_problems(f">>> {text}") and not notation.docstring_problems("")
+
+
 def notebook(*cells):
     made = [
         new_code_cell(text[1:]) if text.startswith("#") else new_markdown_cell(text)

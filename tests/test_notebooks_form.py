@@ -181,7 +181,7 @@ def set_kernel(nb):
 
 def long_median(nb):
     for k in range(16):
-        find(nb, f"x = {k}\n").source += "\nx = x" * 8
+        find(nb, f"x = {k}\n").source += "\nx = x" * 12
 
 
 WIDGET = new_output(
@@ -242,6 +242,14 @@ BROKEN = {
     ),
     "an unread figure": (without("The line goes up"), "no sentence"),
     "a heading after a figure": (replace("The line goes up", "## The line goes up"), "no sentence"),
+    "a stop after a figure": (
+        replace("The line goes up", "**Predict (5.A).** Does the line go up"),
+        "before it is read",
+    ),
+    "a heading in the middle": (
+        replace("The line goes up from", "It.\n\n## Up\n\nIt is"),
+        "middle",
+    ),
     "too many figures": (cells(more_figures), "more than 6"),
     "MyST": (replace("Do it.", "```{note}\nDo it.\n```"), "MyST"),
     "a relative picture": (replace("Do it.", "![it](it.png)"), "Colab cannot find"),

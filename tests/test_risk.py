@@ -558,7 +558,7 @@ def test_a_mask_is_that_of_the_batch_that_the_model_sees():
     [
         (lambda b: b[0].sum(2), "mask: returned torch.float64, expected a bool tensor"),
         (lambda b: None, "mask: returned NoneType, expected a bool tensor"),
-        (lambda b: b[1][0] == 0, r"mask: returned shape \(4,\), expected \(n, T\) with n = 8"),
+        (lambda b: b[1][0] == 0, r"mask: returned shape \(4,\), expected \(n, P\) with n = 8"),
         (lambda b: b[1] == 9, "mask: is False everywhere"),
         (lambda b: b[1] == 1, "mask: is False at .* positions that have a loss term"),
     ],

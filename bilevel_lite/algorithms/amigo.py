@@ -39,7 +39,7 @@ class AmIGO(Method):
     """
 
     inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")
-    linear_steps: int = whole(default=10, help="N, steps on v per outer iteration")
+    linear_steps: int = whole(default=10, help="K, steps on v per outer iteration")
     linear_lr: float | None = positive(
         default=None,
         help="Step on v, in units of 1 / curvature (about 1 with a preconditioner)",

@@ -49,7 +49,7 @@ class NHGD(Method):
         tensor([1., 1.])
     """
 
-    inner_steps: int = whole(default=10, help="S, steps on theta per outer iteration")
+    inner_steps: int = whole(default=10, help="T, steps on theta per outer iteration")
     beta: float | None = fraction(
         default=0.99, none=True, help="Memory of the average; None: plain", search=(0.5, 0.99)
     )

@@ -2,9 +2,11 @@
 
 `problems(nb)` returns a sentence for each formula or name that the table has otherwise. A paragraph
 that quotes a paper's letters is passed over if it says so with the words "own letters".
+`docstring_problems(text)` does so for a docstring, whose formulas are plain text.
 """
 
 import ast
+import inspect
 import re
 
 import form
@@ -52,6 +54,40 @@ NAMES = {
     **dict.fromkeys(("penalty_weight",), "penalty"),
 }
 MATRICES = "HJDGFRAB"  # one of these is never a bare number or text
+
+# (pattern in the plain text of a docstring, what the table has)
+PLAIN = [
+    (r"\b(?:alpha|beta|gamma|delta|eps|epsilon|mu|nu|tau|xi) \|\|theta\|\|\^2", "l2 is rho or l2"),
+    (r"\+ (?:alpha|beta|gamma|lambda|mu|eps|epsilon) I\b", "damping is delta or damping"),
+    (r"\blambda\b|\blambda_", "the outer variable is lam; eigenvalues of H are mu_j"),
+    (r"theta\^\*|\btheta_(?:star|opt|hat)\b", "the minimiser is theta*"),
+    (r"\bp_t\b", "the adjoint is w_t; p_k is a direction of CG"),
+    (r"\b(?:inner|copy)_steps: (?!T\b)[A-Z],", "T counts the steps of the inner problem"),
+    (r"\b(?:terms|iters|linear_steps): (?!K\b)[A-Z],", "K counts the steps of a solver"),
+    (r"\((?:n|N), T\b", "positions are P; T counts steps"),
+]
+
+
+def docstrings(thing, name: str = "bilevel_lite") -> dict[str, str]:
+    """The docstrings of all that a module's ``__all__`` names, and of their public methods."""
+    found = {name: inspect.getdoc(thing) or ""}
+    own = getattr(thing, "__all__", ())
+    if inspect.isclass(thing):
+        own = [one for one, it in vars(thing).items() if one[0] != "_" and inspect.isroutine(it)]
+    for one in own:
+        part = getattr(thing, one)
+        if inspect.ismodule(part) or inspect.isclass(part) or inspect.isroutine(part):
+            found |= docstrings(part, f"{name}.{one}")
+    return found
+
+
+def docstring_problems(text: str) -> list[str]:
+    """What the table of notation has otherwise than a docstring; its example is passed over."""
+    prose = "\n".join(x for x in text.splitlines() if not re.match(r"\s*(>>>|\.\.\. )", x))
+    prose = re.sub(r"``.*?``", " ", prose, flags=re.DOTALL)
+    return [
+        f"`{match[0]}`: {right}" for pattern, right in PLAIN if (match := re.search(pattern, prose))
+    ]
 
 
 def rows() -> list[tuple[list[str], list[str], str]]:
