@@ -89,8 +89,8 @@ PARTS = {
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3421),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 665),
-    "text": ([*(PACKAGE / "text").glob("*.py")], 1065),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5395),
+    "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5413),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 460}

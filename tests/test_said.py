@@ -13,7 +13,7 @@ import bilevel_lite as bl
 from bilevel_lite.experiment.comparing import difference, fresh, memory_pairs
 from bilevel_lite.linsolve import cg, neumann
 from bilevel_lite.products import cross_vp
-from bilevel_lite.tasks import hypercleaning
+from bilevel_lite.tasks import hypercleaning, text_figures, text_study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,6 +230,45 @@ def test_chapter_12_on_the_study_of_trec():
 
     for name, said in (("kfac-mc", 1.17), ("kfac-empirical", 1.16), ("cg-3-ggn", 1.44)):
         assert pace(name) / pace("identity") == pytest.approx(said, abs=0.01)
+
+
+def test_chapter_12_on_which_tables_rank():
+    """Only where a solver beats noisy training and the validation texts alone, by its interval."""
+    does = {}
+    for name in ("trec", "semeval", "youtube"):
+        rows = fresh(f"text_cleaning_{name}")
+        plain = ("noisy", "balanced", "validation", "clean")
+        solvers = [row for key, row in rows.items() if key not in plain]
+        gains = [
+            [difference(row, rows[rival], "test_accuracy")[1:] for rival in ("noisy", "validation")]
+            for row in solvers
+        ]
+        does[name] = sum(all(half < gain for gain, half in one) for one in gains)
+        if name == "trec":
+            behind = [one[1][0] for one in gains]
+            assert (min(behind), max(behind)) == pytest.approx((-0.252, -0.161), abs=6e-4)
+    assert does == {"trec": 0, "semeval": 2, "youtube": 0}
+    boxes = {v.name: v.space.get("outer_lr") for v in text_study.variants("trec", "")}
+    near = {
+        (name, key)
+        for name in does
+        for key, row in fresh(f"text_cleaning_{name}").items()
+        if (at := row["chosen"].get("outer_lr"))
+        and (at < 1.25 * boxes[key][0] or at > boxes[key][1] / 1.25)
+    }
+    assert near == {
+        ("trec", "identity"), ("trec", "neumann-3"), ("trec", "neumann-10"),
+        ("semeval", "identity"), ("semeval", "kfac-mc"), ("youtube", "identity"),
+    }  # fmt: skip
+
+
+def test_chapter_12_on_the_memory():
+    mib = text_figures.peaks(bl.experiment.stored("text_cleaning_memory")["runs"])
+    shares = {name: round(peak / mib["noisy"], 2) for name, peak in mib.items()}
+    assert (shares["kfac-empirical"], shares["kfac-mc"]) == (1.27, 1.31)
+    assert (shares["identity"], shares["sama"]) == (1.29, 1.05)
+    factors = 5 * (385**2 + 384**2) + 1537**2 + 1536**2  # entries
+    assert 1.1 * mib["noisy"] + 4 * factors / 2**20 == pytest.approx(920, abs=2)
 
 
 def test_chapter_12_on_the_study_of_semeval():

@@ -194,6 +194,11 @@ def test_places_that_hold_no_encoder(alone, tmp_path):
         text.transformers().BertConfig.from_pretrained(short, vocab_size=20)
     ).save_pretrained(short)
     refused(short, "tokenizer: knows 23 tokens, but the encoder short has embeddings for 20")
+    wide = save(tmp_path / "wide", vocab_size=300)
+    refused(wide, "tokenizer: knows 23 tokens, but the encoder wide has embeddings for 300")
+    assert text.encoder(save(tmp_path / "filled", vocab_size=64)).name == "filled"
+    filler = save(tmp_path / "filler", pad_token_id=3)
+    refused(filler, "tokenizer: pads with 0, but the encoder filler with 3; .*config.pad_token_id")
     wordless = save(tmp_path / "wordless")
     for file in (*wordless.glob("*token*"), *wordless.glob("vocab*")):
         file.unlink()
@@ -625,6 +630,40 @@ def test_the_lines_of_the_readme_learn_weights():
     weights = names["method"].lam
     others = torch.cat([weights[:2], weights[3:]])
     assert float(weights[2]) < 0.1 and float(others.min()) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["classifier", "logits", "RoBERTa"])
+def test_ids_that_no_tokenizer_gives_are_refused_in_a_sentence(kind):
+    """Of another vocabulary, of padding alone, too many: by the model, and by a risk over it."""
+    tools, pad = text.transformers(), 1 if kind == "RoBERTa" else 0
+    if kind == "classifier":
+        model, words, most = classifier(trim=False), 30, 128
+    else:
+        config = getattr(tools, "RobertaConfig" if pad else "BertConfig")(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=20, num_labels=3,
+        )  # fmt: skip
+        whole = tools.AutoModelForSequenceClassification.from_config(config)
+        model, words, most = text.Logits(whole), 9, 18 if pad else 20
+    risk, theta = bl.WeightedRisk(model), bl.flatten(model)
+    good = torch.tensor([[2, 5, 3], [2, 3, pad]])
+    empty, some = torch.full((8, 3), pad), torch.full((2, most + 1), 4)
+    empty[4] = 4
+    for x, said in (
+        (good + words, f"x: token ids from {words + pad} to {words + 5}, but .* has {words};"),
+        (torch.tensor([[2, -3, 5]]), "x: token ids from -3 to 5"),
+        (empty, "the texts in rows 0, 1, 2, 3, 5 and 2 more are empty, padding alone; leave them"),
+        (some, f"too long, {most + 1} tokens, and .* at most {most}; .*max_length={most}"),
+    ):
+        for call in (
+            lambda x=x: model(x),
+            lambda x=x: risk(torch.zeros(0), theta, (x, torch.zeros(len(x), dtype=torch.long))),
+        ):
+            with pytest.raises(ValueError, match=said):
+                call()
+    assert model(good).shape == (2, 3) and model(some[:, :most]).shape == (2, 3)
+    if kind == "RoBERTa":  # counts tokens alone, so more padding is no matter
+        assert torch.allclose(model(nn.functional.pad(good, (0, 30), value=pad)), model(good))
 
 
 # ------------------------------------------------------------------ a pretrained one

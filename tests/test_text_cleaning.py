@@ -336,6 +336,19 @@ def test_wrong_settings_are_refused(given, message):
         TextCleaning.settings(**given)
 
 
+def test_the_usual_numbers_are_those_that_won_the_searches():
+    """The step on the weights and the batch of J, which no set of texts is too small for."""
+    s = TextCleaning.settings(dataset="trec")
+    assert (s.method, s.outer_lr, s.cross_batch_size) == ("aid-kfac", 0.5, 128)
+    assert TextCleaning.settings(dataset="trec", texts=40, batch_size=8).cross_batch_size == 40
+    assert TextCleaning.settings().cross_batch_size == 32
+    assert TextCleaning.settings(dataset="trec", weights="one").outer_lr == 1
+    runs = bl.experiment.stored("text_cleaning_trec")["runs"]
+    for row in (row for run in runs for row in run["results"] if row["chosen"]):
+        method = text_variants.SOLVERS[row["method"]]["method"]
+        assert text_variants.OUTER_LR[method] == pytest.approx(row["chosen"]["outer_lr"], rel=0.13)
+
+
 def test_an_encoder_that_is_not_there_is_said_as_typed(tmp_path, capsys):
     words = ["run", "text_cleaning", "--encoder", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main([*words, "--device", "cpu"]) == 1

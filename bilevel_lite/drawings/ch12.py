@@ -38,10 +38,11 @@ def encoder():
     return figure
 
 
-def live(looks, lam, wrong):
+def live(looks, lam, wrong, model=""):
     """Mean weights and AUC over the looks (left), the learned weights by label (right).
 
-    ``looks`` has rows step, mean weight of right labels, of wrong ones, AUC.
+    ``looks`` has rows step, mean weight of right labels, of wrong ones, AUC; ``model`` is named
+    above the figure.
     """
     step, right, bad, area = np.array(looks).T
     figure, (left, middle) = plotting.figure(2, height=2.6)
@@ -56,6 +57,7 @@ def live(looks, lam, wrong):
         middle.hist(lam[mask].numpy(), bins, color=COLORS[name], label=name, **style)
     middle.set(xlabel=r"learned weight $\lambda_i$", ylabel="texts")
     middle.legend(title="label is", fontsize=7)
+    figure.suptitle(model, fontsize=8)
     return figure
 
 
@@ -69,12 +71,13 @@ METHODS = {
 }  # fmt: skip
 
 
-def study(rows, minus):
+def study(rows, minus, model=""):
     """Accuracy of each method (left), and how far the others are behind one of them (right).
 
     ``rows[method]`` is (accuracies at the chosen look, at the end), per cent, one for each seed.
     Filled: chosen; hollow: at the end; bars from the lowest seed to the highest.
-    ``minus[method]`` is (differences on each seed, mean, half width of the interval), in points.
+    ``minus[method]`` is (differences on each seed, mean, half width of the interval), in points;
+    ``model`` is named above the figure.
     """
     figure, (left, right) = plotting.figure(2, height=3.0, sharey=True)
     for y, (method, (chosen, end)) in enumerate(rows.items()):
@@ -91,16 +94,18 @@ def study(rows, minus):
     right.set(xlabel="KFAC less this one, points of accuracy")
     left.set_yticks(range(len(rows)), list(rows), fontsize=7)
     left.invert_yaxis()
+    figure.suptitle(model, fontsize=8)
     return figure
 
 
-def memory(peaks):
+def memory(peaks, model=""):
     """Peak memory of each method in MiB, as bars; a line at plain training, ``noisy``, if there."""
     figure, ax = plotting.figure(1, height=2.4)
     ax.barh(list(peaks), list(peaks.values()), color=[METHODS[name][0] for name in peaks])
     if "noisy" in peaks:
         ax.axvline(peaks["noisy"], color="black", ls=":", lw=1)
     ax.set(xlabel="peak memory of the process, MiB")
+    ax.set_title(model, fontsize=8)
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelsize=7)
     return figure

@@ -12,6 +12,8 @@ ATTACKS = {
     "identity": (COLORS["identity"], "o"), "cg-3": (COLORS["cg"], "s"),
     "cg-3-ggn": (COLORS["cg"], "p"), "cg-normal-3": (COLORS["cg"], "D"),
     "kfac": (COLORS["kfac"], "^"), "bome": (PALETTE[3], "v"),
+    "tgda": (PALETTE[6], "<"), "cg-3-negative": (COLORS["cg"], "h"),
+    "kfac-negative": (COLORS["kfac"], "*"),
     "flip": ("0.4", "P"), "noise": ("0.6", "X"),
 }  # fmt: skip
 

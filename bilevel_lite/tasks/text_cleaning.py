@@ -40,7 +40,7 @@ from bilevel_lite.options import option
 from bilevel_lite.params import flatten
 from bilevel_lite.problem import BilevelProblem
 from bilevel_lite.risk import WeightedRisk
-from bilevel_lite.tasks.text_variants import BASELINES, INNER_LR, OUTER_LR, TOY
+from bilevel_lite.tasks.text_variants import BASELINES, CROSS, INNER_LR, OUTER_LR, TOY
 from bilevel_lite.tasks.wrong_labels import auc, precision, surest
 
 __all__ = ["SIZES", "TextCleaning", "TextCleaningSettings"]
@@ -123,7 +123,7 @@ class TextCleaning(Supervised, name="text_cleaning"):
     defaults: ClassVar[dict[str, Any]] = {
         "method": "aid-kfac", "fisher": "empirical", "damping": 1e-3, "inner_optimizer": "adamw",
         "outer_momentum": 0.9, "outer_steps": 150, "batch_size": 32, "outer_batch_size": 32,
-        "curvature_batch_size": 32, "cross_batch_size": 32,
+        "curvature_batch_size": 32, "cross_batch_size": CROSS,
     }  # fmt: skip
     criterion: ClassVar[str] = "tuning_error"
     columns: ClassVar[tuple[Column, ...]] = (
@@ -137,17 +137,21 @@ class TextCleaning(Supervised, name="text_cleaning"):
         """The settings of a run, those that were not given by their defaults.
 
         Of the toy texts the encoder is the tiny one; AdamW's step is smaller with more layers, and
-        the step on the weights is the method's.
+        the step on the weights is the method's (1 where they do not move). J has 128 texts, or as
+        many as there are.
 
         Raises:
             ValueError: for a name that is not known, or a value out of range.
         """
-        own = {
+        own: dict[str, Any] = {
             "inner_lr": INNER_LR.get(given.get("layers", "1"), INNER_LR["half"]),
-            "outer_lr": OUTER_LR.get(given.get("method", cls.defaults["method"]), 1.0),
+            "cross_batch_size": min(CROSS, given.get("texts", 0) or CROSS),
         }
+        if given.get("weights", "learned") == "learned":
+            own["outer_lr"] = OUTER_LR.get(given.get("method", cls.defaults["method"]), 1.0)
         if given.get("dataset", TOY) == TOY:
             own |= {"encoder": "tiny", "outer_steps": 20, "outer_batch_size": 20}
+            own["cross_batch_size"] = min(32, own["cross_batch_size"])
         s = super().settings(**{**own, **given})
         train, validation = SIZES[s.dataset]
         if s.texts and s.texts > train:

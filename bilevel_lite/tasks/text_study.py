@@ -9,9 +9,10 @@ says how often a weight is visited. The paper's 1,000 iterations of 128 come by 
 times; 150 of 32 would come by once, 150 of 128 do 3.8 times.
 
 The paper's grid, 0.01 to 100, is the same for all methods, whose v differ by a factor of a thousand
-in length. Here each box is two decades wide, around `MIDDLE` times `text_cleaning.OUTER_LR` (at 1,
-and CROSS / 32 for the texts that share a hypergradient, every winner on TREC stood at the upper
-edge); `--widen 1` goes beyond a box whose edge wins.
+in length. Here each box is two decades wide, around `MIDDLE`: ten times the step that moves a
+weight by some tenths at its first visit, from the median entry of the hypergradient on TREC (in
+boxes a decade lower every winner stood at the upper edge); `--widen 1` goes beyond a box whose edge
+wins.
 
 Textbook CG is run on the GGN, which is positive: on the Hessian of such a network it stops at the
 first direction of negative curvature. CG on the normal equations and Neumann are run on the
@@ -22,15 +23,17 @@ from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.tasks.text_cleaning import SIZES as SETS
 from bilevel_lite.tasks.text_cleaning import TextCleaning
-from bilevel_lite.tasks.text_variants import BASELINES, OUTER_LR, SOLVERS
+from bilevel_lite.tasks.text_variants import BASELINES, CROSS, SOLVERS
 
 __all__ = ["CROSS", "SIZES", "SOLVERS", "TextCleaning", "variants"]
 
 # training texts, and f's half of the validation texts
 SIZES = {name: (train, valid - round(0.5 * valid)) for name, (train, valid) in SETS.items()}
 
-CROSS = 128
-MIDDLE = 10 * CROSS / 32
+MIDDLE = {
+    "aid-kfac": 0.4, "aid-cg": 12.0, "aid-cg-normal": 40.0, "aid-neumann": 40.0,
+    "aid-identity": 40.0, "sama": 400.0,
+}  # fmt: skip
 
 
 def variants(dataset: str, model: str) -> list[Variant]:
@@ -41,6 +44,6 @@ def variants(dataset: str, model: str) -> list[Variant]:
     ]
     found = []
     for name, settings in SOLVERS.items():
-        middle = OUTER_LR[settings["method"]] * MIDDLE
+        middle = MIDDLE[settings["method"]]
         found.append(Variant(name, settings, {"outer_lr": (middle / 10, middle * 10)}))
     return plain + found

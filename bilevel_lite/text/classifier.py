@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_lite.surroundings import differentiating
-from bilevel_lite.text.encoders import Encoder, depth, learned_positions
+from bilevel_lite.text.encoders import Encoder, depth, learned_positions, require_ids
 
 __all__ = ["POOLINGS", "Logits", "TextClassifier"]
 
@@ -93,14 +93,30 @@ class Logits(nn.Module):
 
     Example:
         >>> from bilevel_lite import text
-        >>> bert = text.transformers()
+        >>> words, bert = text.tiny(words=30), text.transformers()
         >>> config = bert.BertConfig(
-        ...     vocab_size=9, hidden_size=8, num_attention_heads=2, intermediate_size=8,
-        ...     num_hidden_layers=1, num_labels=3,
+        ...     vocab_size=30, hidden_size=8, num_attention_heads=2, intermediate_size=16,
+        ...     num_hidden_layers=2, num_labels=2, initializer_range=0.3,
         ... )
-        >>> model = text.Logits(bert.AutoModelForSequenceClassification.from_config(config))
-        >>> model(torch.tensor([[2, 5, 3], [2, 3, 0]])).shape
-        torch.Size([2, 3])
+        >>> _ = torch.manual_seed(0)  # random weights; yours come from_pretrained(...)
+        >>> classifier = bert.AutoModelForSequenceClassification.from_config(config)
+        >>> ids = words.ids(["good", "good good", "good good good", "bad", "bad bad"])
+        >>> right, labels = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
+        >>> _ = classifier.base_model.requires_grad_(False)  # train the last layer and the head
+        >>> _ = classifier.base_model.encoder.layer[-1:].requires_grad_(True)
+        >>> model = text.Logits(classifier)
+        >>> train = bl.WeightedRisk(
+        ...     model, weight=lambda lam, b: lam[b[2]], l2=1e-3, mask=model.mask
+        ... )
+        >>> problem = bl.BilevelProblem(train, bl.WeightedRisk(model))
+        >>> inner, outer = (ids, labels, torch.arange(5)), (ids, right)
+        >>> at = problem, torch.full((5,), 0.5), bl.flatten(model), bl.KFAC(0.1, "empirical")
+        >>> how = {"inner_lr": 0.1, "outer_lr": 0.5, "projection": lambda lam: lam.clamp(0, 1)}
+        >>> method = bl.AID(*at, inner_batch=inner, outer_batch=outer, **how)
+        >>> for _ in range(3):
+        ...     step = method.step()
+        >>> int(method.lam.argmin())  # the one wrong label has the lowest weight
+        2
     """
 
     def __init__(self, classifier: nn.Module):
@@ -114,8 +130,13 @@ class Logits(nn.Module):
         self.classifier, self.pad = classifier.eval(), pad
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, shape (n, C)."""
+        """Return the logits, shape (n, C).
+
+        Raises:
+            ValueError: for ids of another vocabulary, an empty text, or one that is too long.
+        """
         mask = x != self.pad
+        require_ids(self.classifier, x, mask)
         given = _positions(self.classifier, mask)
         return self.classifier(input_ids=x, attention_mask=mask.long(), **given).logits
 
@@ -281,17 +302,12 @@ class TextClassifier(nn.Module):
             )
         on_cpu = x.device.type == "cpu" and x.numel()  # a look costs nothing
         if x.dim() == 2:
-            words = len(self.encoder.get_input_embeddings().weight)
-            if on_cpu and not 0 <= int(x.min()) <= int(x.max()) < words:
-                raise ValueError(
-                    f"x: token ids from {int(x.min())} to {int(x.max())}, but the encoder has "
-                    f"{words}; use the ids of its own tokenizer"
-                )
             mask = x != self.pad
             if self.trim:
                 used = mask.any(0).nonzero()
                 width = int(used[-1]) + 1 if len(used) else 1
                 x, mask = x[:, :width], mask[:, :width]
+            require_ids(self.encoder, x, mask)
             return x, mask
         if self._table is None:
             raise ValueError(

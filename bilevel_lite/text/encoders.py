@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_lite.surroundings import transforming
+
 __all__ = [
-    "Encoder", "EncoderError", "depth", "encoder", "learned_positions", "local", "tiny",
-    "transformers",
+    "Encoder", "EncoderError", "depth", "encoder", "learned_positions", "local", "require_ids",
+    "tiny", "transformers",
 ]  # fmt: skip
 
 DEFAULT = "bert-base-uncased"
@@ -126,7 +128,8 @@ class Encoder:
 
     def __post_init__(self):
         words, rows = len(self.tokenizer), len(self.module.get_input_embeddings().weight)
-        if words > rows:
+        filled = max(-(-words // 128) * 128, int(1.03 * words))  # rows that no token uses
+        if not words <= rows <= filled:
             raise EncoderError(
                 f"tokenizer: knows {words} tokens, but the encoder {self.name} has embeddings for "
                 f"{rows}; give the tokenizer that the model was trained with"
@@ -135,6 +138,12 @@ class Encoder:
             raise EncoderError(
                 f"tokenizer: of {self.name} has no padding token, so texts of different lengths "
                 "cannot stand in one batch; set tokenizer.pad_token"
+            )
+        pad = getattr(self.module.config, "pad_token_id", None)
+        if pad is not None and pad >= 0 and pad != self.pad:
+            raise EncoderError(
+                f"tokenizer: pads with {self.pad}, but the encoder {self.name} with {pad}; give "
+                "the tokenizer that the model was trained with, or set module.config.pad_token_id"
             )
         most = _most(self.module, self.tokenizer)
         if not isinstance(self.max_length, int) or not 2 < self.max_length <= most:
@@ -219,14 +228,44 @@ def learned_positions(module: nn.Module) -> nn.Embedding | None:
     return None
 
 
-def _most(module: nn.Module, tokenizer: Any) -> int:
-    """The most tokens that a model takes."""
-    most = min(tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", 10**9))
+def _most(module: nn.Module, tokenizer: Any = None) -> int:
+    """The most tokens that a model, and its tokenizer, takes."""
+    most = getattr(tokenizer, "model_max_length", 10**9)
     positions = learned_positions(module)
+    if tokenizer is not None:
+        most = min(most, getattr(module.config, "max_position_embeddings", most))
     if positions is not None:  # RoBERTa's positions start behind its padding id
         first = 0 if positions.padding_idx is None else positions.padding_idx + 1
         most = min(most, len(positions.weight) - first)
     return most
+
+
+def require_ids(module: nn.Module, x: Tensor, mask: Tensor) -> None:
+    """Refuse token ids of another vocabulary, texts of padding alone, and texts that are too long.
+
+    The values are looked at on a CPU only; elsewhere a look would wait for the device.
+    """
+    if x.device.type == "cpu" and x.numel() and not transforming():
+        words = len(module.get_input_embeddings().weight)
+        if not 0 <= int(x.min()) <= int(x.max()) < words:
+            raise ValueError(
+                f"x: token ids from {int(x.min())} to {int(x.max())}, but the encoder has {words}; "
+                "use the ids of its own tokenizer"
+            )
+        if empty := (~mask.any(1)).nonzero().flatten().tolist():
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise ValueError(
+                f"x: the texts in rows {', '.join(map(str, empty[:5]))}{more} are empty, padding "
+                "alone; leave them out, with their labels and their weights"
+            )
+    width, most = mask.shape[1], _most(module)
+    if width > most and learned_positions(module).padding_idx is not None:  # it counts tokens alone
+        width = int(mask.sum(1).max())
+    if width > most:
+        raise ValueError(
+            f"x: texts are too long, {width} tokens, and the model takes at most {most}; cut them "
+            f"off with the tokenizer's truncation=True, max_length={most}"
+        )
 
 
 def encoder(place: str | Path | None = None, max_length: int | None = None) -> Encoder:
