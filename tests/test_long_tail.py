@@ -15,7 +15,7 @@ from bilevel_lite import models, plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.data import DataError, cifar10
 from bilevel_lite.experiment import job, methods
-from bilevel_lite.experiment.comparing import fresh
+from bilevel_lite.experiment.comparing import difference, fresh
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.params import predict
 from bilevel_lite.products import hvp
@@ -463,6 +463,27 @@ def test_what_the_selection_is_worth():
         {"tuning_error": 0.6, "test_accuracy": 0.5},
     ]
     assert long_tail_study.selection(history) == {"last": 0.5, "held out": 0.6, "on test": 0.7}
+
+
+def test_what_chapter_13_says_of_other_imbalances():
+    less, decided = {}, {}
+    for factor in long_tail_study.IMBALANCES:
+        rows = fresh("long_tail_cifar10" + f"_imbalance_{factor}" * (factor != 100))
+        for name in ("meta", "balanced", "class", "identity", "kfac-empirical"):
+            each, middle, half = difference(rows[name], rows["equal"], "test_accuracy")
+            assert len(each) == 3
+            less.setdefault(name, []).append(100 * middle)
+            decided.setdefault(name, []).extend([factor] * (abs(middle) > half))
+    for name, low, high in (("balanced", 2.7, 9.0), ("class", 1.4, 2.4), ("meta", 0.5, 2.0)):
+        assert (min(less[name]), max(less[name])) == pytest.approx((low, high), abs=0.06), name
+    assert max(less["identity"] + less["kfac-empirical"]) < 0
+    assert decided == {
+        "balanced": [200, 100, 50, 20, 10], "class": [10], "meta": [50],
+        "identity": [200, 50, 10], "kfac-empirical": [10],
+    }  # fmt: skip
+    paper = long_tail_study.TABLE_3
+    gains = [k - e for k, e in zip(paper["kfac"], paper["equal"], strict=True)]
+    assert gains == pytest.approx([1.7, 3.1, 4.7, 3.8, 2.3])
 
 
 def test_what_chapter_13_says_of_the_stored_study():
