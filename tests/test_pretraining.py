@@ -689,7 +689,7 @@ def test_looking_texts_up_has_the_scores_that_the_chapter_says():
 
 def test_what_chapter_14_says_of_the_stored_study():
     rows = fresh("pretraining_citation_intent")
-    assert len(rows) == 10 and all(
+    assert len(rows) == 11 and all(
         [r["seed"] for r in row["runs"]] == [1, 2] for row in rows.values()
     )
 
@@ -704,7 +704,10 @@ def test_what_chapter_14_says_of_the_stored_study():
     ):  # fmt: skip
         assert less(kfac, other, "best") == pytest.approx(chosen, abs=0.06)
         assert less(kfac, other, "last") == pytest.approx(end, abs=0.06)
-    learned = [name for name in rows if name not in ("none", "fixed", "frozen", "cosine")]
+    assert less("fixed", "fixed-scrambled", "best") == pytest.approx((-3.7, 4.0), abs=0.06)
+    assert less("fixed", "fixed-scrambled", "last") == pytest.approx((0.4, 3.7), abs=0.06)
+    fixed = {*pretraining_study.RIVALS, "fixed-scrambled", "cosine"}
+    learned = [name for name in rows if name not in fixed]
     ends = [100 * run["last"]["test_f1"] for name in learned for run in rows[name]["runs"]]
     assert 52 < min(ends) < max(ends) < 65.5
     plain = [100 * run["last"]["test_f1"] for run in rows["none"]["runs"]]
@@ -721,6 +724,8 @@ def test_what_chapter_14_says_of_the_stored_study():
         ]
         for name, row in rows.items()
     }  # after 100 to 200 steps
+    scrambled_texts = [value for looks in early.pop("fixed-scrambled") for value in looks]
+    assert (min(scrambled_texts), max(scrambled_texts)) == pytest.approx((26, 51.5), abs=0.2)
     plain, others = early.pop("none"), early.values()
     assert 35.5 < min(map(min, plain)) < max(map(max, plain)) < 51
     masked = [value for row in others for looks in row for value in looks]
