@@ -12,8 +12,8 @@ __all__ = ["draw_curves", "draw_study"]
 
 SHADES = {
     "none": PALETTE[7], "fixed": PALETTE[6], "frozen": PALETTE[4], "cosine": PALETTE[3],
-    "fixed-scrambled": PALETTE[0],
     "identity": PALETTE[5], "sama": PALETTE[1], "kfac-empirical": COLORS["kfac"],
+    "fixed-scrambled": PALETTE[0],
 }  # fmt: skip
 
 
