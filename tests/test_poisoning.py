@@ -310,6 +310,11 @@ def test_a_generated_row_of_a_convolution_is_in_its_curvature(float32):
 def test_the_study_covers_the_table(tmp_path, monkeypatch, capsys):
     found = {v.name: v for v in studies.variants("poisoning", "mnist", "linear")}
     assert set(found) == {*poisoning_study.PLAIN, *poisoning_study.SOLVERS} - {"cg-3-ggn"}
+    s = Poisoning.settings(**found["tgda"].settings)
+    solver = methods.build(s, Poisoning.make(s, torch.device("cpu"))).solver
+    assert (solver.iters, solver.damping) == (16, 0) and isinstance(solver, bl.CGNormal)
+    inner = {name: Poisoning.settings(**v.settings).inner_steps for name, v in found.items()}
+    assert inner["clean"] == inner["kfac"] > inner["flip"] == inner["noise"] == 1
     network = studies.variants("poisoning", "mnist", "mlp")
     assert {v.name for v in network} == {*poisoning_study.PLAIN, *poisoning_study.SOLVERS}
     for name, v in found.items():

@@ -8,8 +8,8 @@ the normal equations, undamped); ``NAME-negative`` attacks by minus the cross-en
 do.
 What searches for nothing are the fresh defenders alone: on clean rows, with flipped labels, with
 noise. With the last two a run steps on the smallest batches, and its generator goes unused; on
-clean rows it does the inner steps of an attack, so that its theta is what an attack's is held
-against.
+clean rows it does the inner steps of an attack by a solver, so that its theta is what theirs is
+held against (BOME's theta takes one step an outer iteration).
 """
 
 from bilevel_lite.experiment.search import Variant

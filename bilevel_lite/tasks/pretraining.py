@@ -194,8 +194,7 @@ class Pretraining(Supervised, name="pretraining"):
         rows = list(range(n))
         if s.texts:
             rows = torch.randperm(n, generator=generator)[: s.texts].tolist()
-        asked = (s.layers, s.max_length, s.copies, s.masked, s.head_steps, s.kept_in)
-        asked += (s.masked_texts,)
+        asked = s.layers, s.max_length, s.copies, s.masked, s.masked_texts, s.head_steps, s.kept_in
         found = prepared(s.dataset, tuple(rows), s.encoder, *asked, device)
         (model, words), sets, start = found.models, found.sets, found.start
         tuned = round(s.tuning_share * valid)

@@ -95,7 +95,7 @@ def scrambled(texts: list[str], generator: torch.Generator) -> list[str]:
 @lru_cache(maxsize=1)
 def prepared(
     dataset: str, rows: tuple[int, ...], place: str, layers: str, length: int, copies: int,
-    masked: float, head_steps: int, kept_in: str, masked_texts: str, device: torch.device,
+    masked: float, masked_texts: str, head_steps: int, kept_in: str, device: torch.device,
 ) -> SimpleNamespace:  # fmt: skip
     """Texts, the two models, inputs by split, masked copies; the last one made is kept.
 
