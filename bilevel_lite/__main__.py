@@ -233,6 +233,9 @@ def parser() -> argparse.ArgumentParser:
         "(default: all)",
     )  # fmt: skip
     same.add_argument(
+        "--examples", type=int, metavar="N", help="of poisoning: clean training rows (default: all)"
+    )
+    same.add_argument(
         "--victim", metavar="NAME", help="of unlearnable: the model that is trained on the noise "
         "(default: the one that it is made on)",
     )  # fmt: skip

@@ -124,6 +124,22 @@ def theta_gradient(
     return value.detach(), grad
 
 
+@differentiating
+def lam_gradient(
+    loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the gradient in lam alone: (loss, grad_lam); zeros where it is not read.
+
+    Arguments, errors and cost are those of `gradient`, but theta's part of the backward pass is
+    saved: with lam in the weights of examples, all of that through the model.
+    """
+    lam, theta = _leaf(lam, loss), theta.detach().clone()
+    with way_out(name):
+        value = _first(loss, lam, theta, batch, name)
+    grad = _same_grad(value, (lam,), name, loss)[0] if value.requires_grad else None
+    return value.detach(), torch.zeros_like(lam) if grad is None else grad
+
+
 def _first(loss, lam, theta, batch, name):
     """The value of a loss whose first derivatives are wanted; code that we know holds none."""
     of = _alone(loss)

@@ -323,30 +323,25 @@ class Recordings:
     def __reduce__(self):
         return Recordings, (self.on,)  # a copy records for itself
 
-    def gradient(self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str) -> tuple:
-        """`bilevel_lite.products.gradient`, from a recording where there is one."""
-        plain = partial(products.gradient, loss, lam, theta, batch, name)
+    def gradient(self, *at: Any) -> tuple:
+        """`bilevel_lite.products.gradient`, from a recording where there is one.
 
-        def finish(at, value, slope, grad):
-            return value, at.chain(slope), grad
+        Args:
+            *at: Loss, lam, theta, batch, and what error messages call the loss.
+        """
+        return self._evaluated(products.gradient, *at)
 
-        return self._evaluated(products.gradient, finish, plain, loss, lam, theta, batch, name)
+    def theta_gradient(self, *at: Any) -> tuple:
+        """`bilevel_lite.products.theta_gradient`, likewise."""
+        return self._evaluated(products.theta_gradient, *at)
 
-    def theta_gradient(
-        self, loss: Loss, lam: Tensor, theta: Tensor, batch: Any, name: str
-    ) -> tuple:
-        """`bilevel_lite.products.theta_gradient`, from a recording where there is one."""
-        plain = partial(products.theta_gradient, loss, lam, theta, batch, name)
+    def lam_gradient(self, *at: Any) -> tuple:
+        """`bilevel_lite.products.lam_gradient`, likewise."""
+        return self._evaluated(products.lam_gradient, *at)
 
-        def finish(at, *out):
-            return out
-
-        return self._evaluated(
-            products.theta_gradient, finish, plain, loss, lam, theta, batch, name
-        )
-
-    def _evaluated(self, function, finish, plain, loss, lam, theta, batch, name):
-        """A function of a loss at a point, finished by the chain rule; else ``plain()``."""
+    def _evaluated(self, function, loss, lam, theta, batch, name):
+        """A function of a loss at a point, finished by the chain rule; else the plain one's."""
+        plain = partial(function, loss, lam, theta, batch, name)
 
         def record(at):
             def alone(sigma, theta, x, y):
@@ -359,7 +354,9 @@ class Recordings:
         if found is None:
             return plain()
         kept, at = found
-        out = finish(at, *kept.recording(*at.inputs))
+        out = kept.recording(*at.inputs)
+        if function is not products.theta_gradient:  # the recorded slope is in the weights
+            out = out[0], at.chain(out[1]), *out[2:]
         if kept.due() and not self._agree(what, at.key, out, plain()):
             return plain()
         return out

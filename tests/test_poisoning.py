@@ -322,7 +322,8 @@ def test_the_study_covers_the_table(tmp_path, monkeypatch, capsys):
         assert math.isclose(high / low, 25) and bool(v.space) == (name in poisoning_study.SOLVERS)
     words = ["study", "poisoning", "--dataset", "digits", "--device", "cpu", "--seeds", "1"]
     words += ["--trials", "1", "--search-steps", "2", "--outer-steps", "2", "--looks", "1"]
-    words += ["--only", "clean", "flip", "cg-3", "--out", str(tmp_path / "out")]
+    words += ["--examples", "400", "--only", "clean", "flip", "cg-3"]
+    words += ["--out", str(tmp_path / "out")]
     real, ends = Poisoning.outcomes, []
     monkeypatch.setattr(Poisoning, "outcomes", lambda *a: ends.append(a) or real(*a))
     assert main(words) == 0
@@ -330,7 +331,8 @@ def test_the_study_covers_the_table(tmp_path, monkeypatch, capsys):
     rows = {row["method"]: row for row in json.loads((tmp_path / "out" / "result.json").read_text())
             ["results"]}  # fmt: skip
     (run,) = rows["cg-3"]["runs"]
-    assert run["seed"] == 1 and run["sizes"]["poison"] == 30
+    assert run["seed"] == 1 and run["sizes"]["train"] == 400
+    assert run["sizes"]["poison"] == 12
     assert {"iteration", "tuning_accuracy", "as_trained"} <= set(run["history"][0])
     assert set(rows["clean"]["runs"][0]["defender"]) == {
         "test_accuracy", "distance_test_accuracy", "trimmed_test_accuracy",

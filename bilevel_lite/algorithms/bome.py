@@ -61,12 +61,13 @@ class BOME(Method):
         with self._same_draws():
             for _ in range(self.copy_steps):
                 copy -= self.copy_lr * self._g_theta(batch, copy)[1]
-            here, there = self._g(batch), self._g(batch, copy)
+            here = self._g(batch)
+            there, there_lam = self._g_lam(batch, copy)
         f = self._f(self._draw("outer"))
-        q_lam, q_theta = here.lam - there.lam, here.theta
+        q_lam, q_theta = here.lam - there_lam, here.theta
 
         square = dot(q_lam, q_lam) + dot(q_theta, q_theta)
-        phi = self.eta * (square if self.barrier == "squared" else here.value - there.value)
+        phi = self.eta * (square if self.barrier == "squared" else here.value - there)
         along = dot(f.lam, q_lam) + dot(f.theta, q_theta)
         c = torch.where(square > 0, ((phi - along) / square).clamp(min=0), torch.zeros_like(square))
         self.multiplier = c

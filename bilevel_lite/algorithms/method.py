@@ -306,7 +306,8 @@ class Method(Resumable):
         self._spend("gradient", batch)
         at = self.lam if lam is None else lam, self.theta if theta is None else theta, batch
         slope = getattr(self.recorded, gradient)(getattr(self.problem, name), *at, name)
-        _look(f"gradient of {name} in theta", slope[-1])
+        variable = "lam" if gradient == "lam_gradient" else "theta"
+        _look(f"gradient of {name} in {variable}", slope[-1])
         return slope
 
     def _g(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
@@ -322,6 +323,10 @@ class Method(Resumable):
     ) -> tuple[Tensor, Tensor]:
         """g and its gradient in theta alone, here or at another point: 1 gradient."""
         return self._slope("theta_gradient", "inner_loss", batch, theta, lam)
+
+    def _g_lam(self, batch: Any, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """g and its gradient in lam alone, here or at another theta: counted as 1 gradient."""
+        return self._slope("lam_gradient", "inner_loss", batch, theta)
 
     def _f_theta(self, batch: Any) -> tuple[Tensor, Tensor]:
         """f and its gradient in theta alone: 1 gradient."""

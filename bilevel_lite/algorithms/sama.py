@@ -51,10 +51,11 @@ class SAMA(Method):
 
     def _direction(self):
         with self.descending():
-            for _ in range(self.inner_steps):
+            for left in reversed(range(self.inner_steps)):
                 batch = self._draw("inner")
                 inner_loss, grad = self._g_theta(batch)
-                d = adaptation(self.inner_optimizer, self.theta, grad)
+                if not left:
+                    d = adaptation(self.inner_optimizer, self.theta, grad)
                 self._move_theta(grad)
         f = self._f(self._draw("outer"))
         v = d * f.theta
@@ -71,5 +72,5 @@ class SAMA(Method):
                 f"{self.theta.dtype}; expected a larger one"
             )
         with self._same_draws():
-            up, down = (self._g(batch, theta).lam for theta in ends)
+            up, down = (self._g_lam(batch, theta)[1] for theta in ends)
         return inner_loss, f.value, f.lam - (up - down) / (2 * eps), None

@@ -146,14 +146,14 @@ def _resnet18(dataset: str, model: str) -> list[Variant]:
 USUAL: dict = {
     "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
     "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0,
-    "victim": "", "width": 4, "images": 2500, "seeds": 3, "first_seed": 0,
+    "examples": 0, "victim": "", "width": 4, "images": 2500, "seeds": 3, "first_seed": 0,
     "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "final_budget": 0,
     "looks": 50, "baselines": 0,
 }  # fmt: skip
 # of these the settings that are the same for all variants, where the task has them
 SAME = (
-    "model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most", "victim",
-    "width", "images",
+    "model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most",
+    "examples", "victim", "width", "images",
 )  # fmt: skip
 
 
@@ -349,6 +349,7 @@ def run(
             - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
             - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
             - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
+            - examples: Of ``poisoning``, see `bilevel_lite.tasks.poisoning`.
             - victim, width: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
             - images: Training images of ``unlearnable`` and ``schedules``.
             - seeds, first_seed: How many final runs of each variant, from which seed on.
