@@ -940,6 +940,19 @@ def test_samas_matrix_keeps_its_digits_in_float32_and_is_zero_where_no_gradient_
     assert float(d[0]) == pytest.approx(0.1 * 1e-8 / 0.3**2, rel=1e-4) and float(d[1]) == 0
 
 
+def test_sama_takes_the_matrix_of_the_last_inner_step_alone(monkeypatch):
+    seen, real = [], adaptation
+
+    def spied(optimizer, theta, grad):
+        seen.append(int(optimizer.state[theta]["step"]))
+        return real(optimizer, theta, grad)
+
+    monkeypatch.setattr("bilevel_lite.algorithms.sama.adaptation", spied)
+    method = make(bl.SAMA, 3, inner_optimizer=lambda p: torch.optim.Adam(p, 0.02))
+    method.step(), method.step()
+    assert seen == [2, 5]  # the steps taken before it
+
+
 def test_sama_uses_the_optimisers_own_matrix_and_a_short_difference():
     method = make(bl.SAMA, 3, 1e-3, inner_optimizer=lambda p: torch.optim.Adam(p, 0.02))
     theta = THETA.clone()

@@ -584,17 +584,21 @@ def test_the_studys_boxes_hold_the_points_that_won():
         assert low < value < high
 
 
-def test_peaks_are_named_by_the_study_or_refused():
-    def run(peak, **settings):
-        return {"settings": {"weights": "learned", **settings}, "memory": {"peak_mib": peak}}
+def test_costs_are_named_by_the_study_or_refused():
+    def run(peak, seconds=(9.0, 12.0), layers="1", **settings):
+        looks = [{"iteration": k, "seconds": s} for k, s in zip((3, 6), seconds, strict=True)]
+        settings = {"weights": "learned", "layers": layers, **settings}
+        return {"settings": settings, "memory": {"peak_mib": peak}, "history": looks}
 
     own = text_variants.SOLVERS
     runs = [run(5.0, **own["kfac-mc"]), run(7.0, **own["cg-3-ggn"], batch_size=32)]
-    plain = run(3.0, method="aid-identity")
-    plain["settings"]["weights"] = "one"
-    assert text_figures.peaks([plain, *runs]) == {"noisy": 3.0, "kfac-mc": 5.0, "cg-3-ggn": 7.0}
+    runs += [run(9.0, (1.0, 10.0), **own["kfac-mc"]), run(4.0, (0.0, 6.0), "all", **own["sama"])]
+    plain = run(3.0, method="aid-identity", weights="one")
+    found = text_figures.costs([plain, *runs])
+    assert found["1"] == {"noisy": (1, 3), "kfac-mc": (2, 7), "cg-3-ggn": (1, 7)}
+    assert found["all"] == {"sama": (2, 4)}
     with pytest.raises(ValueError, match="runs: soba is none of"):
-        text_figures.peaks([run(1.0, method="soba")])
+        text_figures.costs([run(1.0, method="soba")])
 
 
 def test_class_names_go_by_their_numbers(tmp_path):

@@ -633,3 +633,42 @@ def test_a_forward_mode_of_linear_algebra_inside_a_loss_is_refused(of):
     theta = 0.1 * torch.arange(9.0)
     with pytest.raises(ValueError, match="takes a forward-mode derivative"):
         bl.hypergradient(problem, torch.tensor(0.7), theta, solver=bl.Direct(50.0))
+
+
+class Counted(torch.autograd.Function):
+    """theta squared, that counts how often it is gone back through."""
+
+    backs = 0
+
+    @staticmethod
+    def forward(ctx, theta):
+        ctx.save_for_backward(theta)
+        return theta**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        Counted.backs += 1
+        (theta,) = ctx.saved_tensors
+        return 2 * theta * grad
+
+
+def test_the_gradient_in_lam_alone_leaves_thetas_backward_pass_out():
+    draws = torch.Generator().manual_seed(0)
+    lam, theta, x = (torch.randn(3, generator=draws, dtype=torch.float64) for _ in range(3))
+    cases = {
+        "a weight": (lambda lam, theta, x: (lam * Counted.apply(theta) * x).sum(), False),
+        "upstream of it": (lambda lam, theta, x: (Counted.apply(theta * lam) * x).sum(), True),
+    }
+    truth = {"a weight": theta**2 * x, "upstream of it": 2 * lam * theta**2 * x}
+    for name, (loss, through) in cases.items():
+        both = products.gradient(loss, lam, theta, x)
+        Counted.backs = 0
+        value, slope = products.lam_gradient(loss, lam, theta, x)
+        assert bool(Counted.backs) == through, name
+        assert torch.equal(value, both[0]) and not slope.requires_grad
+        assert (slope - truth[name]).abs().max() < 1e-14 and torch.equal(slope, both[1])
+    assert not products.lam_gradient(lambda lam, theta, x: (theta * x).sum(), lam, theta, x)[
+        1
+    ].any()
+    with pytest.raises(ValueError, match="g: .* finite"):
+        products.lam_gradient(lambda lam, theta, x: (lam / 0).sum(), lam, theta, x, "g")

@@ -61,6 +61,7 @@ def live(looks, lam, wrong, model=""):
     return figure
 
 
+LAYERS = {"1": "one layer", "half": "half", "all": "all"}
 METHODS = {
     "noisy": ("0.4", "P"), "balanced": ("0.4", "d"), "validation": ("0.4", "X"),
     "clean": ("0.4", "*"),
@@ -98,14 +99,23 @@ def study(rows, minus, model=""):
     return figure
 
 
-def memory(peaks, model=""):
-    """Peak memory of each method in MiB, as bars; a line at plain training, ``noisy``, if there."""
-    figure, ax = plotting.figure(1, height=2.4)
-    ax.barh(list(peaks), list(peaks.values()), color=[METHODS[name][0] for name in peaks])
-    if "noisy" in peaks:
-        ax.axvline(peaks["noisy"], color="black", ls=":", lw=1)
-    ax.set(xlabel="peak memory of the process, MiB")
-    ax.set_title(model, fontsize=8)
-    ax.invert_yaxis()
-    ax.tick_params(axis="y", labelsize=7)
+def costs(found, model=""):
+    """Seconds an outer iteration over SAMA's, and peak memory, by trained layers; the paper's."""
+    figure, axes = plotting.figure(2, height=2.9, sharey=True)
+    names = [name for name in METHODS if any(name in rows for rows in found.values())]
+    high = 0.8 / len(found)
+    for k, (layers, rows) in enumerate(found.items()):
+        at = [(names.index(name) + (k - (len(found) - 1) / 2) * high, name) for name in rows]
+        for ax, what in zip(axes, (0, 1), strict=True):
+            unit = 1 if what else rows["sama"][0]
+            ax.barh([y for y, _ in at], [rows[name][what] / unit for _, name in at], high * 0.9,
+                    color=[METHODS[name][0] for _, name in at],
+                    alpha=1 - 0.3 * k, label=LAYERS.get(layers, layers))  # fmt: skip
+    axes[0].axvline(1, color="black", ls=":", lw=1)
+    axes[0].set(xlabel="seconds an outer iteration, SAMA = 1")
+    axes[1].set(xlabel="peak memory of the process, MiB")
+    axes[0].set_yticks(range(len(names)), names, fontsize=7)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=7)
+    axes[0].set_title(model, fontsize=8)
     return figure

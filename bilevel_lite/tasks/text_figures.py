@@ -11,7 +11,7 @@ from bilevel_lite.experiment.search import pace
 from bilevel_lite.plotting import COLORS, PALETTE, STYLE, figure
 from bilevel_lite.tasks.text_variants import BASELINES, SOLVERS
 
-__all__ = ["draw_memory", "draw_runs", "draw_study", "peaks"]
+__all__ = ["costs", "draw_costs", "draw_runs", "draw_study"]
 
 SHADES = {
     "noisy": PALETTE[1], "balanced": PALETTE[4], "validation": PALETTE[7], "clean": PALETTE[2],
@@ -24,13 +24,13 @@ def draw_runs(result: dict):
 
     Args:
         result: ``{"runs": [...]}``, the results of one or more seeds of one method; of several
-            methods their memory is drawn.
+            methods what an iteration of them costs.
 
     Returns:
         The figure. The histogram is that of the first run.
     """
     if len({run["settings"]["method"] for run in result["runs"]}) > 1:
-        return draw_memory(result["runs"])
+        return draw_costs(result["runs"])
     first = result["runs"][0]
     with mpl.rc_context(STYLE):
         fig, axes = figure(3, height=2.9)
@@ -57,8 +57,11 @@ def draw_runs(result: dict):
     return fig
 
 
-def peaks(runs: list[dict]) -> dict[str, float]:
-    """Peak memory in MiB by the study's names, of runs each in a process of its own.
+def costs(runs: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Seconds an outer iteration and peak memory in MiB, by trained layers and the study's names.
+
+    Of runs each in a process of its own with at least two looks; the time is that between the first
+    look and the last, in which nothing is warmed up. Several runs of one name are averaged.
 
     Args:
         runs: Results of ``python -m bilevel_lite run text_cleaning``, of plain training on the
@@ -67,23 +70,29 @@ def peaks(runs: list[dict]) -> dict[str, float]:
     Raises:
         ValueError: for a run that is neither.
     """
-    found = {}
+    found: dict[str, dict[str, list]] = {}
     for run in runs:
-        s = run["settings"]
+        s, first, last = run["settings"], run["history"][0], run["history"][-1]
         names = [name for name, own in SOLVERS.items() if own.items() <= s.items()]
         if s["weights"] == "one":
             names = ["noisy"]
         if len(names) != 1:
             raise ValueError(f"runs: {s['method']} is none of {list(SOLVERS)} as it was run")
-        found[names[0]] = run["memory"]["peak_mib"]
-    return found
+        span = last["iteration"] - first["iteration"]
+        pair = ((last["seconds"] - first["seconds"]) / span, run["memory"]["peak_mib"])
+        found.setdefault(s["layers"], {}).setdefault(names[0], []).append(pair)
+    return {
+        layers: {name: tuple(map(mean, zip(*pairs, strict=True))) for name, pairs in rows.items()}
+        for layers, rows in found.items()
+    }
 
 
-def draw_memory(runs: list[dict]):
-    """Draw the peaks of runs with different methods as bars."""
+def draw_costs(runs: list[dict]):
+    """Draw what iterations of different methods cost, in time and memory."""
     with mpl.rc_context(STYLE):
-        fig = ch12.memory(peaks(runs))
-        fig.axes[0].set_title(_title(runs[0]["settings"], runs[0]["source"]), fontsize=7)
+        fig = ch12.costs(costs(runs))
+        source = runs[0]["source"].rsplit(";", 1)[0]
+        fig.suptitle(_title(runs[0]["settings"], source), fontsize=7)
     return fig
 
 
