@@ -44,6 +44,7 @@ __all__ = [
     "hessian",
     "hvp",
     "hvp_operator",
+    "lam_gradient",
     "theta_gradient",
     "update_graph",
     "update_operator",
@@ -128,12 +129,15 @@ def theta_gradient(
 def lam_gradient(
     loss: Loss, lam: Tensor, theta: Tensor, batch: Any = None, name: str = "loss"
 ) -> tuple[Tensor, Tensor]:
-    """Return the value and the gradient in lam alone: (loss, grad_lam); zeros where it is not read.
+    """Return the value and the gradient in lam alone: (loss, grad_lam), as `gradient` gives them.
 
-    Arguments, errors and cost are those of `gradient`, but theta's part of the backward pass is
-    saved: with lam in the weights of examples, all of that through the model.
+    Theta's part of the backward pass is saved: with lam in the weights of examples, all of that
+    through the model. A theta that the loss does not read, or a NaN in its gradient, is not seen;
+    where a loss of unknown code is due to be looked at, it is `gradient` that is called.
     """
-    lam, theta = _leaf(lam, loss), theta.detach().clone()
+    if not only_reads(_alone(loss)) and back_is_due(_alone(loss)):
+        return gradient(loss, lam, theta, batch, name)[:2]
+    lam, theta = _leaf(lam, loss), _leaf(theta, loss)
     with way_out(name):
         value = _first(loss, lam, theta, batch, name)
     grad = _same_grad(value, (lam,), name, loss)[0] if value.requires_grad else None

@@ -335,10 +335,6 @@ class Recordings:
         """`bilevel_lite.products.theta_gradient`, likewise."""
         return self._evaluated(products.theta_gradient, *at)
 
-    def lam_gradient(self, *at: Any) -> tuple:
-        """`bilevel_lite.products.lam_gradient`, likewise."""
-        return self._evaluated(products.lam_gradient, *at)
-
     def _evaluated(self, function, loss, lam, theta, batch, name):
         """A function of a loss at a point, finished by the chain rule; else the plain one's."""
         plain = partial(function, loss, lam, theta, batch, name)
@@ -355,8 +351,8 @@ class Recordings:
             return plain()
         kept, at = found
         out = kept.recording(*at.inputs)
-        if function is not products.theta_gradient:  # the recorded slope is in the weights
-            out = out[0], at.chain(out[1]), *out[2:]
+        if function is products.gradient:  # the recorded slope is in the weights
+            out = out[0], at.chain(out[1]), out[2]
         if kept.due() and not self._agree(what, at.key, out, plain()):
             return plain()
         return out

@@ -63,15 +63,15 @@ class BVFSM(Method):
         with self._same_draws():  # each value is compared with another: all are of one g, one f
             for _ in range(self.inner_steps):
                 self.z = self.z - lr * (self._g_theta(inner, self.z)[1] + 2 * mu * self.z)
-            best, best_lam = self._g_lam(inner, self.z)
-            level = best + mu * self.z.square().sum() + slack
+            best = self._g(inner, self.z)
+            level = best.value + mu * self.z.square().sum() + slack
             if level <= self._value("inner_loss", inner, self.theta):
                 self.theta.copy_(self.z)
             for _ in range(self.inner_steps):
                 lr = self._descend(level, nu, lr, inner, outer)
             self._set_theta(self.theta)
-            (here, here_lam), f = self._g_lam(inner), self._f(outer)
-        return here, f.value, f.lam + nu / (level - here) * (here_lam - best_lam), None
+            here, f = self._g(inner), self._f(outer)
+        return here.value, f.value, f.lam + nu / (level - here.value) * (here.lam - best.lam), None
 
     def _descend(self, level, nu, lr, inner, outer):
         """One step on f - nu log(level - g) by backtracking from ``lr``; the next one's ``lr``."""

@@ -51,6 +51,6 @@ class F2SA(Method):
             self._move_theta(self._f(self._draw("outer")).theta / self.penalty + g_theta)
         f, batch = self._f(self._draw("outer")), self._draw("inner")
         with self._same_draws():
-            h = f.lam + self.penalty * (self._g_lam(batch)[1] - self._g_lam(batch, self.z)[1])
+            h = f.lam + self.penalty * (self._g(batch).lam - self._g(batch, self.z).lam)
         self.penalty += self.growth
         return inner_loss, f.value, h, None

@@ -26,7 +26,7 @@ from bilevel_lite.options import (
     whole,
 )
 from bilevel_lite.problem import BilevelProblem, examples, relative_size
-from bilevel_lite.products import COST, cross_vp, hvp_operator
+from bilevel_lite.products import COST, cross_vp, hvp_operator, lam_gradient
 from bilevel_lite.recorded import Recordings
 from bilevel_lite.refuse import (
     NotFinite,
@@ -101,8 +101,8 @@ class Method(Resumable):
     A subclass declares its options as fields (`bilevel_lite.options`), sets up its memory in
     ``__post_init__``, after super's, and writes ``_direction()``, which moves theta and returns
     (inner loss, outer loss, direction for lam, solver's diagnosis or None). It asks the oracles
-    ``_g``, ``_g_theta``, ``_f``, ``_hessian``, ``_cross``, ``_hypergradient``, which count their
-    cost, and names in ``remembers`` the attributes that the next step depends on: values, which it
+    ``_g``, ``_g_theta``, ``_g_lam``, ``_f``, ``_hessian``, ``_cross``, ``_hypergradient``, which
+    count their cost, and names in ``remembers`` what the next step depends on: values, which it
     replaces and never changes in place, unless in ``_commit()``, which is called once the step is
     known to be good; or anything with a ``state_dict``, and generators. It is then guarded, listed
     in `METHODS`, saved and resumed as the others are.
@@ -306,8 +306,7 @@ class Method(Resumable):
         self._spend("gradient", batch)
         at = self.lam if lam is None else lam, self.theta if theta is None else theta, batch
         slope = getattr(self.recorded, gradient)(getattr(self.problem, name), *at, name)
-        variable = "lam" if gradient == "lam_gradient" else "theta"
-        _look(f"gradient of {name} in {variable}", slope[-1])
+        _look(f"gradient of {name} in theta", slope[-1])
         return slope
 
     def _g(self, batch: Any, theta: Tensor | None = None, lam: Tensor | None = None) -> Slope:
@@ -324,9 +323,12 @@ class Method(Resumable):
         """g and its gradient in theta alone, here or at another point: 1 gradient."""
         return self._slope("theta_gradient", "inner_loss", batch, theta, lam)
 
-    def _g_lam(self, batch: Any, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """g and its gradient in lam alone, here or at another theta: counted as 1 gradient."""
-        return self._slope("lam_gradient", "inner_loss", batch, theta)
+    def _g_lam(self, batch: Any, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """g and its gradient in lam alone at another theta: counted as 1 gradient."""
+        self._spend("gradient", batch)
+        value, slope = lam_gradient(self.problem.inner_loss, self.lam, theta, batch, "inner_loss")
+        _look("gradient of inner_loss in lam", slope)
+        return value, slope
 
     def _f_theta(self, batch: Any) -> tuple[Tensor, Tensor]:
         """f and its gradient in theta alone: 1 gradient."""
