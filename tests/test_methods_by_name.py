@@ -59,6 +59,12 @@ def test_a_method_by_name_reads_its_own_options(name):
         build(Settings(method=name, **{others[0]: 0.1}), made())
 
 
+@pytest.mark.parametrize("name", ["nhgd", "nhgd-kfac"])
+def test_nhgds_beta_is_refused_by_its_own_name(name):  # with a KFAC it is that one's ema
+    with pytest.raises(ValueError, match=r"beta: got 1\.5, expected a number from 0 up to"):
+        build(Settings(method=name, beta=1.5), made())
+
+
 def test_the_search_takes_its_ranges_from_the_options():
     for name, space in SPACES.items():
         for option in set(space) & set(OWN):

@@ -93,7 +93,8 @@ def _nhgd(**options: Any) -> Recipe:
 
 def _averaged(s: Any) -> KFAC:
     """The KFAC whose average stands for NHGD's own."""
-    beta = alg.NHGD.options()["beta"].default if s.beta is None else s.beta
+    declared = alg.NHGD.options()["beta"]
+    declared.check("beta", beta := declared.default if s.beta is None else s.beta)
     return KFAC(s.damping, "empirical", ema=beta, seed=s.seed)
 
 
