@@ -87,7 +87,7 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 500),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 697),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3421),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3422),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 665),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5423),
