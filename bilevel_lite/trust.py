@@ -6,7 +6,7 @@ few examples at each call. What was seen is remembered for each model.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -128,8 +128,12 @@ def rowwise(cls: type) -> type:
     return cls
 
 
-# hooks on all modules that change nothing: ours, and torch's counter of operations
-_ONLY_LOOK = ("bilevel_lite.same_function", "torch.utils.module_tracker")
+# hooks that change nothing: ours, and torch's counter of operations
+_ONLY_LOOK = ("bilevel_lite.same_function", "bilevel_lite.tape", "torch.utils.module_tracker")
+
+
+def _changes(hooks: Iterable[Callable]) -> bool:
+    return any(getattr(hook, "__module__", "") not in _ONLY_LOOK for hook in hooks)
 
 
 def known_code(model: nn.Module) -> bool:
@@ -140,13 +144,13 @@ def known_code(model: nn.Module) -> bool:
     common = nn.modules.module
     hooks = [*common._global_forward_pre_hooks.values(), *common._global_forward_hooks.values()]
     back = common._global_backward_hooks, common._global_backward_pre_hooks
-    if any(back) or any(getattr(hook, "__module__", "") not in _ONLY_LOOK for hook in hooks):
+    if any(back) or _changes(hooks):
         return False
     return all(
         type(m) in ROWWISE
         and ROWWISE[type(m)] is type(m).forward
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
-        and not (m._backward_pre_hooks or "forward" in vars(m))
+        and not _changes([*m._forward_hooks.values(), *m._forward_pre_hooks.values()])
+        and not (m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m))
         and not (type(m) is nn.Flatten and m.start_dim != 1)
         and not (type(m) is nn.Embedding and (m.max_norm or m.sparse or m.scale_grad_by_freq))
         for m in model.modules()

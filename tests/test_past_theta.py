@@ -10,7 +10,7 @@ from torch.nn.utils import vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 import bilevel_lite as bl
-from bilevel_lite import slopes
+from bilevel_lite import purity, slopes
 
 N = 6
 
@@ -335,3 +335,20 @@ def test_parameters_that_processes_share_are_not_moved(monkeypatch):
     monkeypatch.setattr(Tensor, "add_", lambda self, *args: moved.append(1))
     bl.params.predict(model, bl.flatten(model).requires_grad_(), INNER[0])
     assert not moved
+
+
+def test_the_hooks_of_a_factor_pass_leave_known_code_known(monkeypatch):
+    # or the model is looked at, with copies of theta, in the pass that keeps the graph
+    monkeypatch.setattr(purity, "_of_theta_alone", lambda *_: pytest.fail("looked at"))
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 1, 28, 28, generator=draws), torch.arange(4)
+    for name in ("lenet", "resnet18"):
+        model = bl.models.build(name, (1, 28, 28), 10).eval()
+        risk = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]])
+        problem = bl.BilevelProblem(risk, bl.WeightedRisk(model))
+        batch, theta = (x, y, torch.arange(4)), bl.flatten(model)
+        bl.hypergradient(problem, torch.ones(4), theta, batch, batch, bl.KFAC(1e-2))
+    other = bl.models.build("lenet", (1, 28, 28), 10).eval()
+    other[0].register_forward_hook(lambda module, inputs, output: None)  # somebody else's
+    with pytest.raises(pytest.fail.Exception, match="looked at"):
+        bl.params.predict(other, bl.flatten(other).requires_grad_(), x)
