@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
@@ -14,6 +15,7 @@ from bilevel_lite.experiment.processes import processes, told
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
+from bilevel_lite.options import options_of
 from bilevel_lite.parallel import ProcessLost
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_comparison, hypercleaning, studies
@@ -258,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
             "--set", nargs="+", action="extend", metavar="NAME=VALUE",
-            help="settings, also --NAME VALUE; `tasks NAME` lists those of a task",
+            help="settings, also --NAME VALUE; `tasks NAME` lists a task's, with defaults",
         )  # fmt: skip
         one.add_argument("--out", required=True, metavar="DIR", help="output folder")
         one.add_argument("--device", metavar="NAME", help=DEVICE)
@@ -504,8 +506,18 @@ def _tasks(task: str | None) -> None:
         return
     kind = find(task)
     default = vars(kind.settings())
+    datasets = options_of(kind.Settings)["dataset"].search or () if "dataset" in default else ()
+    others = {one: vars(kind.settings(dataset=one)) for one in datasets}
     for name, (_, _, meaning) in settings.of(kind.Settings).items():
-        print(f"{name}={default[name]}  {meaning}")
+        apart: dict[Any, list[str]] = {}
+        for one in others if name != "dataset" else ():
+            if others[one][name] != default[name]:
+                apart.setdefault(others[one][name], []).append(one)
+        note = "; ".join(
+            f"{'nothing' if value == '' else value} on {', '.join(where)}"
+            for value, where in apart.items()
+        )
+        print(f"{name}={default[name]}{note and f' ({note})'}  {meaning}")
 
 
 def _bench(options: dict) -> None:

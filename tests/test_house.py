@@ -84,16 +84,16 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12576),
     "methods": ([*METHODS.values()], 933),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1346),
-    "meta-learning": ([PACKAGE / "meta.py"], 500),
-    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 697),
-    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 720),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3422),
-    "grading": ([*(PACKAGE / "grading").glob("*.py")], 665),
+    "meta-learning": ([PACKAGE / "meta.py"], 490),
+    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 696),
+    "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3428),
+    "grading": ([*(PACKAGE / "grading").glob("*.py")], 663),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5423),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
-LARGEST = {"method": 100, "task": 460}
+LARGEST = {"method": 100, "task": 444}
 
 
 def lines(path: Path) -> int:

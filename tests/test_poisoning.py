@@ -241,6 +241,7 @@ def test_an_attack_lowers_what_it_is_to_lower(method, float32):
         ({"attack": "hope"}, "attack: got 'hope'"),
         ({"objective": "minus"}, "objective: got 'minus'"),
         ({"leak": 2}, "leak: got 2, expected 0 or 1"),
+        ({"baselines": 7}, "baselines: got 7, expected 0 or 1"),
         ({"examples": 2000}, "examples: got 2000, expected 1 to 1000, or 0 for all"),
         ({"examples": -1}, "examples: got -1"),
         ({"hidden": 0}, "hidden: got 0, expected at least 1"),

@@ -36,6 +36,10 @@ def test_a_strangers_task_is_short_and_known_by_its_name(capsys):
     assert main(["tasks", "ridge"]) == 0
     out = capsys.readouterr().out
     assert "rows=60  training examples\n" in out and "outer_steps=20  outer iterations\n" in out
+    assert main(["tasks", "text_cleaning"]) == 0
+    out = capsys.readouterr().out  # what is another default on another dataset
+    assert "outer_steps=20 (150 on semeval, trec, youtube)  outer iterations\n" in out
+    assert "encoder=tiny (nothing on semeval, trec, youtube)" in out and "layers=1  " in out
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))

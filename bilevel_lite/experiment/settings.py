@@ -9,7 +9,8 @@ from bilevel_lite.experiment.methods import METHODS, OWN
 from bilevel_lite.options import fraction, one_of, option, positive
 
 __all__ = [
-    "SYSTEM", "Settings", "of", "read", "require_batches", "require_read", "setting", "written",
+    "SYSTEM", "Settings", "of", "read", "require_batches", "require_read", "setting", "switch",
+    "written",
 ]  # fmt: skip
 
 # of the linear system; each method reads some of them
@@ -20,6 +21,11 @@ STEPPED = ("inner_lr", "inner_momentum", "inner_steps", "curvature_batch_size", 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
 LATER = ("inner_optimizer", "inner_schedule", "outer_momentum", "outer_optimizer")
+
+
+def switch(default: int, meaning: str) -> Any:
+    """A field of a dataclass of settings that is 0 or 1."""
+    return option("0 or 1", lambda v: v in (0, 1), default, help=meaning)
 
 
 def setting(default: Any, meaning: str, least: float | None = None, known: tuple = ()) -> Any:
@@ -72,7 +78,7 @@ class Common:
     evaluate_every: int = setting(
         10, "outer iterations between evaluations and checkpoints", least=1
     )
-    baselines: int = setting(1, "also train what the task compares with; 0 does not")
+    baselines: int = switch(1, "also train what the task compares with; 0 does not")
     budget: float = option(
         "at least 0 (0 or inf: no limit)", lambda v: v >= 0, 0.0, endless=True,
         help="stop after so many gradients (of one inner batch), 0: no limit",

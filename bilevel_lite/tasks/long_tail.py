@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bilevel_lite import data, models
 from bilevel_lite.data.batches import Batches
-from bilevel_lite.experiment.settings import Settings, require_batches, setting
+from bilevel_lite.experiment.settings import Settings, require_batches, setting, switch
 from bilevel_lite.experiment.supervised import (
     BATCHNORM,
     Supervised,
@@ -101,7 +101,7 @@ class LongTailSettings(Settings):
         "over its mean in the batch, likewise (normalised)", known=READINGS,
     )  # fmt: skip
     hidden: int = setting(100, "units of V's hidden layer", least=1)
-    augment: int = setting(0, "1: images are shifted by up to 4 pixels and flipped at random")
+    augment: int = switch(0, "1: images are shifted by up to 4 pixels and flipped at random")
     l2: float = setting(2.5e-4, "coefficient of ||theta||^2 in the inner loss", least=0)
     batchnorm: str = setting("batch", "its statistics, see Supervised", known=BATCHNORM)
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel_lite import data, models
-from bilevel_lite.experiment.settings import Settings, require_batches, setting
+from bilevel_lite.experiment.settings import Settings, require_batches, setting, switch
 from bilevel_lite.experiment.supervised import Supervised, descend, evaluate
 from bilevel_lite.experiment.task import Column, as_text
 from bilevel_lite.options import option
@@ -71,7 +71,7 @@ class PoisoningSettings(Settings):
         known=ATTACKS,
     )  # fmt: skip
     objective: str = setting("bounded", "f, see the task's file", known=OBJECTIVES)
-    leak: int = option("0 or 1", lambda v: v in (0, 1), 0, help="1: f is judged on training rows")
+    leak: int = switch(0, "1: f is judged on training rows")
     examples: int = setting(0, "clean training rows; 0 is all", least=0)
     hidden: int = setting(128, "width of the generator", least=1)
     l2: float = setting(1e-4, "coefficient of ||theta||^2 in the inner loss")
