@@ -320,12 +320,15 @@ def test_chapter_12_on_the_study_of_semeval():
         ("kfac-mc", "kfac-empirical", (-0.011, 0.027), (0.010, 0.031)),
         ("clean", "kfac-mc", (0.062, 0.036), (0.087, 0.058)),
         ("validation", "noisy", (-0.139, 0.074), (-0.146, 0.095)),
+        ("kfac-mc", "sama", (-0.003, 0.037), (-0.006, 0.031)),
+        ("sama", "noisy", (0.031, 0.051), (0.019, 0.025)),
     ):
         for at, said in (("best", best), ("last", last)):
             found = difference(rows[one], rows[other], "test_accuracy", at)[1:]
             assert found == pytest.approx(said, abs=6e-4), (one, other, at)
     trials = [round(89 * trial["tuning_error"]) for trial in rows["kfac-empirical"]["trials"]]
     assert sorted(trials).count(min(trials)) == 3
+    assert len({trial["tuning_error"] for trial in rows["sama"]["trials"]}) == 1
     assert max(less("identity", "auc")[0]) < 0
     areas = [sum(r["best"]["auc"] for r in rows[k]["runs"]) / 3 for k in ("identity", "kfac-mc")]
     assert areas == pytest.approx((0.736, 0.596), abs=6e-4)
