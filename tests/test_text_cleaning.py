@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from together import timeless
 import bilevel_lite as bl
 from bilevel_lite.__main__ import main
 from bilevel_lite.data import DataError, WeakTexts, majority, wrench
+from bilevel_lite.drawings import ch12
 from bilevel_lite.experiment import job, methods
 from bilevel_lite.params import predict
 from bilevel_lite.tasks import (
@@ -599,6 +601,11 @@ def test_costs_are_named_by_the_study_or_refused():
     assert found["all"] == {"sama": (2, 4)}
     with pytest.raises(ValueError, match="runs: soba is none of"):
         text_figures.costs([run(1.0, method="soba")])
+    with pytest.raises(ValueError, match="runs: sama has one look, expected two"):
+        text_figures.costs([{**run(1.0, **own["sama"]), "history": plain["history"][:1]}])
+    for several, label in ((runs[:2], "iteration"), ([*runs[:2], run(1.0, **own["sama"])], "= 1")):
+        (one, *_), _ = ch12.costs(text_figures.costs(several)).axes, plt.close("all")
+        assert one.get_xlabel().endswith(label)
 
 
 def test_class_names_go_by_their_numbers(tmp_path):

@@ -100,19 +100,20 @@ def study(rows, minus, model=""):
 
 
 def costs(found, model=""):
-    """Seconds an outer iteration over SAMA's, and peak memory, by trained layers; the paper's."""
+    """Seconds an outer iteration (over SAMA's, if there) and peak memory, by trained layers."""
     figure, axes = plotting.figure(2, height=2.9, sharey=True)
     names = [name for name in METHODS if any(name in rows for rows in found.values())]
-    high = 0.8 / len(found)
+    over, high = all("sama" in rows for rows in found.values()), 0.8 / len(found)
     for k, (layers, rows) in enumerate(found.items()):
         at = [(names.index(name) + (k - (len(found) - 1) / 2) * high, name) for name in rows]
         for ax, what in zip(axes, (0, 1), strict=True):
-            unit = 1 if what else rows["sama"][0]
+            unit = rows["sama"][0] if over and not what else 1
             ax.barh([y for y, _ in at], [rows[name][what] / unit for _, name in at], high * 0.9,
                     color=[METHODS[name][0] for _, name in at],
                     alpha=1 - 0.3 * k, label=LAYERS.get(layers, layers))  # fmt: skip
-    axes[0].axvline(1, color="black", ls=":", lw=1)
-    axes[0].set(xlabel="seconds an outer iteration, SAMA = 1")
+    if over:
+        axes[0].axvline(1, color="black", ls=":", lw=1)
+    axes[0].set(xlabel="seconds an outer iteration" + ", SAMA = 1" * over)
     axes[1].set(xlabel="peak memory of the process, MiB")
     axes[0].set_yticks(range(len(names)), names, fontsize=7)
     axes[0].invert_yaxis()

@@ -68,7 +68,7 @@ def costs(runs: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
             voted labels (``"noisy"``) and of solvers with the study's settings.
 
     Raises:
-        ValueError: for a run that is neither.
+        ValueError: for a run that is neither, or that has one look.
     """
     found: dict[str, dict[str, list]] = {}
     for run in runs:
@@ -78,7 +78,8 @@ def costs(runs: list[dict]) -> dict[str, dict[str, tuple[float, float]]]:
             names = ["noisy"]
         if len(names) != 1:
             raise ValueError(f"runs: {s['method']} is none of {list(SOLVERS)} as it was run")
-        span = last["iteration"] - first["iteration"]
+        if not (span := last["iteration"] - first["iteration"]):
+            raise ValueError(f"runs: {names[0]} has one look, expected two (evaluate_every)")
         pair = ((last["seconds"] - first["seconds"]) / span, run["memory"]["peak_mib"])
         found.setdefault(s["layers"], {}).setdefault(names[0], []).append(pair)
     return {
