@@ -700,7 +700,8 @@ def test_the_gradient_in_lam_alone_is_of_the_same_loss_and_looked_at():
         return value
 
     truth = theta**3 + 2 * lam * (3 * theta**2) ** 2
-    assert (products.lam_gradient(penalised, lam, theta)[1] - truth).abs().max() < 1e-12
+    for _ in range(6):  # the 1st, 2nd, 4th are looked at, by the whole gradient
+        assert (products.lam_gradient(penalised, lam, theta)[1] - truth).abs().max() < 1e-12
 
     def drawn(lam, theta, batch):
         return (Drawing.apply(theta) - lam).square().sum()
