@@ -87,10 +87,10 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 490),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 696),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3428),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3435),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 663),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5424),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5426),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 444}

@@ -59,10 +59,19 @@ def test_a_method_by_name_reads_its_own_options(name):
         build(Settings(method=name, **{others[0]: 0.1}), made())
 
 
-@pytest.mark.parametrize("name", ["nhgd", "nhgd-kfac"])
-def test_nhgds_beta_is_refused_by_its_own_name(name):  # with a KFAC it is that one's ema
-    with pytest.raises(ValueError, match=r"beta: got 1\.5, expected a number from 0 up to"):
-        build(Settings(method=name, beta=1.5), made())
+BAD = {"iters": -1, "step": -1.0, "damping": -1.0, "ema": 1.5, "every": 0, "beta": 1.5,
+       "alpha": -1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name, recipe in METHODS.items() for setting in BAD
+     if setting in recipe.reads(Settings()) | set(recipe.own)],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused_by_the_name_that_was_given(name, setting):
+    """Of the setting, not of the option that a method or a solver reads from it."""
+    with pytest.raises(ValueError, match=f"^{setting}: got {BAD[setting]}"):
+        build(Settings(method=name, **{setting: BAD[setting]}), made())
 
 
 def test_the_search_takes_its_ranges_from_the_options():

@@ -11,7 +11,7 @@ from bilevel_lite import algorithms as alg
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.kfac import KFAC
-from bilevel_lite.options import Option
+from bilevel_lite.options import Option, options_of
 from bilevel_lite.parallel import Group, Shards, shard, sharded
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
@@ -98,6 +98,11 @@ def _averaged(s: Any) -> KFAC:
     return KFAC(s.damping, "empirical", ema=beta, seed=s.seed)
 
 
+def _neumann(s: Any, **more: Any) -> Neumann:
+    options_of(Neumann)["terms"].check("iters", s.iters)  # by the name that was given
+    return Neumann(s.iters, s.step, **more)
+
+
 def _tables(s: Any, task: Any) -> dict:
     """SABA's fixed minibatches."""
     g, f = task.fixed_batches(s)
@@ -107,13 +112,12 @@ def _tables(s: Any, task: Any) -> dict:
     return {"inner_batches": g, "outer_batches": f, "generator": generator}
 
 
-STEPS, ITERS, STEP, DAMPING = map(attrgetter, ("inner_steps", "iters", "step", "damping"))
+READ = {name: attrgetter(name) for name in ("inner_steps", "iters", "step", "damping")}
+STEPS, ITERS, STEP, DAMPING = READ.values()
 METHODS: dict[str, Recipe] = {
     "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature)),
     "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping, curvature=s.curvature)),
-    "aid-neumann": _aid(
-        lambda s: Neumann(s.iters, s.step, damping=s.damping, curvature=s.curvature)
-    ),
+    "aid-neumann": _aid(lambda s: _neumann(s, damping=s.damping, curvature=s.curvature)),
     "aid-identity": _aid(lambda s: Identity(s.step)),
     "aid-kfac": _aid(_kfac(KFAC)),
     "aid-ekfac": _aid(_kfac(EKFAC)),
@@ -126,7 +130,7 @@ METHODS: dict[str, Recipe] = {
     "stocbio": Recipe(
         alg.StocBiO, options={"inner_steps": STEPS, "terms": ITERS, "linear_lr": STEP}
     ),
-    "mrbo": _mrbo(lambda s: Neumann(s.iters, s.step)),
+    "mrbo": _mrbo(_neumann),
     "mrbo-kfac": _mrbo(_kfac(KFAC)),
     "soba": Recipe(alg.SOBA, "plain", {"linear_lr": STEP}),
     "saba": Recipe(alg.SABA, "plain", {"linear_lr": STEP}, more=_tables),
@@ -167,6 +171,9 @@ def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
     if task.group is not None:
         problem = sharded(problem, task.group)
         roles = {name: _shared(batch, task.group) for name, batch in roles.items()}
+    for option, one in recipe.cls.options().items():  # a message names the setting that it is of
+        for name in (name for name, of in READ.items() if recipe.options.get(option) is of):
+            one.check(name, getattr(s, name))
     options = {name: v(s) if callable(v) else v for name, v in recipe.options.items()}
     options |= _own(recipe, s)
     options |= {"outer_lr": s.outer_lr, "projection": task.project}

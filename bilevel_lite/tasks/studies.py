@@ -377,6 +377,8 @@ def run(
     batch = own.pop("batch", one.batch)
     s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
     dataset, model = s["dataset"], s["model"]
+    if s["baselines"] not in (0, 1):
+        raise ValueError(f"baselines: got {s['baselines']}, expected 0 or 1")
     if model != "resnet18" and given.get("stem") is None:
         s["stem"] = USUAL["stem"]  # the study's own is that of its model
     same = {name: s[name] for name in SAME if name in declared.of(one.kind.Settings)}
