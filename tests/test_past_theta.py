@@ -347,7 +347,8 @@ def test_the_hooks_of_a_factor_pass_leave_known_code_known(monkeypatch):
         risk = bl.WeightedRisk(model, weight=lambda lam, batch: lam[batch[2]])
         problem = bl.BilevelProblem(risk, bl.WeightedRisk(model))
         batch, theta = (x, y, torch.arange(4)), bl.flatten(model)
-        bl.hypergradient(problem, torch.ones(4), theta, batch, batch, bl.KFAC(1e-2))
+        for solver in (bl.KFAC(1e-2), bl.EKFAC(1e-2), bl.CG(2, precondition=bl.KFAC(1e-2))):
+            bl.hypergradient(problem, torch.ones(4), theta, batch, batch, solver)
     other = bl.models.build("lenet", (1, 28, 28), 10).eval()
     other[0].register_forward_hook(lambda module, inputs, output: None)  # somebody else's
     with pytest.raises(pytest.fail.Exception, match="looked at"):

@@ -125,6 +125,7 @@ def entries(lam, theta, batch):
         "inverse": lambda: bl.KFAC(0.1).inverse(g, lam, theta, batch)(theta),
         "gradient": lambda: products.gradient(g, lam, theta, batch)[1],
         "theta_gradient": lambda: products.theta_gradient(g, lam, theta, batch)[1],
+        "lam_gradient": lambda: products.lam_gradient(g, lam, theta, batch)[1],
         "hvp": lambda: products.hvp_operator(g, lam, theta, batch)(theta),
         "first_and_second": lambda: products.first_and_second(g, lam, theta, batch, theta)[2],
         "update_vjp": lambda: products.update_vjp(g, lam, theta, batch, theta)[1],
@@ -174,7 +175,8 @@ def test_batches_made_under_inference_mode_are_taken(name):
 def test_a_product_names_inference_mode_where_it_cannot_pass():
     with torch.inference_mode():
         batch = tuple(part.clone() for part in BATCH)
-    for product in (products.gradient, products.theta_gradient, products.hvp_operator):
+    first = products.gradient, products.theta_gradient, products.lam_gradient
+    for product in (*first, products.hvp_operator):
         with pytest.raises(ValueError, match="made under torch.inference_mode, .* clone it"):
             product(weighted().inner_loss, LAM, THETA, batch)
 
@@ -404,6 +406,7 @@ def attempts(problem, lam, theta, batch):
     for loss in (problem.inner_loss, problem.outer_loss):
         yield lambda loss=loss: products.gradient(loss, lam, theta, batch)
         yield lambda loss=loss: products.theta_gradient(loss, lam, theta, batch)
+        yield lambda loss=loss: products.lam_gradient(loss, lam, theta, batch)
         yield lambda loss=loss: products.hvp(loss, lam, theta, batch, theta)
     for name in METHODS:
         yield lambda name=name: make(name, problem, lam, theta, batch, batch).step()
