@@ -495,6 +495,11 @@ def test_what_chapter_13_says_of_the_stored_study():
     steps = {name: row["chosen"].get("outer_lr") for name, row in rows.items()}
     assert steps["identity"] == steps["kfac-empirical"] == 0.01319
     assert steps["sama"] == steps["kfac-mc"] == 0.001199
+    for name in ("identity", "sama", "kfac-empirical", "kfac-mc"):
+        trials = {t["outer_lr"]: 100 * t["tuning_error"] for t in rows[name]["trials"]}
+        worst = trials.pop(max(trials))
+        assert len(trials) == 3 and max(trials.values()) - min(trials.values()) < 2.8
+        assert 3.5 < worst - min(trials.values()) < 9
     assert sorted(map(round, ratios("kfac-empirical"))) == [14, 15, 30]
     assert all(2.5 < ratio < 3.65 for ratio in ratios("class"))
     assert ratios("balanced") == pytest.approx([95, 95, 95], abs=0.5)

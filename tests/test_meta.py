@@ -180,6 +180,12 @@ def test_imaml_is_the_loop_over_tasks_with_the_packages_cg(tasks, iters):
     assert torch.isfinite(h).all() and float(info.curvature.min()) > 0
 
 
+def test_the_packages_cg_looks_at_its_residual_and_so_is_not_for_vmap():
+    """What chapter 13b says of it (13b.4), and why `meta.imaml` has one of its own."""
+    with pytest.raises(RuntimeError, match="vmap"):
+        vmap(lambda b: bl.linsolve.cg(lambda v: 2 * v, b, 10).solution)(torch.ones(8, 3))
+
+
 def test_imaml_stops_where_the_curvature_is_negative_and_says_so(tasks):
     lam, support, query = tasks
     curve = -torch.tensor([3.0, 0.5, 1.0]).double()[:, None].expand(3, D) + torch.arange(D) / 4

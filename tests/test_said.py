@@ -289,11 +289,21 @@ def test_chapter_12_on_what_an_iteration_costs():
     assert all(1.07 < row["sama"] < 1.09 for row in more.values())
     dear = [x for row in more.values() for n, x in row.items() if n.startswith(("cg", "neumann"))]
     assert (round(min(dear), 2), round(max(dear), 2)) == (1.11, 1.28)
+    twice: dict[tuple, list[float]] = {}
+    for run in runs:
+        s = run["settings"]
+        if s["layers"] == "1":
+            how = tuple(str(s[k]) for k in ("method", "fisher", "iters", "weights", "curvature"))
+            twice.setdefault(how, []).append(run["memory"]["peak_mib"])
+    apart = [max(pair) / min(pair) - 1 for pair in twice.values()]
+    assert len(apart) == 9 and all(len(pair) == 2 for pair in twice.values())
+    assert round(max(apart), 2) == 0.08
     # the aim of a tenth above plain training and the factors, one layer's
     factors = 5 * (385**2 + 384**2) + 1537**2 + 1536**2  # entries
     assert found["1"]["kfac-mc"][1] < 1.1 * found["1"]["noisy"][1] + 4 * factors / 2**20
     paper = {"1": (73, 603, 773), "half": (136, 828, 1414), "all": (190, 1039, 1988)}  # Table 7
     assert [round((k - n) / (s - n), 1) for n, s, k in paper.values()] == [1.3, 1.8, 2.1]
+    assert [round(n / s, 2) for n, s, _ in paper.values()] == [0.12, 0.16, 0.18]
 
 
 def test_chapter_12_on_the_study_of_semeval():
