@@ -1,5 +1,6 @@
 """The book: what each figure is said to show, and notebooks that run side by side."""
 
+import re
 import threading
 import time
 
@@ -77,3 +78,22 @@ def test_check_lists_the_seconds_and_marks_what_is_slow(monkeypatch, capsys, tmp
         f"  00_short.ipynb: {seconds['00_short']} s",
         "3 notebooks, 1 differ or fail, 1 take more than 90 s",
     ]
+
+
+FALLS_BACK = [
+    p for p in form.chapters() if re.search(r"available\(|at_hand\(", p.read_text("utf-8"))
+]
+
+
+@pytest.mark.parametrize("path", FALLS_BACK, ids=lambda path: path.stem)
+def test_a_chapter_runs_where_its_data_cannot_be_had(path, monkeypatch, tmp_path):
+    """No folder of data or models, empty caches, and no network."""
+    assert len(FALLS_BACK) == 7
+    form.set_environment()
+    for name in ("BILEVEL_LITE_DATA", "BILEVEL_LITE_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.delenv("BILEVEL_LITE_MODELS", raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    book.execute(path)  # its assertions are in it
