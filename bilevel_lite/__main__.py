@@ -506,7 +506,7 @@ def _tasks(task: str | None) -> None:
         return
     kind = find(task)
     default = vars(kind.settings())
-    datasets = options_of(kind.Settings)["dataset"].search or () if "dataset" in default else ()
+    datasets = options_of(kind.Settings)["dataset"].known if "dataset" in default else ()
     others = {one: vars(kind.settings(dataset=one)) for one in datasets}
     for name, (_, _, meaning) in settings.of(kind.Settings).items():
         apart: dict[Any, list[str]] = {}

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bilevel_lite.exact import exactly
 from bilevel_lite.forward_mode import NoForwardMode, push_forward
-from bilevel_lite.options import check, one_of, whole
+from bilevel_lite.options import check, document, one_of, whole
 from bilevel_lite.parallel import Part, apart, part_of
 from bilevel_lite.params import dot
 from bilevel_lite.products import hvp_operator
@@ -267,6 +267,7 @@ def output_side(term: Term, lam: Tensor, outputs: Tensor, look: bool = True) -> 
     return OutputSide(risk, outputs, y, sigma, risk.weight_slopes(lam, term.batch, losses))
 
 
+@document
 @dataclass(frozen=True)
 class Probes:
     r"""Which output-gradient columns s stand for C: the options of all Fishers, KFAC and EKFAC.
@@ -292,8 +293,6 @@ class Probes:
     `OutputSide.times`. So the exact Fisher is then the GGN of the positive V' alone.
 
     Args:
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: M, of ``"mc"`` alone.
         generator: A CPU generator for its draws, which are moved to the outputs' device; or a
             `Drawn`, whose numbers are there already.
 
@@ -304,8 +303,8 @@ class Probes:
     Source: Martens and Grosse (2015); the weights: arXiv 2603.29108, app. A.2.
     """
 
-    fisher: str = one_of("mc", "exact", "empirical")
-    samples: int = whole(default=1)
+    fisher: str = one_of("mc", "exact", "empirical", help="Which probes, see `kfac_factors`")
+    samples: int = whole(default=1, help='M, draws per example for "mc"')
     generator: "torch.Generator | Drawn | None" = None
 
     def __post_init__(self):

@@ -31,6 +31,7 @@ from bilevel_lite.kronecker import (
     in_basis,
     spectra,
 )
+from bilevel_lite.options import again
 from bilevel_lite.parallel import Group, dealt
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.tape import Layer, output_columns
@@ -137,14 +138,7 @@ class EKFAC(KFAC):
 
         v-block = U_B [ (U_B^T V U_A) / (E + tau) ] U_A^T,     tau = damping + 2 l2
 
-    Args:
-        damping: delta, added to the curvature.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``.
-        samples: Draws per example for ``"mc"``.
-        ema: Average of A and B, and so of the basis, as in `KFAC`; E is of the current batch alone.
-        every: Build basis and eigenvalues on every ``every``-th call.
-        bias, rest, fixed_batch, generator, seed, group: See `KFAC`.
-        split_inverses: With a group, each process diagonalises some of the factors for all.
+    Of what ``rest``, ``fixed_batch`` and ``group`` do, see `KFAC`.
 
     Raises:
         ValueError, TypeError: as `KFAC`.
@@ -165,7 +159,15 @@ class EKFAC(KFAC):
         tensor([-0.2270, -0.2270])
     """
 
+    damping: float = again(KFAC, "damping", help="delta, added to the curvature")
+    ema: float = again(
+        KFAC, "ema", help="Of A and B, and so of the basis; E is of the current batch alone"
+    )
     damping_rule: str = field(default="exact", init=False)
+    split_inverses: bool = again(
+        KFAC, "split_inverses",
+        help="With a group, each process diagonalises some of the factors for all",
+    )  # fmt: skip
 
     _keeps_gradients = True
     _sums_parts = False  # but the bases

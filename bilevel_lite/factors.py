@@ -23,14 +23,30 @@ from torch import Tensor
 
 from bilevel_lite.curvature import OutputSide, Probes, output_side, require_risk
 from bilevel_lite.kronecker import NARROW, Columns, Factor, Matrix, accumulate
+from bilevel_lite.options import check, document, one_of
 from bilevel_lite.parallel import Group, Part, Sharded, apart, part_of
 from bilevel_lite.params import unflatten
-from bilevel_lite.refuse import require_bias, require_rest
 from bilevel_lite.risk import SumOfRisks, Term, WeightedRisk, same_terms
 from bilevel_lite.surroundings import way_out
 from bilevel_lite.tape import Layer, Tape, output_columns, places_of, squared_gradients
 
-__all__ = ["Estimate", "arrange", "estimate", "kfac_factors"]
+__all__ = ["Estimate", "Layout", "arrange", "estimate", "kfac_factors"]
+
+
+@document
+@dataclass(frozen=True)
+class Layout:
+    """Which parameters have which block: options of KFAC and of all that is made of its factors."""
+
+    bias: str = one_of(
+        "joint", "separate",
+        help="One block of [W, bias] (a has a 1 appended), or W's B (x) A and the bias's B",
+    )  # fmt: skip
+    rest: str = one_of(
+        "diagonal", "damping", "drop",
+        help="What parameters without a Kronecker block get: the diagonal of the same Fisher, "
+        "v = b / tau, or v = 0",
+    )  # fmt: skip
 
 
 @dataclass
@@ -194,8 +210,7 @@ def estimate(
         theta: Inner variable.
         batch: (x, y, ...).
         how: Which probes; drawn for the whole batch.
-        bias: ``"joint"`` or ``"separate"``.
-        rest: ``"diagonal"``, ``"damping"`` or ``"drop"``.
+        bias, rest: See `Layout`.
         dual: Keep factors of low rank as columns.
         keep: Keep the layers' output gradients of every probe (EKFAC needs them).
         true: Also keep those of the examples' unweighted losses (the shared J v needs them).
@@ -209,8 +224,7 @@ def estimate(
     """
     risk, group = apart(risk)
     require_risk(risk, "KFAC")
-    require_bias(bias)
-    require_rest(rest)
+    check(Layout(bias, rest))
     part = None
     terms = same_terms(risk, lam.detach(), batch)
     passes = []

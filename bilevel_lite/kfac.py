@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bilevel_lite.blocks import Block, DiagonalBlock, kfac_operator, layers_of
 from bilevel_lite.curvature import Probes, require_risk
-from bilevel_lite.factors import Estimate, estimate, kfac_factors
+from bilevel_lite.factors import Estimate, Layout, estimate, kfac_factors
 from bilevel_lite.kfac_memory import STATE, Memory, owned
 from bilevel_lite.kfac_solve import PreparedKFAC
 from bilevel_lite.kronecker import (
@@ -67,33 +67,15 @@ class KFAC(Solver):
     columns: examples times positions), on a CPU layer by layer, elsewhere equal shapes in one call;
     no inverse is formed.
 
-    Args:
-        damping: delta, added to the curvature; zero only where an l2 term or full-rank factors
-            make every block invertible.
-        fisher: ``"mc"``, ``"exact"`` or ``"empirical"``; see `kfac_factors`.
-        samples: Draws per example for ``"mc"``.
-        ema: beta in F <- beta F + (1 - beta) F_new for every factor and diagonal; 0 is off. The
-            first estimate initialises; there is no bias correction.
-        every: Build the factors on every ``every``-th call and reuse them in between.
-        damping_rule: ``"heuristic"``, ``"factored"`` or ``"exact"``; see `bilevel_lite.kronecker`.
-        bias: ``"joint"`` or ``"separate"``.
-        rest: What parameters without a Kronecker block (BatchNorm, LayerNorm, embeddings, grouped
-            convolutions, shared weights) get: ``"diagonal"``, the diagonal of the same Fisher, or
-            ``"damping"``, v = b / tau, or ``"drop"``, v = 0 (then another inner problem is
-            differentiated than by the other solvers). The diagnosis names them.
-        fixed_batch: Keep the eigendecomposition of A where a layer's input is the batch's very
-            tensor, unchanged: pays where the curvature batch never changes (first layers). With a
-            new batch at each call it costs an eigendecomposition each time instead. Nothing is kept
-            with ``ema`` or a group, under a mask, or where several terms of a sum have the layer.
-        generator: CPU generator for the draws; by default one with ``seed``, kept between calls.
-        seed: Seed of that generator.
-        group: The processes that share each batch, where the inner loss does not say it
-            (`bilevel_lite.parallel.Sharded`): for `solve` alone, with a b of the whole batch. A, B
-            and the diagonals are those of the whole batch: columns are gathered where they are
-            fewer than a factor's dimension, else the factors are summed. The draws are those of
-            one process.
-        split_inverses: With a group, each process factors some of the layers, chosen by their
-            size, and sends the others its part of v.
+    The first estimate initialises the average of ``ema``; there is no bias correction. Parameters
+    without a Kronecker block are BatchNorm's, LayerNorm's, embeddings, grouped convolutions' and
+    shared weights; the diagnosis names them. ``rest="drop"`` differentiates another inner problem
+    than the other solvers do. ``fixed_batch`` pays where the curvature batch never changes (first
+    layers); with a new batch at each call it costs an eigendecomposition each time instead, and
+    nothing is kept with ``ema`` or a group, under a mask, or where several terms of a sum have the
+    layer. With a ``group``, A, B and the diagonals are those of the whole batch (columns are
+    gathered where they are fewer than a factor's dimension, else the factors are summed), the draws
+    those of one process.
 
     Raises:
         ValueError: for an option out of range; in `solve`, for a singular block, a negative weight,
@@ -122,19 +104,41 @@ class KFAC(Solver):
         tensor([-0.2270, -0.2270])
     """
 
-    damping: float = not_negative(default=1e-3, search=(1e-3, 1.0))
+    damping: float = not_negative(
+        default=1e-3, search=(1e-3, 1.0),
+        help="delta; 0 only where an l2 term or full-rank factors make every block invertible",
+    )  # fmt: skip
     fisher: str = again(Probes, "fisher")
     samples: int = again(Probes, "samples")
-    ema: float = fraction(default=0.0)
-    every: int = whole(default=1)
-    damping_rule: str = one_of(*RULES, default="heuristic")
-    bias: str = one_of("joint", "separate", default="joint")
-    rest: str = one_of("diagonal", "damping", "drop", default="diagonal")
-    fixed_batch: bool = flag(default=False)
-    generator: torch.Generator | None = instance(torch.Generator, "a torch.Generator", default=None)
-    seed: int = whole(default=0, least=0)
-    group: Group | None = instance(Group, "a bilevel_lite.parallel.Group", default=None)
-    split_inverses: bool = flag(default=False)
+    ema: float = fraction(
+        default=0.0,
+        help="beta in F <- beta F + (1 - beta) F_new, every factor and diagonal; 0: off",
+    )
+    every: int = whole(default=1, help="Calls for which factors are kept")
+    damping_rule: str = one_of(
+        *RULES, default="heuristic", help="How tau is split, see `bilevel_lite.kronecker`"
+    )
+    bias: str = again(Layout, "bias")
+    rest: str = again(Layout, "rest")
+    fixed_batch: bool = flag(
+        default=False,
+        help="Keep A's eigenvectors where a layer's input is the batch's very tensor, unchanged",
+    )
+    generator: torch.Generator | None = instance(
+        torch.Generator, "a torch.Generator", default=None,
+        help="On the CPU, for the draws; None: one with ``seed``, kept between calls",
+    )  # fmt: skip
+    seed: int = whole(default=0, least=0, help="Of that generator")
+    group: Group | None = instance(
+        Group, "a bilevel_lite.parallel.Group", default=None,
+        help="The processes that share each batch, where the inner loss does not say it "
+        "(`bilevel_lite.parallel.Sharded`): for `solve` alone, with a b of the whole batch",
+    )  # fmt: skip
+    split_inverses: bool = flag(
+        default=False,
+        help="With a group, each process factors some layers, chosen by size, and sends the others "
+        "its part of v",
+    )
 
     _keeps_gradients = False
     _sums_parts = True  # what ``split_inverses`` shares out is v, in parts

@@ -2,8 +2,8 @@
 
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import richardson
-from bilevel_lite.options import flag, not_negative, positive, whole
-from bilevel_lite.solvers import Solver, require_inverse
+from bilevel_lite.options import again, flag, instance, positive, whole
+from bilevel_lite.solvers import Direct, Solver, require_inverse
 
 __all__ = ["KFACRichardson"]
 
@@ -16,14 +16,6 @@ class KFACRichardson(Solver):
     What KFAC gets wrong is corrected by one Hessian product a step, and the warm start spreads the
     correction over the outer iterations. It converges if every eigenvalue of G^-1 (H + damping I)
     lies between 0 and 2 / step; KFAC does not guarantee that, so watch the residual.
-
-    Args:
-        iters: Steps per call, at least 1.
-        kfac: The preconditioner; by default ``KFAC()``. Give it ``every`` to build it less often.
-        step: Step size.
-        damping: Added to H's diagonal, once. The preconditioner has its own.
-        warm_start: Start from the last call's v; else from zero, where the first step is free of
-            products.
 
     Raises:
         ValueError: for an option out of range; in `solve`, if v grows beyond the largest number,
@@ -45,16 +37,22 @@ class KFACRichardson(Solver):
         tensor([-0.2780, -0.2780])
     """
 
-    iters: int = whole(default=1)
-    kfac: KFAC | None = None
-    step: float = positive(default=1.0, search=(0.05, 2.0))
-    damping: float = not_negative(default=0.0)
-    warm_start: bool = flag(default=True)
+    iters: int = whole(default=1, help="Steps per call")
+    kfac: KFAC | None = instance(
+        KFAC, "a bilevel_lite.KFAC", default=None,
+        help="The preconditioner, None for ``KFAC()``; its ``every`` builds it less often",
+    )  # fmt: skip
+    step: float = positive(default=1.0, help="Step size", search=(0.05, 2.0))
+    damping: float = again(
+        Direct, "damping", help="Added to H's diagonal, once; the preconditioner has its own"
+    )
+    warm_start: bool = flag(
+        default=True,
+        help="Start from the last call's v; else from zero, where the first step takes no product",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kfac is not None and not isinstance(self.kfac, KFAC):
-            raise TypeError(f"kfac: got {self.kfac!r}, expected a bilevel_lite.KFAC")
         require_inverse("kfac", self.kfac)
         self.kfac = self.kfac or KFAC()
 

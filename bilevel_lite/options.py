@@ -9,11 +9,12 @@ and searches (`options_of`).
 import inspect
 import math
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+import textwrap
+from collections.abc import Callable, Container
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Option:
         help: Its meaning, one line.
         search: Where to search: two numbers are the ends of a logarithmic scale, anything else is
             a list of choices; None if it is not searched for.
+        known: The words that it may be, where it is one of some.
         none: True if it may be None.
         endless: True if it may be infinite.
         error: What is raised where it does not fit.
@@ -37,6 +39,7 @@ class Option:
     fits: Callable[[Any], bool]
     help: str = ""
     search: tuple | None = None
+    known: tuple[str, ...] = ()
     none: bool = False
     endless: bool = False
     error: type[Exception] = ValueError
@@ -110,7 +113,8 @@ def one_of(*known: str, default: str | None = None, **more: Any) -> Any:
     """One of some words, by default the first."""
     *others, last = map(repr, known)
     expected = f"{', '.join(others)} or {last}"
-    return option(expected, lambda v: v in known, known[0] if default is None else default, **more)
+    first = known[0] if default is None else default
+    return option(expected, lambda v: v in known, first, known=known, **more)
 
 
 def instance(kind: type, expected: str, default: Any = MISSING, **more: Any) -> Any:
@@ -118,9 +122,14 @@ def instance(kind: type, expected: str, default: Any = MISSING, **more: Any) -> 
     return option(expected, lambda v: isinstance(v, kind), default, error=TypeError, **more)
 
 
-def again(declared: Any, name: str) -> Any:
-    """A field with the option that another class has declared."""
-    one = options_of(declared)[name]
+def again(declared: Any, name: str, **other: Any) -> Any:
+    """A field with the option that another class has declared, but for ``other`` attributes."""
+    return same(options_of(declared)[name], **other)
+
+
+def same(one: Option, **other: Any) -> Any:
+    """A field with this option, but for ``other`` attributes."""
+    one = replace(one, **other)
     return field(default=one.default, metadata={"option": one})
 
 
@@ -134,6 +143,16 @@ else:
         They take a default for one where it is given by name.
         """
         return lambda cls: cls
+
+
+def types_of(declared: Any) -> dict[str, type]:
+    """What kind each field of a dataclass is of, by name; ``float | None`` is a float."""
+    hints = get_type_hints(declared)
+    out = {}
+    for f in fields(declared):
+        some = [t for t in getattr(hints[f.name], "__args__", ()) if t is not type(None)]
+        out[f.name] = some[0] if some else hints[f.name]
+    return out
 
 
 def options_of(declared: Any) -> dict[str, Option]:
@@ -151,18 +170,25 @@ def check(declared: Any, *needed: str) -> None:
         one.check(name, getattr(declared, name), one.none and name not in needed)
 
 
-def document(cls: type, known: dict[str, Option], rest: str) -> None:
+def document(cls: type, known: Container[str] = (), rest: str = "") -> type:
     """Write a class's options, but those ``known``, first under "Args:" in its docstring.
 
-    Where that line is missing it is put before the cost and the source, with ``rest`` under it.
+    Where that line is missing it is put before what is raised, the cost and the source, with
+    ``rest`` under it.
+
+    Returns:
+        The class, so that this may decorate it.
     """
     text = inspect.cleandoc(cls.__doc__ or f"{cls.__name__}.")
     if "\nArgs:\n" not in text:
-        end = re.search(r"\n(Cost of a step|Source):|\Z", text).start()
-        text = f"{text[:end].rstrip()}\n\nArgs:\n    {rest}\n{text[end:]}"
+        end = re.search(r"\n(Raises|Warns|Cost|Cost of a step|Source|Example):|\Z", text).start()
+        rest = rest and f"    {rest}\n"
+        text = f"{text[:end].rstrip()}\n\nArgs:\n{rest}{text[end:]}"
     head, args, tail = text.partition("\nArgs:\n")
     for name, one in options_of(cls).items():
         if name not in known:
             default = "" if one.default is MISSING else f", by default {one.default!r}"
-            args += f"    {name}: {one.help}; {one.expected}{default}.\n"
+            lines = textwrap.wrap(f"{name}: {one.help}; {one.expected}{default}.", 92)
+            args += "    " + "\n        ".join(lines) + "\n"
     cls.__doc__ = head + args + tail
+    return cls

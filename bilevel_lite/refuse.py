@@ -30,12 +30,10 @@ __all__ = [
     "recording",
     "require_as_drawn",
     "require_batch",
-    "require_bias",
     "require_finite",
     "require_generator",
     "require_number",
     "require_problem",
-    "require_rest",
     "require_scalar",
     "require_state",
     "require_unwritten",
@@ -336,15 +334,3 @@ def at_least(name: str, value: int, least: int) -> None:
     """Refuse what is no integer of at least ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
-def require_bias(bias: str) -> None:
-    """Refuse an unknown way to treat biases."""
-    if bias not in ("joint", "separate"):
-        raise ValueError(f"bias: got {bias!r}, expected 'joint' or 'separate'")
-
-
-def require_rest(rest: str) -> None:
-    """Refuse an unknown way to treat parameters without a Kronecker block."""
-    if rest not in ("diagonal", "damping", "drop"):
-        raise ValueError(f"rest: got {rest!r}, expected 'diagonal', 'damping' or 'drop'")

@@ -21,13 +21,16 @@ from bilevel_lite import linsolve
 from bilevel_lite.curvature import GGN
 from bilevel_lite.linsolve import SolveInfo
 from bilevel_lite.options import (
+    again,
     check,
     dataclass_transform,
+    document,
     flag,
     fraction,
     instance,
     not_negative,
     one_of,
+    option,
     positive,
     whole,
 )
@@ -201,6 +204,7 @@ class Solver:
             if name in vars(cls):
                 setattr(cls, name, _entry(vars(cls)[name]))
         dataclass(eq=False, repr=False)(cls)
+        document(cls)
 
     def __post_init__(self):
         check(self)
@@ -305,11 +309,6 @@ class Solver:
 class Direct(Solver):
     """Form H and solve exactly, v = (H + damping I)^-1 b. The truth for small problems.
 
-    Args:
-        damping: Added to the diagonal.
-        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`).
-        max_dim: Refuse larger problems: H takes max_dim^2 numbers and d^3 operations.
-
     Raises:
         ValueError: in `solve`, if theta has more than ``max_dim`` entries or H is singular.
 
@@ -326,9 +325,17 @@ class Direct(Solver):
         tensor([-2., -2.])
     """
 
-    damping: float = not_negative(default=0.0)
-    curvature: str = one_of("hessian", "ggn", default="hessian")
-    max_dim: int = whole(default=4000)
+    damping: float = not_negative(default=0.0, help="Added to H's diagonal, once")
+    curvature: str = one_of(
+        "hessian",
+        "ggn",
+        default="hessian",
+        help="What stands for H; the GGN needs a `WeightedRisk`",
+    )
+    max_dim: int = whole(
+        default=4000,
+        help="Larger problems are refused: H takes max_dim^2 numbers and d^3 operations",
+    )
 
     def limit(self) -> None:
         """Return None: it is exact."""
@@ -344,9 +351,6 @@ class Direct(Solver):
 
 class Identity(Solver):
     """v = step * b: H replaced by I / step. One unrolled step of size ``step`` (T1-T2, DARTS).
-
-    Args:
-        step: Step size, in units of 1 / curvature.
 
     Raises:
         ValueError: if ``step`` is not positive.
@@ -364,7 +368,7 @@ class Identity(Solver):
         tensor([-0.4000, -3.6000])
     """
 
-    step: float = positive()
+    step: float = positive(help="Step size, in units of 1 / curvature")
 
     def limit(self) -> None:
         """Return None: its system is v / step = b."""
@@ -375,12 +379,6 @@ class Identity(Solver):
 
 class Neumann(Solver):
     """v = step * sum over j < terms of (I - step H)^j b; see `bilevel_lite.linsolve.neumann`.
-
-    Args:
-        terms: Number of summands: 1 is `Identity`, K is K truncated steps of unrolling.
-        step: Step size; needs step < 2 / (largest curvature).
-        damping: Added to H's diagonal, once.
-        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`).
 
     Raises:
         ValueError: in `solve`, if the series diverges beyond the largest number.
@@ -398,10 +396,12 @@ class Neumann(Solver):
         tensor([-2., -2.])
     """
 
-    terms: int = whole()
-    step: float = positive(search=(0.02, 1.0))
-    damping: float = not_negative(default=0.0)
-    curvature: str = one_of("hessian", "ggn", default="hessian")
+    terms: int = whole(help="Summands: 1 is `Identity`, K is K truncated steps of unrolling")
+    step: float = positive(
+        help="Step size; needs step < 2 / (largest curvature)", search=(0.02, 1.0)
+    )
+    damping: float = again(Direct, "damping")
+    curvature: str = again(Direct, "curvature")
 
     def _solve(self, at, b):
         return linsolve.neumann(at.matvec, b, self.terms, self.step, self.damping)
@@ -410,14 +410,7 @@ class Neumann(Solver):
 class CG(Solver):
     """Conjugate gradients on (H + damping I) v = b; see `bilevel_lite.linsolve.cg`.
 
-    Args:
-        iters: Steps at most.
-        tol: Relative residual at which to stop.
-        damping: Added to H's diagonal, once.
-        curvature: What stands for H: ``"hessian"``, or ``"ggn"`` (needs a `WeightedRisk`;
-            positive semi-definite, so that CG never breaks down on it).
-        warm_start: Start from the last call's v (one more product a call).
-        precondition: A `KFAC` or `EKFAC`, whose inverse preconditions the steps.
+    The GGN is positive semi-definite, so that CG never breaks down on it.
 
     Raises:
         ValueError: in `solve`, if a product is not finite, or as the preconditioner says.
@@ -441,19 +434,20 @@ class CG(Solver):
         tensor([-2., -2.])
     """
 
-    iters: int = whole()
-    tol: float = not_negative(default=1e-10)
-    damping: float = not_negative(default=0.0)
-    curvature: str = one_of("hessian", "ggn", default="hessian")
-    warm_start: bool = flag(default=False)
-    precondition: Any = None
+    iters: int = whole(help="Steps at most")
+    tol: float = not_negative(default=1e-10, help="Relative residual at which to stop")
+    damping: float = again(Direct, "damping")
+    curvature: str = again(Direct, "curvature")
+    warm_start: bool = flag(
+        default=False, help="Start from the last call's v (one more product a call)"
+    )
+    precondition: Any = option(
+        "a KFAC or an EKFAC", lambda v: hasattr(v, "inverse"), default=None, error=TypeError,
+        help="What preconditions the steps with its inverse",
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
-        if self.precondition is not None and not hasattr(self.precondition, "inverse"):
-            raise TypeError(
-                f"precondition: got {type(self.precondition).__name__}, expected a KFAC or an EKFAC"
-            )
         require_inverse("precondition", self.precondition)
 
     def prepare(self, problem, lam, theta, batch, cross=False, once=False):
@@ -493,9 +487,8 @@ class CG(Solver):
 class CGNormal(Solver):
     """CG on the normal equations; see `bilevel_lite.linsolve.cg_normal`.
 
-    The arguments are those of `CG`, less ``precondition``. Each step costs two products and the
-    condition number is squared; for a fair comparison with `CG` give both the same number of
-    products.
+    Each step costs two products and the condition number is squared; for a fair comparison with
+    `CG` give both the same number of products.
 
     Cost: 2 * iters + 1 products, two more with a warm start.
 
@@ -510,11 +503,11 @@ class CGNormal(Solver):
         tensor([-2., -2.])
     """
 
-    iters: int = whole()
-    tol: float = not_negative(default=1e-10)
-    damping: float = not_negative(default=0.0)
-    curvature: str = one_of("hessian", "ggn", default="hessian")
-    warm_start: bool = flag(default=False)
+    iters: int = again(CG, "iters")
+    tol: float = again(CG, "tol")
+    damping: float = again(Direct, "damping")
+    curvature: str = again(Direct, "curvature")
+    warm_start: bool = again(CG, "warm_start", help="Start from the last call's v")
 
     def _solve(self, at, b):
         x0 = self._v if self.warm_start else None

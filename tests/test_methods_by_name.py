@@ -48,7 +48,8 @@ def test_a_method_by_name_reads_its_own_options(name):
         return
     for option, known in recipe.own.items():
         assert OWN[option][name] == known
-        value = known.search[0] if known.search else known.default / 2
+        value = known.search[0] if known.search else (known.default or 4) / 2
+        value = int(value) if name == "itd" else value
         method = build(Settings(method=name, **{option: value}), made())
         assert getattr(method, option) == value
         for follower, leader in recipe.tied.items():

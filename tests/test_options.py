@@ -11,6 +11,9 @@ import torch
 import bilevel_lite as bl
 from bilevel_lite import algorithms, data, linsolve
 from bilevel_lite.algorithms.method import METHODS, Method
+from bilevel_lite.curvature import Probes
+from bilevel_lite.factors import Layout
+from bilevel_lite.kfac_richardson import KFACRichardson
 from bilevel_lite.options import check, fraction, one_of, options_of, positive, whole
 from bilevel_lite.refuse import NotFinite
 
@@ -285,18 +288,26 @@ def test_any_dataclass_may_declare_options():
         check(Sampler(), "rate")
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_every_option_of_ours_has_a_meaning_and_stands_in_the_docstring(name):
-    cls = OURS[name]
-    own = {k: o for k, o in cls.options().items() if k not in Method.options()}
+SOLVERS = (bl.Direct, bl.Identity, bl.Neumann, bl.CG, bl.CGNormal, bl.KFAC, bl.EKFAC)
+DECLARED = [*OURS.values(), *SOLVERS, KFACRichardson, Probes, Layout]
+
+
+@pytest.mark.parametrize("cls", DECLARED, ids=lambda cls: cls.__name__)
+def test_every_option_of_ours_has_a_meaning_and_stands_in_the_docstring(cls):
+    known = Method.options() if issubclass(cls, Method) else {}
+    own = {k: o for k, o in options_of(cls).items() if k not in known}
     assert own
+    text = " ".join(cls.__doc__.split())
     for key, one in own.items():
         assert one.help and one.expected
-        assert f"\n    {key}: {one.help}; {one.expected}" in cls.__doc__
+        assert " ".join(f" {key}: {one.help}; {one.expected}".split()) in text
         assert cls.__doc__.count(f"\n    {key}: ") == 1
         if one.search is not None:
             assert all(one.fits(end) for end in one.search)
-    assert cls.__doc__.index("\nArgs:\n") < cls.__doc__.index("\nCost of a step:")
+    assert max(map(len, cls.__doc__.splitlines())) <= 100
+    parts = ["\nArgs:\n", "\nRaises:\n", "\nCost", "\nExample:\n"]
+    at = [cls.__doc__.index(part) for part in parts if part in cls.__doc__]
+    assert at == sorted(at)
 
 
 def test_the_step_of_a_linear_iteration_has_one_name():

@@ -185,7 +185,7 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
         (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected at least 1"),
         (
             ["run", "ridge", "--set", "fisher=all"],
-            "fisher: got 'all', expected 'empirical', 'exact' or 'mc'",
+            "fisher: got 'all', expected 'mc', 'exact' or 'empirical'",
         ),
         (["run", "ridge", "--set", "method=sgd"], "method: got 'sgd', expected one of"),
         (["run", "long_tail", "--set", "imbalance=0"], "imbalance: got 0.0, expected at least 1"),

@@ -545,7 +545,7 @@ class Method(Resumable):
             self._unit = (torch.empty(rows, 0),)  # its length is all that counts
 
 
-document(Method, {}, "")
+document(Method)
 
 
 def _declare(cls: type) -> None:

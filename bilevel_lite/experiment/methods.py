@@ -1,7 +1,14 @@
-"""Every method of the package by its command-line name, put together from a run's settings."""
+"""Every method by its command-line name, put together from a run's settings.
 
+`METHODS` has a recipe for each method of the package. A method of one's own needs none: its class
+is known by its name, and its options are settings (`by_name`).
+"""
+
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
@@ -11,11 +18,14 @@ from bilevel_lite import algorithms as alg
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.ekfac import EKFAC
 from bilevel_lite.kfac import KFAC
-from bilevel_lite.options import Option, options_of
+from bilevel_lite.options import Option, options_of, types_of
 from bilevel_lite.parallel import Group, Shards, shard, sharded
 from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
-__all__ = ["METHODS", "OWN", "Recipe", "Sign", "build", "inner_optimizer", "inner_scheduler"]
+__all__ = [
+    "METHODS", "OWN", "Recipe", "Sign", "build", "by_name", "imported", "inner_optimizer",
+    "inner_scheduler", "names",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Recipe:
             other options are its own: settings of their own names.
         tied: Own option -> the own option that it follows where it is not given.
         more: (settings, task) -> further arguments, in place of batches.
+        kinds: What its own options may be.
     """
 
     cls: type[Method]
@@ -37,15 +48,16 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     more: Callable[[Any, Any], dict] | None = None
+    kinds: tuple[type, ...] = (int, float)
 
     @property
     def own(self) -> dict[str, Option]:
-        """The options that are settings of their own: single numbers."""
-        common = alg.method.Method.options()
+        """The options that are settings of their own."""
+        said, types = {*Method.options(), *self.options}, types_of(self.cls)
         return {
             name: one
             for name, one in self.cls.options().items()
-            if name not in {**common, **self.options} and isinstance(one.default, int | float)
+            if name not in said and types[name] in self.kinds
         }
 
     def reads(self, s: Any) -> set[str]:
@@ -112,8 +124,11 @@ def _tables(s: Any, task: Any) -> dict:
     return {"inner_batches": g, "outer_batches": f, "generator": generator}
 
 
-READ = {name: attrgetter(name) for name in ("inner_steps", "iters", "step", "damping")}
-STEPS, ITERS, STEP, DAMPING = READ.values()
+SHARED = (
+    "inner_steps", "iters", "step", "damping", "curvature", "fisher", "ema", "every", "seed",
+)  # fmt: skip
+READ = {name: attrgetter(name) for name in SHARED}
+STEPS, ITERS, STEP, DAMPING, *_ = READ.values()
 METHODS: dict[str, Recipe] = {
     "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature)),
     "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping, curvature=s.curvature)),
@@ -154,6 +169,65 @@ for _name, _recipe in METHODS.items():
         OWN.setdefault(_option, {})[_name] = _known
 
 
+def names() -> list[str]:
+    """The names of all methods: the package's, and the classes that others declared."""
+    ours = {recipe.cls for recipe in METHODS.values()}
+    return [*sorted(METHODS), *(name for name, cls in alg.METHODS.items() if cls not in ours)]
+
+
+def by_name(name: str) -> Recipe:
+    """The recipe of a method; a class that nobody wrote one for is made as its own fields say.
+
+    Theta moves by SGD with momentum, unless the class wants plain descent. Options that have the
+    name of a setting of all runs (`SHARED`) are read from it, the others are settings of their own.
+
+    Raises:
+        ValueError: for an unknown name, or a class with an option that no setting can give.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name not in names():
+        raise ValueError(
+            f"method: got {name!r}, expected one of {names()}, or MODULE:NAME of one of your own"
+        )
+    cls = alg.METHODS[name]
+    shared = {option: READ[option] for option in cls.options() if option in READ}
+    inner = "plain" if cls.plain_inner else "momentum"
+    recipe = Recipe(cls, inner, shared, kinds=(int, float, str, bool))
+    for f in fields(cls)[3:]:  # after problem, lam and theta
+        known = f.name in {*Method.options(), *shared, *recipe.own}
+        if f.init and f.default is MISSING and not known:
+            raise ValueError(
+                f"method: {name} needs {f.name}, which no setting is; say how it is made, "
+                f"bilevel_lite.experiment.methods.METHODS[{name.lower()!r}] = Recipe({name}, "
+                f"options={{{f.name!r}: ...}}), beside the class"
+            )
+    return recipe
+
+
+def imported(what: str, name: str) -> str:
+    """Import the module of ``MODULE:NAME``, from the working folder, too, and return NAME.
+
+    Raises:
+        ValueError: naming ``what``, if there is no such module.
+    """
+    module, _, own = name.rpartition(":")
+    if not module:
+        return own
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"{what}: got {name!r}, expected MODULE:NAME, such as my{what}:mine")
+    if "" not in sys.path and os.getcwd() not in sys.path:  # the installed command
+        sys.path.insert(0, os.getcwd())
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        if module != error.name and not module.startswith(f"{error.name}."):
+            why = f"module {module!r} imports {error.name!r}, which is not installed"
+            raise ValueError(why) from error
+        raise ValueError(f"there is no module {error.name!r} with a {what}") from None
+    return own
+
+
 def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
     """Put a run's method together.
 
@@ -165,9 +239,7 @@ def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:
     Raises:
         ValueError: for an unknown method, an option that it does not have, and as it says itself.
     """
-    if s.method not in METHODS:
-        raise ValueError(f"method: got {s.method!r}, expected one of {sorted(METHODS)}")
-    recipe, roles, problem = recipe or METHODS[s.method], task.batches(s), task.problem
+    recipe, roles, problem = recipe or by_name(s.method), task.batches(s), task.problem
     if task.group is not None:
         problem = sharded(problem, task.group)
         roles = {name: _shared(batch, task.group) for name, batch in roles.items()}
@@ -266,7 +338,13 @@ def _require_plain(recipe: Recipe, s: Any) -> None:
 
 def _own(recipe: Recipe, s: Any) -> dict[str, float]:
     """The method's own options that were given, by name."""
-    given = {name: value for name in OWN if (value := getattr(s, name)) is not None}
+    given = {}
+    for name in {**OWN, **recipe.own}:
+        if (value := getattr(s, name, None)) is not None:
+            given[name] = value
+    for name, one in recipe.own.items():
+        if one.default is MISSING:
+            one.check(name, given.get(name))
     for name in given:
         if name not in recipe.own:
             known = ", ".join(OWN[name])

@@ -1,16 +1,28 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
 
-from bilevel_lite.experiment.methods import METHODS, OWN
-from bilevel_lite.options import fraction, one_of, option, positive
+from bilevel_lite.algorithms.method import Method
+from bilevel_lite.experiment.methods import METHODS, OWN, by_name, names
+from bilevel_lite.kfac import KFAC
+from bilevel_lite.options import (
+    Option,
+    again,
+    fraction,
+    one_of,
+    option,
+    positive,
+    same,
+    types_of,
+)
+from bilevel_lite.solvers import Direct, Neumann
 
 __all__ = [
     "SYSTEM", "Settings", "of", "read", "require_batches", "require_read", "setting", "switch",
-    "written",
+    "with_own", "written",
 ]  # fmt: skip
 
 # of the linear system; each method reads some of them
@@ -20,7 +32,7 @@ STEPPED = ("inner_lr", "inner_momentum", "inner_steps", "curvature_batch_size", 
 
 # Settings that runs did not have at first. At their default they are not written, so that an older
 # run is compared, and resumed, as one with the same settings.
-LATER = ("inner_optimizer", "inner_schedule", "outer_momentum", "outer_optimizer")
+LATER = ("inner_optimizer", "inner_schedule", "outer_momentum", "outer_optimizer", "truncate")
 
 
 def switch(default: int, meaning: str) -> Any:
@@ -38,7 +50,7 @@ def setting(default: Any, meaning: str, least: float | None = None, known: tuple
         known: The values that it may have, if they are a few.
     """
     if known:
-        return one_of(*sorted(known), default=default, help=meaning, search=tuple(sorted(known)))
+        return one_of(*sorted(known), default=default, help=meaning)
     if least is not None:
         return option(f"at least {least}", lambda v: v >= least, default, help=meaning)
     return option("a value", lambda v: True, default, help=meaning)
@@ -55,7 +67,7 @@ class Common:
     )  # fmt: skip
     outer_steps: int = setting(100, "outer iterations", least=1)
     inner_steps: int = setting(10, "inner steps per outer iteration")
-    inner_lr: float = positive(0.1, help="inner step size")
+    inner_lr: float = again(Method, "inner_lr", default=0.1, none=False, help="inner step size")
     inner_momentum: float = fraction(0.9, help="inner momentum; AdamW's beta1")
     inner_optimizer: str = setting("sgd", "how theta moves", known=("adamw", "sgd"))
     inner_schedule: str = setting(
@@ -69,12 +81,17 @@ class Common:
     outer_batch_size: int = setting(0, "batch of f; 0 is the whole validation set")
     cross_batch_size: int = setting(0, "batch of J; 0 is the whole training set")
     iters: int = setting(3, "CG, AmIGO or NBO steps on the linear system, or Neumann terms")
-    damping: float = setting(0.1, "added to the curvature; NHGD: the start of its Fisher")
-    step: float = setting(0.1, "step on the linear system, of the identity, or of BOME's copy")
-    curvature: str = setting("hessian", "H of CG and Neumann", known=("hessian", "ggn"))
-    fisher: str = setting("mc", "gradients of KFAC and EKFAC", known=("empirical", "exact", "mc"))
-    ema: float = setting(0.0, "memory of KFAC's factors, 0 is none")
-    every: int = setting(1, "outer iterations for which KFAC's factors are kept")
+    damping: float = again(
+        KFAC, "damping", default=0.1, help="added to the curvature; NHGD: the start of its Fisher"
+    )
+    step: float = again(
+        Neumann, "step", default=0.1,
+        help="step on the linear system, of the identity, or of BOME's copy",
+    )  # fmt: skip
+    curvature: str = again(Direct, "curvature", help="H of CG and Neumann")
+    fisher: str = again(KFAC, "fisher", help="gradients of KFAC and EKFAC")
+    ema: float = again(KFAC, "ema", help="memory of KFAC's factors, 0 is none")
+    every: int = again(KFAC, "every", help="outer iterations for which KFAC's factors are kept")
     evaluate_every: int = setting(
         10, "outer iterations between evaluations and checkpoints", least=1
     )
@@ -85,18 +102,39 @@ class Common:
     )  # fmt: skip
 
 
-def _own(name: str) -> tuple[str, Any, Any]:
+def _own(which: dict[str, Option]) -> Any:
     """A method's own option as a field: None is what the method's class has."""
-    which = OWN[name]
     one = next(iter(which.values()))
-    usual = ", ".join(dict.fromkeys(f"{known.default:g}" for known in which.values()))
-    meaning = f"{', '.join(which)}: {one.help[0].lower()}{one.help[1:]}; by default {usual}"
-    kind = float if isinstance(one.default, float) else int
-    return name, kind | None, setting(None, meaning)
+    known = [known.default for known in which.values() if known.default is not MISSING]
+    usual = ", ".join(dict.fromkeys(f"{v:g}" if isinstance(v, float) else f"{v}" for v in known))
+    usual = f"by default {usual}" if known else "must be given"
+    meaning = f"{', '.join(which)}: {one.help[:1].lower()}{one.help[1:]}; {usual}"
+    return same(one, default=None, none=True, help=meaning)
 
 
-class Settings(make_dataclass("Own", map(_own, sorted(OWN)), bases=(Common,), kw_only=True)):
+def _fields(own: dict[str, dict[str, Option]], known: dict[str, Any]) -> list[tuple]:
+    """The fields of methods' own options, but those that are known already."""
+    out = []
+    for name in sorted(set(own) - set(known)):
+        types = {types_of(by_name(method).cls)[name] for method in own[name]}
+        kind = float if float in types else types.pop()
+        out.append((name, kind | None, _own(own[name])))
+    return out
+
+
+class Settings(make_dataclass("Own", _fields(OWN, {}), bases=(Common,), kw_only=True)):
     """Every number that a run's result depends on; a task adds its own in a subclass."""
+
+
+def with_own(kind: type, *methods: str | None) -> type:
+    """Settings with the own options of methods that they lack: those of a stranger's."""
+    own: dict[str, dict[str, Option]] = {}
+    for method in methods:
+        if method in names():  # else only the task may know it
+            for name, one in by_name(method).own.items():
+                own.setdefault(name, {})[method] = one
+    more = _fields(own, of(kind))
+    return make_dataclass(kind.__name__, more, bases=(kind,), kw_only=True) if more else kind
 
 
 def require_batches(s: Any, train: int, validation: int) -> None:
@@ -124,13 +162,13 @@ def require_read(methods: list[str], given: Iterable[str]) -> None:
     Raises:
         ValueError: naming the first of them, and the methods that read it.
     """
-    if not set(methods) <= set(METHODS):
+    if not set(methods) <= set(names()):
         return
-    reads = {name: recipe.reads(Settings()) for name, recipe in METHODS.items()}
+    reads = {name: by_name(name).reads(Settings()) for name in {*METHODS, *methods}}
     for name in sorted(
         {*SYSTEM, *STEPPED} & set(given) - set().union(*(reads[one] for one in methods))
     ):
-        others = ", ".join(other for other in sorted(METHODS) if name in reads[other])
+        others = ", ".join(other for other in sorted(reads) if name in reads[other])
         raise ValueError(f"{name}: is not read by {', '.join(methods)}; it is by {others}")
 
 
@@ -142,18 +180,13 @@ def written(s: Any) -> dict[str, Any]:
 
 def of(kind: type) -> dict[str, tuple[type, Any, str]]:
     """The settings of a dataclass by name: type, default, meaning (with the known values)."""
-    types = get_type_hints(kind)
-    out = {}
+    types, out = types_of(kind), {}
     for f in fields(kind):
-        # `float | None` is read as a float
-        plain = next(
-            (t for t in getattr(types[f.name], "__args__", ()) if t is not type(None)), None
-        )
         one = f.metadata.get("option")  # a stranger's field may say nothing of itself
         meaning = "" if one is None else one.help
-        if one is not None and one.search:
-            meaning += f": {', '.join(one.search)}"
-        out[f.name] = (plain or types[f.name], f.default, meaning)
+        if one is not None and one.known:
+            meaning += f": {', '.join(one.known)}"
+        out[f.name] = (types[f.name], f.default, meaning)
     return out
 
 

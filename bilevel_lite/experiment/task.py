@@ -10,8 +10,6 @@
 is all that must be said; what else may be said stands in `Task`, with its default.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -106,9 +104,11 @@ class Task:
         Raises:
             ValueError: for a name that is not a setting, or a value out of range.
         """
-        if unknown := sorted(set(given) - set(declared.of(cls.Settings))):
+        given = {**cls.defaults, **given}
+        kind = declared.with_own(cls.Settings, given.get("method"))
+        if unknown := sorted(set(given) - set(declared.of(kind))):
             raise ValueError(f"{cls.name}: has no setting {unknown}")
-        s = cls.Settings(**{**cls.defaults, **given})
+        s = kind(**given)
         check(s)
         return s
 
@@ -269,19 +269,7 @@ def find(name: str) -> type[Task]:
     Raises:
         ValueError: if there is none.
     """
-    module, _, task = name.rpartition(":")
-    if module:
-        if not all(part.isidentifier() for part in module.split(".")):
-            raise ValueError(f"task: got {name!r}, expected MODULE:NAME, such as mytask:ridge")
-        if "" not in sys.path and os.getcwd() not in sys.path:  # the installed command
-            sys.path.insert(0, os.getcwd())
-        try:
-            import_module(module)
-        except ModuleNotFoundError as error:
-            if module != error.name and not module.startswith(f"{error.name}."):
-                why = f"module {module!r} imports {error.name!r}, which is not installed"
-                raise ValueError(why) from error
-            raise ValueError(f"there is no module {error.name!r} with a task") from None
+    task = methods.imported("task", name)
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; known: {sorted(TASKS)}")
     return TASKS[task]
