@@ -10,7 +10,7 @@ from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
-from bilevel_lite.experiment.methods import METHODS, OWN
+from bilevel_lite.experiment.methods import METHODS, OWN, imported
 from bilevel_lite.experiment.processes import processes, told
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.supervised import BATCHNORM
@@ -53,6 +53,22 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         if silent or "(default: " in action.help:
             return action.help
         return super()._get_help_string(action)
+
+
+class TaskHelp(argparse.Action):
+    """``run TASK --help`` also lists the settings of the task."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        """Print it, and leave."""
+        parser.print_help()
+        if (task := getattr(namespace, "task", None)) is not None:
+            try:
+                find(task)
+            except ValueError as error:
+                parser.error(str(error))
+            print(f"\nsettings of {task}, each as --NAME VALUE:")
+            _tasks(task)
+        parser.exit()
 
 
 class Once(argparse.Action):
@@ -256,7 +272,12 @@ def parser() -> argparse.ArgumentParser:
             help=f"{asks}, whichever it is",
             description=f"Stop it at any moment; the same command resumes it. Tasks: {known}.",
             formatter_class=Help,
+            add_help=False,
         )
+        one.add_argument(
+            "-h", "--help", nargs=0, action=TaskHelp, default=argparse.SUPPRESS,
+            help="show this; after TASK with the settings of the task",
+        )  # fmt: skip
         one.add_argument("task", help="its name, or MODULE:NAME for one of your own")
         one.add_argument(
             "--set", nargs="+", action="extend", metavar="NAME=VALUE",
@@ -266,20 +287,22 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--device", metavar="NAME", help=DEVICE)
         if name == "run":
             one.add_argument(
-                "--method", choices=sorted(METHODS), metavar="METHOD",
-                help="one of %(choices)s (default: the task's)",
+                "--method", metavar="METHOD",
+                help=f"one of {', '.join(sorted(METHODS))}, or MODULE:NAME for one of your own "
+                "(default: the task's)",
             )  # fmt: skip
             one.add_argument(
                 "--seed", type=int, metavar="N", help="of everything drawn (default: 0)"
             )
             continue
         one.add_argument(
-            "--method", nargs="+", choices=sorted(METHODS), required=True, metavar="METHOD",
-            help="one search each",
+            "--method", nargs="+", required=True, metavar="METHOD",
+            help="one search each; MODULE:NAME for one of your own",
         )  # fmt: skip
         one.add_argument(
             "--over", nargs="+", required=True, metavar="NAME=LOW:HIGH",
-            help="what is searched for, on a logarithmic scale",
+            help="what is searched for, on a logarithmic scale; NAME alone: in the range that the "
+            "option declares",
         )  # fmt: skip
         for word, default, meaning in (
             ("seeds", 3, "final runs of each"),
@@ -446,7 +469,11 @@ def first_line(task: type[Task]) -> str:
 def _run(task: str, out: str, device: str | None, **more) -> None:
     kind, words = find(task), more.pop("set") or []
     given = {name: value for name, value in more.items() if value is not None}
-    own = settings.read(kind.Settings, words)
+    if "method" in given:
+        given["method"] = imported("method", given["method"])
+    named = [word.partition("=")[2] for word in words if word.startswith("method=")]
+    of_it = settings.with_own(kind.Settings, given.get("method"), *named)
+    own = settings.read(of_it, words)
     if twice := sorted(set(given) & set(own)):
         raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
     s = kind.settings(**{"seed": 0, **given, **own})
@@ -455,21 +482,36 @@ def _run(task: str, out: str, device: str | None, **more) -> None:
         job.run(kind, s, out, place, group)
 
 
+def _range(kind: type, word: str) -> tuple[str, tuple[float, float]]:
+    """``NAME=LOW:HIGH``, or ``NAME`` and the range that its option declares."""
+    name, given, ends = word.partition("=")
+    if settings.of(kind).get(name, (None,))[0] is not float:
+        raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+    one = options_of(kind).get(name)
+    if not given:
+        if one is None or one.search is None:
+            raise ValueError(f"over: {name} declares no range; give {name}=LOW:HIGH")
+        return name, one.search
+    try:
+        low, high = map(float, ends.split(":"))
+    except ValueError:
+        raise ValueError(f"over: got {word!r}, expected NAME=LOW:HIGH") from None
+    if not 0 < low < high:
+        raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+    return name, (low, high)
+
+
 def _search(options: dict) -> None:
     kind, over = find(options["task"]), {}
+    options["method"] = [imported("method", name) for name in options["method"]]
+    own_settings = settings.with_own(kind.Settings, *options["method"])
     for word in options["over"]:
-        name, _, ends = word.partition("=")
-        try:
-            low, high = map(float, ends.split(":"))
-        except ValueError:
-            raise ValueError(f"over: got {word!r}, expected NAME=LOW:HIGH") from None
-        if settings.of(kind.Settings).get(name, (None,))[0] is not float or not 0 < low < high:
-            raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
+        name, ends = _range(own_settings, word)
         if name in over:
             raise ValueError(f"over: {name} is given twice, expected once; give one")
-        over[name] = (low, high)
+        over[name] = ends
     variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
-    base = settings.read(kind.Settings, options["set"] or [])
+    base = settings.read(own_settings, options["set"] or [])
     own = {
         "seed": "0 in trials, then 0, 1 ...",
         "method": "--method",
@@ -508,16 +550,26 @@ def _tasks(task: str | None) -> None:
     default = vars(kind.settings())
     datasets = options_of(kind.Settings)["dataset"].known if "dataset" in default else ()
     others = {one: vars(kind.settings(dataset=one)) for one in datasets}
-    for name, (_, _, meaning) in settings.of(kind.Settings).items():
-        apart: dict[Any, list[str]] = {}
-        for one in others if name != "dataset" else ():
-            if others[one][name] != default[name]:
-                apart.setdefault(others[one][name], []).append(one)
-        note = "; ".join(
-            f"{'nothing' if value == '' else value} on {', '.join(where)}"
-            for value, where in apart.items()
-        )
-        print(f"{name}={default[name]}{note and f' ({note})'}  {meaning}")
+    of_all, known = settings.of(settings.Common), settings.of(kind.Settings)
+    groups = {
+        f"of {kind.name}": [name for name in known if name not in {*of_all, *OWN}],
+        "of all tasks": [name for name in of_all if name not in settings.SYSTEM],
+        "of the linear system": settings.SYSTEM,
+        "the methods' own numbers": sorted(OWN),
+    }
+    for title, names in groups.items():
+        print(f"\n{title}:")
+        for name in names:
+            apart: dict[Any, list[str]] = {}
+            for one in others if name != "dataset" else ():
+                if others[one][name] != default[name]:
+                    apart.setdefault(others[one][name], []).append(one)
+            note = "; ".join(
+                f"{'nothing' if value == '' else value} on {', '.join(where)}"
+                for value, where in apart.items()
+            )
+            usual = "" if name in OWN else f"={default[name]}"  # its meaning says it
+            print(f"{name}{usual}{note and f' ({note})'}  {known[name][2]}")
 
 
 def _bench(options: dict) -> None:

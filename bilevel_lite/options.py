@@ -175,9 +175,6 @@ def document(cls: type, known: Container[str] = (), rest: str = "") -> type:
 
     Where that line is missing it is put before what is raised, the cost and the source, with
     ``rest`` under it.
-
-    Returns:
-        The class, so that this may decorate it.
     """
     text = inspect.cleandoc(cls.__doc__ or f"{cls.__name__}.")
     if "\nArgs:\n" not in text:

@@ -326,16 +326,8 @@ class Direct(Solver):
     """
 
     damping: float = not_negative(default=0.0, help="Added to H's diagonal, once")
-    curvature: str = one_of(
-        "hessian",
-        "ggn",
-        default="hessian",
-        help="What stands for H; the GGN needs a `WeightedRisk`",
-    )
-    max_dim: int = whole(
-        default=4000,
-        help="Larger problems are refused: H takes max_dim^2 numbers and d^3 operations",
-    )
+    curvature: str = one_of("hessian", "ggn", help="H; the GGN needs a `WeightedRisk`")
+    max_dim: int = whole(default=4000, help="Refuse larger ones: d^2 numbers, d^3 operations")
 
     def limit(self) -> None:
         """Return None: it is exact."""

@@ -1,6 +1,7 @@
 """Options said once, and a stranger's method: registered, guarded, listed, saved and resumed."""
 
 import copy
+import json
 import math
 import pickle
 from dataclasses import MISSING, dataclass
@@ -10,14 +11,22 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite import algorithms, data, linsolve
+from bilevel_lite.__main__ import main
 from bilevel_lite.algorithms.method import METHODS, Method
 from bilevel_lite.curvature import Probes
+from bilevel_lite.experiment import job
 from bilevel_lite.factors import Layout
 from bilevel_lite.kfac_richardson import KFACRichardson
 from bilevel_lite.options import check, fraction, one_of, options_of, positive, whole
 from bilevel_lite.refuse import NotFinite
 
 OURS = dict(METHODS)
+
+from stranger import Ridge  # noqa: E402
+from stranger_method import HeavyBall, Solved  # noqa: E402
+
+for _own in (HeavyBall, Solved):
+    METHODS.pop(_own.__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -366,3 +375,130 @@ def test_richardson_warns_of_a_step_that_makes_it_diverge():
     h, b = system()
     with pytest.warns(linsolve.DivergenceWarning, match="step: 9.0 makes the Richardson iteration"):
         linsolve.richardson(h.mv, b, 5, 9.0)
+
+
+# ------------------------------------------------------------------ ... and by its name
+
+
+RIDGE = "run stranger:ridge --method stranger_method:HeavyBall --device cpu --outer-lr 20".split()
+
+
+@pytest.fixture
+def heavy():
+    """A stranger's class, known again though another test has forgotten it."""
+    METHODS.update(HeavyBall=HeavyBall, Solved=Solved)
+    return HeavyBall
+
+
+def by_hand(settings, **options):
+    """The same run by the class alone."""
+    with job.float32():
+        return _by_hand(Ridge.make(settings, torch.device("cpu")), options)
+
+
+def _by_hand(task, options):
+    at = task.problem, task.lam0, task.theta0
+    sets = {"inner_batch": task.train, "outer_batch": task.validation}
+    method = HeavyBall(*at, **options, **sets, inner_lr=0.1, outer_lr=20.0)
+    for _ in range(3):
+        method.step()
+    return task.measure(method.lam, method.theta)["criterion"]
+
+
+def test_by_its_name_it_runs_with_its_options_as_settings(heavy, tmp_path, capsys):
+    words = [
+        *RIDGE,
+        "--linear-lr",
+        "0.2",
+        "--set",
+        "inertia=0.25",
+        "outer_steps=3",
+        "start=b",
+        "sharp=1",
+    ]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    own = {"linear_lr": 0.2, "inertia": 0.25, "start": "b", "sharp": True}
+    assert {"method": "HeavyBall", **own}.items() <= result["settings"].items()
+    expected = by_hand(Ridge.settings(), **own)
+    assert result["history"][-1]["criterion"] == pytest.approx(expected, rel=1e-5)
+    for change in ({"start": "zero"}, {"sharp": False}, {"inertia": 0.5}):  # each of them counts
+        assert abs(by_hand(Ridge.settings(), **{**own, **change}) - expected) > 5e-5 * expected
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+    assert main([*words[:-1], "--out", str(tmp_path)]) == 1  # another sharp
+    assert "sharp" in capsys.readouterr().err
+
+
+def test_by_its_name_it_is_searched_in_the_range_that_it_declares(heavy, tmp_path):
+    pytest.importorskip("optuna")
+    words = ["search", *RIDGE[1:-2], "--over", "linear_lr", "outer_lr=0.1:2", "--trials", "2"]
+    words += "--seeds 1 --search-steps 3 --outer-steps 4 --looks 2 --set inertia=0.1".split()
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert row["method"] == "HeavyBall" and row["space"]["linear_lr"] == [0.01, 1.0]
+    assert all(0.01 <= trial["linear_lr"] <= 1.0 for trial in row["trials"])
+    assert len({trial["linear_lr"] for trial in row["trials"]}) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "linear_lr: got None, expected a positive number"),
+        (["--linear-lr", "-1"], "linear_lr: got -1.0, expected a positive number"),
+        (["--linear-lr", "x"], "linear_lr: got 'x', expected float"),
+        (["--linear-lr", "0.1", "--inertia", "1"], "inertia: got 1.0, expected a number from 0"),
+        (["--linear-lr", "0.1", "--start", "c"], "start: got 'c', expected 'zero' or 'b'"),
+        (["--linear-lr", "0.1", "--eta", "1"], "eta: is no option of HeavyBall; it is one of bome"),
+        (
+            ["--linear-lr", "0.1", "--iters", "1"],
+            "iters: is not read by HeavyBall; it is",
+        ),
+    ],
+)
+def test_by_its_name_it_is_guarded(heavy, words, message, tmp_path, capsys):
+    assert main([*RIDGE, *words, "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("stranger_method:Nobody", "method: got 'Nobody', expected one of"),
+        ("nowhere:Nobody", "there is no module 'nowhere' with a method"),
+        ("AID", "method: got 'AID', expected one of"),  # a class of the book has other names
+        ("stranger_method:Solved", "method: Solved needs damper, which no setting is"),
+    ],
+)
+def test_a_name_that_is_no_method_is_refused(heavy, method, message, tmp_path, capsys):
+    words = ["stranger:ridge", "--method", method, "--device", "cpu", "--out", str(tmp_path)]
+    for command in (["run", *words], ["search", *words, "--over", "inner_lr"]):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_range_that_no_option_declares_is_asked_for(heavy, tmp_path, capsys):
+    words = ["search", *RIDGE[1:-2], "--out", str(tmp_path), "--over"]
+    assert main([*words, "inertia"]) == 1
+    assert "over: inertia declares no range; give inertia=LOW:HIGH" in capsys.readouterr().err
+    assert main([*words, "start"]) == 1
+    assert "over: got 'start', expected a real setting" in capsys.readouterr().err
+
+
+def test_the_help_of_a_task_lists_its_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "stranger:ridge", "--help"])
+    text = capsys.readouterr().out
+    assert "settings of stranger:ridge, each as --NAME VALUE:" in text
+    expected = (
+        "\nof ridge:\nrows=60  training examples\n",
+        "\nof all tasks:\n",
+        "\nouter_steps=20  outer iterations\n",
+        "\nof the linear system:\n",
+        "\niters=3  ",
+        "\nthe methods' own numbers:\n",
+        "\neta  bome: ",
+    )
+    at = [text.index(one) for one in expected]
+    assert at == sorted(at)

@@ -67,7 +67,9 @@ class Common:
     )  # fmt: skip
     outer_steps: int = setting(100, "outer iterations", least=1)
     inner_steps: int = setting(10, "inner steps per outer iteration")
-    inner_lr: float = again(Method, "inner_lr", default=0.1, none=False, help="inner step size")
+    inner_lr: float = positive(
+        0.1, help="inner step size", search=Method.options()["inner_lr"].search
+    )
     inner_momentum: float = fraction(0.9, help="inner momentum; AdamW's beta1")
     inner_optimizer: str = setting("sgd", "how theta moves", known=("adamw", "sgd"))
     inner_schedule: str = setting(

@@ -109,6 +109,8 @@ class Task:
         if unknown := sorted(set(given) - set(declared.of(kind))):
             raise ValueError(f"{cls.name}: has no setting {unknown}")
         s = kind(**given)
+        if cls.method is Task.method:  # else it may have one of its own
+            methods.by_name(s.method)
         check(s)
         return s
 

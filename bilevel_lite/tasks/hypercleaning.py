@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bilevel_lite import data, models
 from bilevel_lite.experiment import job, search
-from bilevel_lite.experiment.methods import METHODS
 from bilevel_lite.experiment.settings import Settings, require_batches, setting, written
 from bilevel_lite.experiment.supervised import (
     BATCHNORM,
@@ -392,7 +391,7 @@ def run(
     Args:
         dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``.
         model: A key of `bilevel_lite.models.MODELS`.
-        method: A key of `bilevel_lite.experiment.methods.METHODS`.
+        method: Its name, see `bilevel_lite.experiment.methods.by_name`.
         seed: Of the split, the noise, the initial parameters and the batches.
         out: The output folder, see `bilevel_lite.experiment.job.run`.
         device: Such as ``"cpu"``; CUDA if there, by default.
@@ -406,8 +405,6 @@ def run(
         DataError: if the dataset cannot be had.
         RunError: if the folder cannot be used.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
     given = {name: value for name, value in options.items() if value is not None}
     named = {"dataset": dataset, "model": model, "method": method, "seed": seed}
     return job.run(Hypercleaning, Hypercleaning.settings(**named, **given), out, device)
