@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_n
 from bilevel_lite.experiment.methods import METHODS, OWN, imported
 from bilevel_lite.experiment.processes import processes, told
 from bilevel_lite.experiment.stopping import Stopped
-from bilevel_lite.experiment.supervised import BATCHNORM
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.options import options_of
 from bilevel_lite.parallel import ProcessLost
@@ -104,11 +104,37 @@ def _defaults(name: str) -> str:
     return f" (default: {', '.join(f'{data} {word}' for data, word in words.items())})"
 
 
+@cache
+def _usual() -> dict[str, dict]:
+    return {study: studies.usual(study) for study in studies.STUDIES}
+
+
 def _usually(name: str) -> str:
-    """What the studies take where it is not given, in words."""
-    words, known = f"{studies.USUAL[name]}", studies.STUDIES
-    own = [f"{key} {one.usual[name]}" for key, one in known.items() if name in one.usual]
-    return f" (default: {', '.join([words, *own])})"
+    """What the studies take where it is not given, in words: what most do, then the others."""
+    said: dict[str, list[str]] = {}
+    for study, usual in _usual().items():
+        if name in usual:
+            word = usual[name]
+            word = f"{word:g}" if isinstance(word, float) else f"{word}"
+            said.setdefault(word, []).append(study)
+    most = max(said, key=lambda word: len(said[word]))
+    others = [f"{', '.join(of)} {word}" for word, of in said.items() if word != most]
+    return f" (default: {'; '.join([most or 'nothing', *others])})"
+
+
+def _same(group: Any) -> None:
+    """The options of `studies.SAME`: as the tasks that have them declare them."""
+    kinds = {key: one.kind.Settings for key, one in studies.STUDIES.items()}
+    for name in studies.SAME:
+        which = [key for key, kind in kinds.items() if name in options_of(kind)]
+        kind, _, meaning = settings.of(kinds[which[0]])[name]
+        mine = "" if len(which) > 4 else f"of {', '.join(which)}: "
+        words = {word for key in which for word in options_of(kinds[key])[name].known if word}
+        group.add_argument(
+            f"--{name}", type=kind, choices=sorted(words) or None,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+            help=mine + meaning + _usually(name),
+        )  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,10 +208,6 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--dataset", choices=sorted(datasets), help="what to clean" + _usually("dataset")
     )
-    job.add_argument(
-        "--model", choices=sorted(models.MODELS),
-        help="what is trained on it" + _usually("model"),
-    )  # fmt: skip
     job.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants only")
     job.add_argument("--out", required=True, metavar="DIR", help="output folder")
     job.add_argument("--device", metavar="NAME", help=DEVICE)
@@ -197,19 +219,9 @@ def parser() -> argparse.ArgumentParser:
         "--status", action="store_true", help="run nothing: what is done, what is left, how long"
     )
     lengths = study.add_argument_group("numbers and lengths")
-    for name, meaning in (
-        ("seeds", "final runs of each variant"),
-        ("first-seed", "seed of the first of them; the search's is 0"),
-        ("trials", "points tried for each variant"),
-        ("widen", "how often a winner on its edge may widen the boxes; all then get more trials"),
-        ("search-steps", "outer iterations of a trial"),
-        ("outer-steps", "of a final run"),
-        ("final-budget", "instead of --outer-steps: gradients (of one inner batch); 0: none"),
-        ("looks", "evaluations in a final run"),
-        ("baselines", "1: also train without weights, on the first seed"),
-    ):
-        help_ = meaning + _usually(name.replace("-", "_"))
-        lengths.add_argument(f"--{name}", type=int, metavar="N", help=help_)
+    for name, one in options_of(studies.Numbers).items():
+        word, help_ = name.replace("_", "-"), one.help + _usually(name)
+        lengths.add_argument(f"--{word}", type=int, metavar="N", help=help_)
     same = study.add_argument_group("the same for all variants")
     same.add_argument(
         "--at",
@@ -224,46 +236,7 @@ def parser() -> argparse.ArgumentParser:
         help="other batch sizes than the study's, say outer_batch_size=1024; the roles: "
         + ", ".join(cleaning_comparison.ROLES),
     )
-    same.add_argument(
-        "--stem", choices=["cifar", "imagenet"], help="of resnet18" + _usually("stem")
-    )
-    same.add_argument(
-        "--batchnorm", choices=BATCHNORM, help="its statistics" + _usually("batchnorm")
-    )
-    same.add_argument(
-        "--layers",
-        metavar="N",
-        help="of text, pretraining: how many train, half, or all (default: 1)",
-    )
-    same.add_argument(
-        "--encoder", metavar="NAME", help="of text, pretraining: a folder, a name on the hub, or "
-        "tiny (default: bert-base-uncased where it can be had)",
-    )  # fmt: skip
-    same.add_argument(
-        "--texts", type=int, metavar="N", help="of text, pretraining: training texts (default: all)"
-    )
-    same.add_argument(
-        "--imbalance", type=float, metavar="X", help="of long_tail: size of the first class over "
-        "that of the last (default: 100)",
-    )  # fmt: skip
-    same.add_argument(
-        "--most", type=int, metavar="N", help="of long_tail: training images of the first class "
-        "(default: all)",
-    )  # fmt: skip
-    same.add_argument(
-        "--examples", type=int, metavar="N", help="of poisoning: clean training rows (default: all)"
-    )
-    same.add_argument(
-        "--victim", metavar="NAME", help="of unlearnable: the model that is trained on the noise "
-        "(default: the one that it is made on)",
-    )  # fmt: skip
-    same.add_argument(
-        "--width", type=int, metavar="N", help="of unlearnable: of the U-Net (default: 4)"
-    )
-    same.add_argument(
-        "--images", type=int, metavar="N", help="of unlearnable, schedules: training images "
-        "(default: 2,500; of schedules 5,000)",
-    )  # fmt: skip
+    _same(same)
 
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):

@@ -316,9 +316,15 @@ def test_a_final_run_that_diverges_is_told_and_the_others_stand(tmp_path, monkey
     ("words", "message"),
     [
         (["solvers", "--only", "sgd"], "only: solvers has no ['sgd']; expected some of"),
-        (["noise", "--outer-steps", "0"], "--outer-steps: got 0, expected a positive number"),
-        (["noise", "--search-steps", "0"], "--search-steps: got 0, expected a positive"),
-        (["batch", "--seeds", "0"], "seeds: got 0, expected at least 1"),
+        (
+            ["noise", "--outer-steps", "0"],
+            "--outer-steps: got 0, expected an integer of",
+        ),
+        (
+            ["noise", "--search-steps", "0"],
+            "--search-steps: got 0, expected an integer of",
+        ),
+        (["batch", "--seeds", "0"], "seeds: got 0, expected an integer of at least 1"),
         (["noise", "--at", "inner_lr"], "at: got 'inner_lr', expected SETTING=NUMBER"),
         (["noise", "--at", "lr=1"], "at: got ['lr'], expected some of ['damping', 'inner_lr',"),
         (["ema", "--at", "inner_lr=1"], "damping0.001-b64 also needs ['outer_lr']"),

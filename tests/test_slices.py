@@ -255,8 +255,10 @@ def test_the_full_study_is_what_it_says():
         ("kfac-every5", 5, None), ("kfac-every10", 10, None), ("kfac-every50", 50, None),
         ("kfac-cifar-stem", None, "cifar"),
     ]  # fmt: skip
-    usual = {**studies.USUAL, **studies.STUDIES["resnet18"].usual}
+    usual = studies.usual("resnet18")
     assert usual["search_steps"] == usual["outer_steps"] == 1000
+    assert studies.usual("long_tail", "digits")["imbalance"] == 20  # the dataset's own
+    assert studies.usual("long_tail")["imbalance"] == 100
     assert usual["first_seed"] == 1 and usual["stem"] == "imagenet"
     assert studies.runs("resnet18") == 7 * 8 + 3 + 11 * 3
 
@@ -294,4 +296,4 @@ def test_a_variant_that_follows_needs_its_leader(tmp_path, capsys):
     )
     for extra in (["--first-seed", "-1"], ["--widen", "-1"]):
         assert main([*WORDS, *extra, "--out", str(tmp_path / "r")]) == 1
-        assert f"{extra[0]}: got -1, expected at least 0" in capsys.readouterr().err
+        assert f"{extra[0]}: got -1, expected an integer of at least 0" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def of(kind: type) -> dict[str, tuple[type, Any, str]]:
         one = f.metadata.get("option")  # a stranger's field may say nothing of itself
         meaning = "" if one is None else one.help
         if one is not None and one.known:
-            meaning += f": {', '.join(one.known)}"
+            meaning += f": {', '.join(filter(None, one.known))}"
         out[f.name] = (types[f.name], f.default, meaning)
     return out
 

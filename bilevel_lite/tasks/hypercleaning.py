@@ -61,7 +61,7 @@ class HypercleaningSettings(Settings):
         "uniform", "what a redrawn label becomes, any class or the next one", known=tuple(NOISE)
     )
     l2: float = setting(1e-5, "coefficient of ||theta||^2 in the inner loss")
-    stem: str = setting("cifar", "first layers of resnet18: cifar or imagenet")
+    stem: str = setting("cifar", "first layers of resnet18", known=("cifar", "imagenet"))
     batchnorm: str = setting(
         "batch", "its statistics, taken in inner steps, at each outer iteration, or once",
         known=BATCHNORM,

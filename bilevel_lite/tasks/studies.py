@@ -17,7 +17,9 @@ from bilevel_lite.experiment import search
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
+from bilevel_lite.options import check, whole
 from bilevel_lite.session import pick_device
+from bilevel_lite.tasks import cleaning_studies as cleaning
 from bilevel_lite.tasks import (
     long_tail,
     long_tail_study,
@@ -28,129 +30,34 @@ from bilevel_lite.tasks import (
     text_study,
     unlearnable_study,
 )
-from bilevel_lite.tasks.cleaning_comparison import BOTH, DAMPING, MINIBATCHES, ROLES, STEP, searched
+from bilevel_lite.tasks.cleaning_comparison import MINIBATCHES, ROLES, searched
 from bilevel_lite.tasks.hypercleaning import BASELINES, SIZES, Hypercleaning
 
-__all__ = ["STUDIES", "USUAL", "Study", "run", "runs", "variants"]
+__all__ = ["STUDIES", "Numbers", "Study", "run", "runs", "usual", "variants"]
 
 
-def _cg(iters: int, method: str = "aid-cg", **settings) -> tuple[dict, dict]:
-    return {"method": method, "iters": iters, **settings}, {**BOTH, **DAMPING}
+@dataclass(kw_only=True)
+class Numbers:
+    """How much a study runs."""
+
+    seeds: int = whole(default=3, help="final runs of each variant")
+    first_seed: int = whole(default=0, least=0, help="seed of the first of them; the search's is 0")
+    trials: int = whole(default=16, help="points tried for each variant")
+    widen: int = whole(
+        default=0, least=0,
+        help="how often a winner on its edge may widen the boxes; all then get more trials",
+    )  # fmt: skip
+    search_steps: int = whole(default=400, help="outer iterations of a trial")
+    outer_steps: int = whole(default=1000, help="of a final run")
+    final_budget: int = whole(
+        default=0, least=0,
+        help="instead of --outer-steps: gradients (of one inner batch); 0: none",
+    )  # fmt: skip
+    looks: int = whole(default=50, help="evaluations in a final run")
+    baselines: int = declared.switch(0, "1: also train without weights, on the first seed")
 
 
-def _neumann(products: int, **settings) -> tuple[dict, dict]:
-    # the papers count products: K of them make K + 1 terms
-    return {"method": "aid-neumann", "iters": products + 1, "damping": 0.0, **settings}, {
-        **BOTH,
-        **STEP,
-    }
-
-
-def _kfac(method: str = "aid-kfac", **settings) -> tuple[dict, dict]:
-    return {"method": method, **settings}, {**BOTH, **DAMPING}
-
-
-GGN = {"curvature": "ggn"}
-
-# name -> (settings, search space); the step of the identity only scales outer_lr
-SOLVERS: dict[str, tuple[dict, dict]] = {
-    "identity": ({"method": "aid-identity"}, BOTH),
-    **{f"cg-{k}": _cg(k) for k in (1, 3, 10)},
-    **{f"cg-{k}-ggn": _cg(k, **GGN) for k in (1, 3, 10)},
-    "cg-normal-3": _cg(3, "aid-cg-normal"),
-    **{f"neumann-{k}": _neumann(k) for k in (3, 10, 20)},
-    **{f"neumann-{k}-ggn": _neumann(k, **GGN) for k in (3, 10, 20)},
-    "kfac": _kfac(),
-    "kfac-empirical": _kfac(fisher="empirical"),
-    "ekfac": _kfac("aid-ekfac"),
-    "pcg-3": _cg(3, "aid-pcg", **GGN),
-}
-
-
-def _solvers(dataset: str, model: str) -> list[Variant]:
-    # with a linear model GGN and Hessian are the same matrix
-    names = [name for name in SOLVERS if model != "linear" or not name.endswith("-ggn")]
-    return [Variant(name, *SOLVERS[name]) for name in names]
-
-
-def _sizes(dataset: str, size: int) -> dict[str, int]:
-    """The same batch size in every role, as far as the split has examples."""
-    train, validation = (text_study.SIZES if dataset in text_study.SIZES else SIZES)[dataset][:2]
-    return {role: min(size, validation if role == "outer_batch_size" else train) for role in ROLES}
-
-
-# the main paper's sizes on MNIST are 128, 1,000, 5,000, 10,000 and the whole set (Appendix G.2)
-BATCHES = {"digits": (32, 64, 128, 256), "images": (64, 128, 256, 1000, 5000, 50_000)}
-
-
-def _batch(dataset: str, model: str) -> list[Variant]:
-    out = []
-    for size in BATCHES["digits" if dataset == "digits" else "images"]:
-        for name in ("identity", "cg-3", "cg-normal-3", "kfac", "ekfac"):
-            settings, space = SOLVERS[name]
-            out.append(Variant(f"{name}-b{size}", {**settings, **_sizes(dataset, size)}, space))
-    return out
-
-
-def _refresh(dataset: str, model: str) -> list[Variant]:
-    return [
-        Variant(f"{name}-every{every}", *_kfac(f"aid-{name}", every=every))
-        for name in ("kfac", "ekfac")
-        for every in (1, 5, 10, 50)
-    ]
-
-
-def _ema(dataset: str, model: str) -> list[Variant]:
-    """Each memory at a point of its own; then a memory and none at the same point, both ways."""
-    memories, dampings = (0.0, 0.3, 0.5, 0.9), (0.001, 0.01, 0.1, 1.0)  # as in the paper's Figure 6
-    found, equal = [], []
-    for size in (64, 256) if dataset == "digits" else (128, 1000):
-        for damping in dampings:
-            cell = {"method": "aid-kfac", "damping": damping, **_sizes(dataset, size)}
-            name = f"ema{{:g}}-damping{damping:g}-b{size}".format
-            found += [Variant(name(ema), {**cell, "ema": ema}, BOTH) for ema in memories]
-            for ema in memories[1:]:
-                for one, other in ((ema, 0.0), (0.0, ema)):
-                    settings = {**cell, "ema": one}
-                    at = f"{name(one)}-at{other:g}"
-                    equal.append(Variant(at, settings, BOTH, follows=name(other)))
-    return found + equal
-
-
-def _noise(dataset: str, model: str) -> list[Variant]:
-    out = []
-    for kind in ("uniform", "pair"):
-        for rate in (0.0, 0.2, 0.4, 0.6, 0.8):
-            if kind == "pair" and rate == 0:
-                continue  # the same as uniform
-            for name in ("identity", "cg-3", "kfac"):
-                settings, space = SOLVERS[name]
-                settings = {**settings, "noise": rate, "noise_kind": kind}
-                out.append(Variant(f"{name}-{kind}-{rate:g}", settings, space))
-    return out
-
-
-def _resnet18(dataset: str, model: str) -> list[Variant]:
-    """The solvers; then KFAC at its own winner with factors kept, and on the other stem."""
-    names = ("identity", "cg-3", "cg-normal-3", "neumann-10", "kfac", "kfac-empirical")
-    found = [Variant(name, *SOLVERS[name]) for name in names]
-    found.append(Variant("ekfac-every10", *_kfac("aid-ekfac", every=10)))
-    for every in (5, 10, 50):  # 1 is the row of kfac
-        found.append(Variant(f"kfac-every{every}", *_kfac(every=every), follows="kfac"))
-    if model == "resnet18":
-        found.append(Variant("kfac-cifar-stem", *_kfac(stem="cifar"), follows="kfac"))
-    return found
-
-
-# what a study is run with where nothing else is said
-USUAL: dict = {
-    "dataset": "mnist", "model": "linear", "stem": "cifar", "batchnorm": "batch", "layers": "1",
-    "encoder": "", "texts": 0, "imbalance": 100.0, "most": 0,
-    "examples": 0, "victim": "", "width": 4, "images": 2500, "seeds": 3, "first_seed": 0,
-    "trials": 16, "widen": 0, "search_steps": 400, "outer_steps": 1000, "final_budget": 0,
-    "looks": 50, "baselines": 0,
-}  # fmt: skip
-# of these the settings that are the same for all variants, where the task has them
+# settings of the tasks that may be given to a study, the same for all its variants
 SAME = (
     "model", "stem", "batchnorm", "layers", "encoder", "texts", "imbalance", "most",
     "examples", "victim", "width", "images",
@@ -164,7 +71,7 @@ class Study:
     Attributes:
         asks: What it asks.
         variants: Of a dataset and a model.
-        usual: What it is run with beside `USUAL`.
+        usual: What it is run with, where that differs from `Numbers` and the task's settings.
         batch: The batch size in every role, where it is not the dataset's.
         cross: That of J, where it is another one.
         on_gpu: What differs from ``usual`` on a GPU, ``batch`` among it.
@@ -189,15 +96,15 @@ class Study:
 
 
 STUDIES = {
-    "solvers": Study("test loss against time per outer iteration, by solver", _solvers),
-    "batch": Study("test loss by batch size", _batch),
-    "refresh": Study("factors kept for several outer iterations, KFAC and EKFAC", _refresh),
-    "ema": Study("moving average of the factors, by damping and batch size", _ema),
-    "noise": Study("rate and kind of the label noise", _noise),
+    "solvers": Study("test loss against time per outer iteration, by solver", cleaning.solvers),
+    "batch": Study("test loss by batch size", cleaning.batch),
+    "refresh": Study("factors kept for several outer iterations, KFAC and EKFAC", cleaning.refresh),
+    "ema": Study("moving average of the factors, by damping and batch size", cleaning.ema),
+    "noise": Study("rate and kind of the label noise", cleaning.noise),
     "resnet18": Study(
         "KFAC against its rivals on a ResNet-18, and its factors kept (5 to 8 hours of an H200: "
         "figures/README.md)",
-        _resnet18,
+        cleaning.resnet18,
         {
             "dataset": "cifar10", "model": "resnet18", "stem": "imagenet", "first_seed": 1,
             "trials": 8, "widen": 2, "search_steps": 1000, "baselines": 1,
@@ -276,10 +183,28 @@ STUDIES = {
 }  # fmt: skip
 
 
-def _named(study: str) -> Study:
+def _named(study: str, dataset: str | None = None) -> Study:
     if study not in STUDIES:
         raise ValueError(f"study: got {study!r}, expected one of {sorted(STUDIES)}")
-    return STUDIES[study]
+    one = STUDIES[study]
+    if dataset is not None and dataset not in one.datasets:
+        known = sorted(one.datasets)
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {known} in {study}")
+    return one
+
+
+def usual(study: str, dataset: str | None = None, on_gpu: bool = False) -> dict:
+    """What a study is run with where nothing is given: dataset, `Numbers`, `SAME`.
+
+    Raises:
+        ValueError: for an unknown study or dataset.
+    """
+    one = _named(study, dataset)
+    own = {**one.usual, **(one.on_gpu if on_gpu else {})}
+    dataset = dataset or own.get("dataset", "mnist")
+    of_task = vars(one.kind.settings(dataset=dataset))
+    same = {name: of_task[name] for name in SAME if name in of_task}
+    return {**same, **vars(Numbers()), **own, "dataset": dataset}
 
 
 def variants(study: str, dataset: str, model: str) -> list[Variant]:
@@ -288,10 +213,7 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
     Raises:
         ValueError: for an unknown study or dataset.
     """
-    one = _named(study)
-    if dataset not in one.datasets:
-        known = sorted(one.datasets)
-        raise ValueError(f"dataset: got {dataset!r}, expected one of {known} in {study}")
+    one = _named(study, dataset)
     found = one.variants(dataset, model)
     if one.kind is not Hypercleaning:
         return found
@@ -300,12 +222,12 @@ def variants(study: str, dataset: str, model: str) -> list[Variant]:
 
 def runs(study: str) -> int:
     """How many runs a study has with its usual numbers, its trials among them, if no box widens."""
-    usual = {**USUAL, **STUDIES[study].usual}
-    found = variants(study, usual["dataset"], usual["model"])
+    s = usual(study)
+    found = variants(study, s["dataset"], s.get("model", ""))
     searched_for = [variant for variant in found if variant.space and not variant.follows]
-    trials = len(searched_for) * usual["trials"]
-    baselines = len(BASELINES) if usual["baselines"] else 0
-    return trials + baselines + len(found) * usual["seeds"]
+    trials = len(searched_for) * s["trials"]
+    baselines = len(BASELINES) if s["baselines"] else 0
+    return trials + baselines + len(found) * s["seeds"]
 
 
 def _fixed(variant: Variant, at: dict[str, float]) -> Variant:
@@ -341,24 +263,8 @@ def run(
         device: Such as ``"cpu"``; CUDA if there, by default.
         minutes: Stop after so many; the same command goes on.
         status: Only say what is done and what is left.
-        **given: What differs from the study's usual (`USUAL`, `Study.usual`); None is the usual.
-
-            - dataset: ``"mnist"``, ``"cifar10"`` or ``"digits"``; of ``text`` a set of texts.
-            - model: A key of `bilevel_lite.models.MODELS`.
-            - stem: Of resnet18, ``"cifar"`` or ``"imagenet"``.
-            - batchnorm: ``"batch"``, ``"refresh"`` or ``"frozen"``.
-            - layers, encoder, texts: Of ``text``, see `bilevel_lite.tasks.text_cleaning`.
-            - imbalance, most: Of ``long_tail``, see `bilevel_lite.tasks.long_tail`.
-            - examples: Of ``poisoning``, see `bilevel_lite.tasks.poisoning`.
-            - victim, width: Of ``unlearnable``, see `bilevel_lite.tasks.unlearnable`.
-            - images: Training images of ``unlearnable`` and ``schedules``.
-            - seeds, first_seed: How many final runs of each variant, from which seed on.
-            - trials, search_steps: Points tried for each variant on seed 0, outer iterations of
-              each.
-            - widen: How often the boxes may widen (`bilevel_lite.experiment.search.run`).
-            - outer_steps, looks: Outer iterations of a final run, evaluations in it.
-            - final_budget: Instead of ``outer_steps``, gradients (of one inner batch).
-            - baselines: 1 to train also without weights, on the first seed.
+        **given: What differs from `usual`: ``dataset``, a field of `Numbers`, or a setting of the
+            task that is in `SAME`; None is the usual.
 
     Returns:
         The result, also written to ``result.json``.
@@ -369,20 +275,19 @@ def run(
         RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
         DataError: if the dataset cannot be had.
     """
-    if unknown := sorted(set(given) - set(USUAL)):
-        raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(USUAL)}")
-    one = _named(study)
-    on_gpu = pick_device(device).type == "cuda"
-    own = {**one.usual, **(one.on_gpu if on_gpu else {})}
-    batch = own.pop("batch", one.batch)
-    s = {**USUAL, **own, **{name: v for name, v in given.items() if v is not None}}
-    dataset, model = s["dataset"], s["model"]
-    if s["baselines"] not in (0, 1):
-        raise ValueError(f"baselines: got {s['baselines']}, expected 0 or 1")
-    if model != "resnet18" and given.get("stem") is None:
-        s["stem"] = USUAL["stem"]  # the study's own is that of its model
+    known = {"dataset", *vars(Numbers()), *SAME}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"study: has no setting {unknown}, expected some of {sorted(known)}")
+    given = {name: v for name, v in given.items() if v is not None}
+    one, on_gpu = _named(study), pick_device(device).type == "cuda"
+    s = {**usual(study, given.get("dataset"), on_gpu), **given}
+    numbers = Numbers(**{name: s[name] for name in vars(Numbers())})
+    check(numbers)
+    dataset, model, batch = s["dataset"], s.get("model", ""), s.get("batch", one.batch)
+    if model != "resnet18" and "stem" in s and "stem" not in given:
+        s["stem"] = "cifar"  # the study's own is that of its model
     same = {name: s[name] for name in SAME if name in declared.of(one.kind.Settings)}
-    if none := [n for n in SAME if given.get(n) is not None and n not in same]:
+    if none := [name for name in SAME if name in given and name not in same]:
         raise ValueError(f"{none[0]}: {study} has none; it has {sorted(same)}")
     chosen = variants(study, dataset, model)
     known = [variant.name for variant in chosen]
@@ -405,18 +310,21 @@ def run(
     }:
         raise ValueError(f"sizes: got {bad}, expected whole numbers of at least 1")
     sizes = {role: int(size) for role, size in sizes.items()}
-    batches = _sizes(dataset, batch) if batch else {}
+    batches = cleaning.sizes(dataset, batch) if batch else {}
     if one.cross:
         most = same.get("texts") or text_study.SIZES[dataset][0]
         batches |= {"cross_batch_size": min(one.cross, most)}
-    usual = {} if one.own_batches else MINIBATCHES.get(dataset, {})
-    base = {**usual, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
+    minibatches = {} if one.own_batches else MINIBATCHES.get(dataset, {})
+    base = {**minibatches, **one.also, **(one.also_on_gpu if on_gpu else {}), **batches, **sizes}
     base |= {name: value for name, value in same.items() if name != "model"}
     if at is not None:
         searched_for = {name for variant in chosen for name in variant.space}
         if unknown := sorted(set(at) - searched_for):
             raise ValueError(f"at: got {unknown}, expected some of {sorted(searched_for)}")
         chosen = [_fixed(variant, at) for variant in chosen]
+    final = {"outer_steps": numbers.outer_steps}
+    if numbers.final_budget:
+        final = {"budget": numbers.final_budget}
     return search.run(
         one.kind,
         {
@@ -428,17 +336,17 @@ def run(
         },
         base,
         chosen,
-        {"outer_steps": s["search_steps"]},
-        {"budget": s["final_budget"]} if s["final_budget"] else {"outer_steps": s["outer_steps"]},
+        {"outer_steps": numbers.search_steps},
+        final,
         out,
-        s["seeds"],
-        s["trials"],
+        numbers.seeds,
+        numbers.trials,
         storage,
         device,
-        s["looks"],
-        s["first_seed"],
-        s["widen"],
-        bool(s["baselines"]),
+        numbers.looks,
+        numbers.first_seed,
+        numbers.widen,
+        bool(numbers.baselines),
         minutes,
         status,
     )
