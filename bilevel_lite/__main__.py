@@ -11,7 +11,7 @@ from bilevel_lite import __version__, models, plotting
 from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
-from bilevel_lite.experiment.methods import METHODS, OWN, imported
+from bilevel_lite.experiment.methods import METHODS, OWN, by_name
 from bilevel_lite.experiment.processes import processes, told
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
@@ -56,7 +56,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class TaskHelp(argparse.Action):
-    """``run TASK --help`` also lists the settings of the task."""
+    """``run TASK --method M --help`` also lists the settings of the task, and M's own."""
 
     def __call__(self, parser, namespace, values, option=None):
         """Print it, and leave."""
@@ -66,8 +66,9 @@ class TaskHelp(argparse.Action):
                 find(task)
             except ValueError as error:
                 parser.error(str(error))
+            methods = getattr(namespace, "method", None) or []
             print(f"\nsettings of {task}, each as --NAME VALUE:")
-            _tasks(task)
+            _tasks(task, [methods] if isinstance(methods, str) else methods)
         parser.exit()
 
 
@@ -442,11 +443,8 @@ def first_line(task: type[Task]) -> str:
 def _run(task: str, out: str, device: str | None, **more) -> None:
     kind, words = find(task), more.pop("set") or []
     given = {name: value for name, value in more.items() if value is not None}
-    if "method" in given:
-        given["method"] = imported("method", given["method"])
     named = [word.partition("=")[2] for word in words if word.startswith("method=")]
-    of_it = settings.with_own(kind.Settings, given.get("method"), *named)
-    own = settings.read(of_it, words)
+    own = settings.read(kind.fields(given.get("method", *named[:1] or [None])), words)
     if twice := sorted(set(given) & set(own)):
         raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
     s = kind.settings(**{"seed": 0, **given, **own})
@@ -460,9 +458,9 @@ def _range(kind: type, word: str) -> tuple[str, tuple[float, float]]:
     name, given, ends = word.partition("=")
     if settings.of(kind).get(name, (None,))[0] is not float:
         raise ValueError(f"over: got {word!r}, expected a real setting and 0 < LOW < HIGH")
-    one = options_of(kind).get(name)
     if not given:
-        if one is None or one.search is None:
+        one = options_of(kind).get(name)
+        if one is None or one.search is None or len(one.search) != 2 or not one.search[0] > 0:
             raise ValueError(f"over: {name} declares no range; give {name}=LOW:HIGH")
         return name, one.search
     try:
@@ -475,22 +473,32 @@ def _range(kind: type, word: str) -> tuple[str, tuple[float, float]]:
 
 
 def _search(options: dict) -> None:
-    kind, over = find(options["task"]), {}
-    options["method"] = [imported("method", name) for name in options["method"]]
-    own_settings = settings.with_own(kind.Settings, *options["method"])
+    kind, over, methods = find(options["task"]), {}, options["method"]
+    fields = kind.fields(*methods)
     for word in options["over"]:
-        name, ends = _range(own_settings, word)
+        name, ends = _range(fields, word)
         if name in over:
             raise ValueError(f"over: {name} is given twice, expected once; give one")
         over[name] = ends
-    variants = [search.Variant(name, {"method": name}, over) for name in options["method"]]
-    base = settings.read(own_settings, options["set"] or [])
+    base = settings.read(fields, options["set"] or [])
+    for method in methods:
+        for name in {*over, *base} - set(settings.of(settings.Common)):
+            if name in OWN or name not in settings.of(kind.Settings):  # a method's own
+                if name not in by_name(method).own:
+                    raise ValueError(f"{name}: is no option of {method}; search for it by itself")
+    short = [name.rpartition(":")[2] for name in methods]
+    if len(set(short)) < len(short):
+        raise ValueError(f"method: got {', '.join(methods)}, expected different names")
+    variants = [
+        search.Variant(name, {"method": method}, over)
+        for name, method in zip(short, methods, strict=True)
+    ]
     own = {
         "seed": "0 in trials, then 0, 1 ...",
         "method": "--method",
         "outer_steps": "--outer-steps",
     }
-    settings.require_read(options["method"], [*base, *over])
+    settings.require_read(methods, [*base, *over])
     for name in [*own, *over]:
         if name in base:
             raise ValueError(f"set: {name} is chosen by the search ({own.get(name, '--over')})")
@@ -514,7 +522,7 @@ def _as_settings(words: list[str], top: argparse.ArgumentParser) -> list[str]:
     return out
 
 
-def _tasks(task: str | None) -> None:
+def _tasks(task: str | None, methods: list[str] | None = None) -> None:
     if task is None:
         for name, kind in sorted(TASKS.items()):
             print(f"{name:<12} {first_line(kind)}")
@@ -523,12 +531,14 @@ def _tasks(task: str | None) -> None:
     default = vars(kind.settings())
     datasets = options_of(kind.Settings)["dataset"].known if "dataset" in default else ()
     others = {one: vars(kind.settings(dataset=one)) for one in datasets}
-    of_all, known = settings.of(settings.Common), settings.of(kind.Settings)
+    of_all, of_task = settings.of(settings.Common), settings.of(kind.Settings)
+    known = settings.of(kind.fields(*methods or []))
+    own = sorted({*known} - {*of_task} | {*OWN})
     groups = {
-        f"of {kind.name}": [name for name in known if name not in {*of_all, *OWN}],
+        f"of {kind.name}": [name for name in of_task if name not in {*of_all, *OWN}],
         "of all tasks": [name for name in of_all if name not in settings.SYSTEM],
         "of the linear system": settings.SYSTEM,
-        "the methods' own numbers": sorted(OWN),
+        "the methods' own numbers": own,
     }
     for title, names in groups.items():
         print(f"\n{title}:")
@@ -541,7 +551,7 @@ def _tasks(task: str | None) -> None:
                 f"{'nothing' if value == '' else value} on {', '.join(where)}"
                 for value, where in apart.items()
             )
-            usual = "" if name in OWN else f"={default[name]}"  # its meaning says it
+            usual = "" if name in own else f"={default[name]}"  # its meaning says it
             print(f"{name}{usual}{note and f' ({note})'}  {known[name][2]}")
 
 

@@ -161,8 +161,9 @@ class EKFAC(KFAC):
 
     damping: float = again(KFAC, "damping", help="delta, added to the curvature")
     ema: float = again(
-        KFAC, "ema", help="Of A and B, and so of the basis; E is of the current batch alone"
+        KFAC, "ema", help="Average of A and B, and so of the basis; E is of the current batch alone"
     )
+    every: int = again(KFAC, "every", help="Calls for which basis and eigenvalues are kept")
     damping_rule: str = field(default="exact", init=False)
     split_inverses: bool = again(
         KFAC, "split_inverses",

@@ -44,8 +44,8 @@ class Layout:
     )  # fmt: skip
     rest: str = one_of(
         "diagonal", "damping", "drop",
-        help="What parameters without a Kronecker block get: the diagonal of the same Fisher, "
-        "v = b / tau, or v = 0",
+        help="What parameters without a Kronecker block get, in this order: the diagonal of the "
+        "same Fisher; v = b / tau; v = 0",
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class KFAC(Solver):
     samples: int = again(Probes, "samples")
     ema: float = fraction(
         default=0.0,
-        help="beta in F <- beta F + (1 - beta) F_new, every factor and diagonal; 0: off",
+        help="Average: beta in F <- beta F + (1 - beta) F_new, each factor and diagonal; 0: none",
     )
     every: int = whole(default=1, help="Calls for which factors are kept")
     damping_rule: str = one_of(

@@ -14,7 +14,8 @@ from collections.abc import Callable, Container
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,21 @@ else:
         return lambda cls: cls
 
 
-def types_of(declared: Any) -> dict[str, type]:
+def types_of(declared: Any) -> dict[str, Any]:
     """What kind each field of a dataclass is of, by name; ``float | None`` is a float."""
-    hints = get_type_hints(declared)
+    try:
+        hints = get_type_hints(declared)
+    except NameError:  # a name that only a type checker imports; numbers and words need none
+        hints = {f.name: _PLAIN.get(f"{f.type}".removesuffix(" | None")) for f in fields(declared)}
     out = {}
     for f in fields(declared):
-        some = [t for t in getattr(hints[f.name], "__args__", ()) if t is not type(None)]
-        out[f.name] = some[0] if some else hints[f.name]
+        some = [kind for kind in get_args(hints[f.name]) if kind is not type(None)]
+        one = get_origin(hints[f.name]) in (Union, UnionType) and len(some) == 1
+        out[f.name] = some[0] if one else hints[f.name]
     return out
+
+
+_PLAIN = {kind.__name__: kind for kind in (int, float, str, bool)}
 
 
 def options_of(declared: Any) -> dict[str, Option]:
@@ -171,7 +179,7 @@ def check(declared: Any, *needed: str) -> None:
 
 
 def document(cls: type, known: Container[str] = (), rest: str = "") -> type:
-    """Write a class's options, but those ``known``, first under "Args:" in its docstring.
+    """Write a class's options, but those ``known``, first under "Args:", if they are not there.
 
     Where that line is missing it is put before what is raised, the cost and the source, with
     ``rest`` under it.
@@ -183,7 +191,7 @@ def document(cls: type, known: Container[str] = (), rest: str = "") -> type:
         text = f"{text[:end].rstrip()}\n\nArgs:\n{rest}{text[end:]}"
     head, args, tail = text.partition("\nArgs:\n")
     for name, one in options_of(cls).items():
-        if name not in known:
+        if name not in known and f"\n    {name}: " not in text:
             default = "" if one.default is MISSING else f", by default {one.default!r}"
             lines = textwrap.wrap(f"{name}: {one.help}; {one.expected}{default}.", 92)
             args += "    " + "\n        ".join(lines) + "\n"

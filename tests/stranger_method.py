@@ -33,10 +33,29 @@ class HeavyBall(Method):
         return inner_loss, f.value, f.lam - self._cross(self._draw("cross"), new), None
 
 
-class Solved(Method):
-    """Needs a solver, which is no number."""
+class Heavier(HeavyBall):
+    """One option more, and the direction of the other."""
 
-    damper: Solver = instance(Solver, "a solver", help="How v is found")
+    drag: str = one_of("none", "auto", help="No number, and not asked for")
+
+
+class Same(Method):
+    """An option with the name of a setting."""
+
+    eta: str = one_of("a", "b", help="Not BOME's")
 
     def _direction(self):
         raise NotImplementedError
+
+
+class Solved(Method):
+    """Needs a solver, which is no number: a recipe says how it is made."""
+
+    damper: Solver = instance(Solver, "a solver", help="How v is found")
+    note: str = one_of("a", "b", help="A word")
+
+    def _direction(self):
+        inner_loss, f = self._inner_steps(1), self._f(self._draw("outer"))
+        at = self.problem, self.lam, self.theta, self._draw("inner")
+        v, info = self.damper.solve(*at, f.theta)
+        return inner_loss, f.value, f.lam - self._cross(self._draw("cross"), v), info

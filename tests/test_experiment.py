@@ -506,8 +506,8 @@ def test_help_names_every_setting_once_with_its_true_defaults(capsys, monkeypatc
         values = [f"{v:g}" if not isinstance(v, str) else v for v in settings.values() if v != None]  # noqa: E711
         if not values:
             usual = next(iter(OWN[name].values())).default  # a method's own: as its class has it
-            usual = usual if usual is None else f"{usual:g}"
-            assert not said and f"; by default {usual}" in line
+            assert not said
+            assert usual is None or f"; by default {usual:g}" in line
         elif len(set(values)) == 1:
             assert said == values[:1]
         else:

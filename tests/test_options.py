@@ -15,6 +15,8 @@ from bilevel_lite.__main__ import main
 from bilevel_lite.algorithms.method import METHODS, Method
 from bilevel_lite.curvature import Probes
 from bilevel_lite.experiment import job
+from bilevel_lite.experiment.methods import METHODS as METHODS_BY_NAME
+from bilevel_lite.experiment.methods import Recipe
 from bilevel_lite.factors import Layout
 from bilevel_lite.kfac_richardson import KFACRichardson
 from bilevel_lite.options import check, fraction, one_of, options_of, positive, whole
@@ -23,9 +25,9 @@ from bilevel_lite.refuse import NotFinite
 OURS = dict(METHODS)
 
 from stranger import Ridge  # noqa: E402
-from stranger_method import HeavyBall, Solved  # noqa: E402
+from stranger_method import HeavyBall, Same, Solved  # noqa: E402
 
-for _own in (HeavyBall, Solved):
+for _own in (HeavyBall, Same, Solved):
     METHODS.pop(_own.__name__)
 
 
@@ -386,7 +388,7 @@ RIDGE = "run stranger:ridge --method stranger_method:HeavyBall --device cpu --ou
 @pytest.fixture
 def heavy():
     """A stranger's class, known again though another test has forgotten it."""
-    METHODS.update(HeavyBall=HeavyBall, Solved=Solved)
+    METHODS.update(HeavyBall=HeavyBall, Same=Same, Solved=Solved)
     return HeavyBall
 
 
@@ -419,7 +421,7 @@ def test_by_its_name_it_runs_with_its_options_as_settings(heavy, tmp_path, capsy
     assert main([*words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     own = {"linear_lr": 0.2, "inertia": 0.25, "start": "b", "sharp": True}
-    assert {"method": "HeavyBall", **own}.items() <= result["settings"].items()
+    assert {"method": "stranger_method:HeavyBall", **own}.items() <= result["settings"].items()
     expected = by_hand(Ridge.settings(), **own)
     assert result["history"][-1]["criterion"] == pytest.approx(expected, rel=1e-5)
     for change in ({"start": "zero"}, {"sharp": False}, {"inertia": 0.5}):  # each of them counts
@@ -450,10 +452,13 @@ def test_by_its_name_it_is_searched_in_the_range_that_it_declares(heavy, tmp_pat
         (["--linear-lr", "x"], "linear_lr: got 'x', expected float"),
         (["--linear-lr", "0.1", "--inertia", "1"], "inertia: got 1.0, expected a number from 0"),
         (["--linear-lr", "0.1", "--start", "c"], "start: got 'c', expected 'zero' or 'b'"),
-        (["--linear-lr", "0.1", "--eta", "1"], "eta: is no option of HeavyBall; it is one of bome"),
+        (
+            ["--linear-lr", "0.1", "--eta", "1"],
+            "eta: is no option of stranger_method:Heavy",
+        ),
         (
             ["--linear-lr", "0.1", "--iters", "1"],
-            "iters: is not read by HeavyBall; it is",
+            "iters: is not read by stranger_method:HeavyBall; it",
         ),
     ],
 )
@@ -465,7 +470,10 @@ def test_by_its_name_it_is_guarded(heavy, words, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("stranger_method:Nobody", "method: got 'Nobody', expected one of"),
+        ("stranger_method:Nobody", "but stranger_method has no method 'Nobody'"),
+        ("stranger_method:soba", "but stranger_method has no method 'soba'"),
+        ("stranger_method:torch", "but stranger_method has no method 'torch'"),
+        ("stranger_method:Same", "method: stranger_method:Same has an option 'eta', but so is a"),
         ("nowhere:Nobody", "there is no module 'nowhere' with a method"),
         ("AID", "method: got 'AID', expected one of"),  # a class of the book has other names
         ("stranger_method:Solved", "method: Solved needs damper, which no setting is"),
@@ -474,8 +482,46 @@ def test_by_its_name_it_is_guarded(heavy, words, message, tmp_path, capsys):
 def test_a_name_that_is_no_method_is_refused(heavy, method, message, tmp_path, capsys):
     words = ["stranger:ridge", "--method", method, "--device", "cpu", "--out", str(tmp_path)]
     for command in (["run", *words], ["search", *words, "--over", "inner_lr"]):
-        assert main(command) == 1
-        assert message in capsys.readouterr().err
+        for own in ([], ["--inertia", "0.1"]):  # the method is looked at before its options
+            assert main([*command, *own]) == 1
+            assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_of_several_has_only_what_all_of_them_have(heavy, tmp_path, capsys):
+    search = ["search", "stranger:ridge", "--device", "cpu", "--out", str(tmp_path), "--method"]
+    both = [*search, "stranger_method:HeavyBall", "aid-cg", "--over"]
+    assert main([*both, "linear_lr"]) == 1
+    assert "linear_lr: is no option of aid-cg; search for it by itself" in capsys.readouterr().err
+    assert main([*both, "outer_lr=1:2", "--set", "inertia=0.1"]) == 1
+    assert "inertia: is no option of aid-cg" in capsys.readouterr().err
+    assert main([*search, "bome", "aid-cg", "--over", "eta"]) == 1
+    assert "eta: is no option of aid-cg" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_subclass_and_a_recipe_run_too(heavy, tmp_path, capsys):
+    heavier = ["--method", "stranger_method:Heavier", "--linear-lr", "0.2", "--drag", "auto"]
+    assert main(["run", "stranger:ridge", *heavier, "--out", str(tmp_path / "1")]) == 0
+    METHODS_BY_NAME["solved"] = Recipe(Solved, options={"damper": lambda s: bl.CG(s.iters)})
+    words = "--method stranger_method:solved --note b --iters 2 --outer-steps 2".split()
+    try:
+        assert main(["run", "stranger:ridge", *words, "--out", str(tmp_path / "2")]) == 0
+    finally:
+        METHODS_BY_NAME.pop("solved")
+    saved = json.loads((tmp_path / "2" / "result.json").read_text())["settings"]
+    assert saved["note"] == "b" and saved["iters"] == 2
+
+
+def test_the_help_with_a_method_lists_its_options(heavy, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "stranger:ridge", "--method", "stranger_method:HeavyBall", "--help"])
+    text = capsys.readouterr().out
+    assert "\nlinear_lr  stranger_method:HeavyBall: step on v; must be given\n" in text
+    assert (
+        "\nstart  stranger_method:HeavyBall: v at the first step; by default zero: zero, b\n"
+        in text
+    )
 
 
 def test_a_range_that_no_option_declares_is_asked_for(heavy, tmp_path, capsys):

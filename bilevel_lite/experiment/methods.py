@@ -7,9 +7,10 @@ is known by its name, and its options are settings (`by_name`).
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import import_module
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Recipe:
             other options are its own: settings of their own names.
         tied: Own option -> the own option that it follows where it is not given.
         more: (settings, task) -> further arguments, in place of batches.
-        kinds: What its own options may be.
+        kinds: What its own options may be; others keep their defaults.
     """
 
     cls: type[Method]
@@ -48,7 +49,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     more: Callable[[Any, Any], dict] | None = None
-    kinds: tuple[type, ...] = (int, float)
+    kinds: tuple[type, ...] = (int, float, str, bool)
 
     @property
     def own(self) -> dict[str, Option]:
@@ -124,11 +125,9 @@ def _tables(s: Any, task: Any) -> dict:
     return {"inner_batches": g, "outer_batches": f, "generator": generator}
 
 
-SHARED = (
-    "inner_steps", "iters", "step", "damping", "curvature", "fisher", "ema", "every", "seed",
-)  # fmt: skip
+SHARED = ("inner_steps", "iters", "step", "damping", "seed")
 READ = {name: attrgetter(name) for name in SHARED}
-STEPS, ITERS, STEP, DAMPING, *_ = READ.values()
+STEPS, ITERS, STEP, DAMPING, _ = READ.values()
 METHODS: dict[str, Recipe] = {
     "aid-cg": _aid(lambda s: CG(s.iters, damping=s.damping, curvature=s.curvature)),
     "aid-cg-normal": _aid(lambda s: CGNormal(s.iters, damping=s.damping, curvature=s.curvature)),
@@ -162,6 +161,9 @@ METHODS: dict[str, Recipe] = {
     "f2sa": Recipe(alg.F2SA, "plain", {"inner_steps": STEPS}),
 }
 
+METHODS.update({name: replace(one, kinds=(int, float)) for name, one in METHODS.items()})
+PACKAGE = tuple(METHODS)  # what anyone else adds comes after these
+
 # own option -> {method that has it: what is known of it}
 OWN: dict[str, dict[str, Option]] = {}
 for _name, _recipe in METHODS.items():
@@ -178,54 +180,67 @@ def names() -> list[str]:
 def by_name(name: str) -> Recipe:
     """The recipe of a method; a class that nobody wrote one for is made as its own fields say.
 
-    Theta moves by SGD with momentum, unless the class wants plain descent. Options that have the
-    name of a setting of all runs (`SHARED`) are read from it, the others are settings of their own.
+    Theta moves by SGD with momentum, unless the class wants plain descent. Options that have a name
+    in `SHARED` take that setting's value, also its default, the others are settings of their own.
+
+    Args:
+        name: A key of `METHODS`, the name of a class that was declared in this process, or
+            ``MODULE:NAME`` of a class or of a recipe that the module puts into `METHODS`.
 
     Raises:
         ValueError: for an unknown name, or a class with an option that no setting can give.
     """
-    if name in METHODS:
+    module, own = imported("method", name)
+    if module is None and name in METHODS:
         return METHODS[name]
-    if name not in names():
+    if module is not None and own in METHODS and own not in PACKAGE:
+        return METHODS[own]
+    cls = alg.METHODS.get(name) if module is None else getattr(module, own, None)
+    if module is not None and not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"method: got {name!r}, but {module.__name__} has no method {own!r}")
+    if cls is None or module is None and name not in names():
         raise ValueError(
             f"method: got {name!r}, expected one of {names()}, or MODULE:NAME of one of your own"
         )
-    cls = alg.METHODS[name]
     shared = {option: READ[option] for option in cls.options() if option in READ}
-    inner = "plain" if cls.plain_inner else "momentum"
-    recipe = Recipe(cls, inner, shared, kinds=(int, float, str, bool))
+    recipe = Recipe(cls, "plain" if cls.plain_inner else "momentum", shared)
     for f in fields(cls)[3:]:  # after problem, lam and theta
         known = f.name in {*Method.options(), *shared, *recipe.own}
         if f.init and f.default is MISSING and not known:
             raise ValueError(
-                f"method: {name} needs {f.name}, which no setting is; say how it is made, "
-                f"bilevel_lite.experiment.methods.METHODS[{name.lower()!r}] = Recipe({name}, "
+                f"method: {own} needs {f.name}, which no setting is; say how it is made, "
+                f"bilevel_lite.experiment.methods.METHODS[{own.lower()!r}] = Recipe({own}, "
                 f"options={{{f.name!r}: ...}}), beside the class"
             )
     return recipe
 
 
-def imported(what: str, name: str) -> str:
-    """Import the module of ``MODULE:NAME``, from the working folder, too, and return NAME.
+def imported(what: str, name: str) -> tuple[ModuleType | None, str]:
+    """Import the module of ``MODULE:NAME``, from the working folder, too; None where there is none.
+
+    Returns:
+        The module, and NAME.
 
     Raises:
-        ValueError: naming ``what``, if there is no such module.
+        ValueError: naming ``what``, if it cannot be imported.
     """
     module, _, own = name.rpartition(":")
     if not module:
-        return own
+        return None, own
     if not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(f"{what}: got {name!r}, expected MODULE:NAME, such as my{what}:mine")
     if "" not in sys.path and os.getcwd() not in sys.path:  # the installed command
         sys.path.insert(0, os.getcwd())
     try:
-        import_module(module)
+        return import_module(module), own
     except ModuleNotFoundError as error:
         if module != error.name and not module.startswith(f"{error.name}."):
             why = f"module {module!r} imports {error.name!r}, which is not installed"
             raise ValueError(why) from error
         raise ValueError(f"there is no module {error.name!r} with a {what}") from None
-    return own
+    except Exception as error:  # whatever a module does when it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"module {module!r} cannot be imported ({why})") from error
 
 
 def build(s: Any, task: Any, recipe: Recipe | None = None) -> Method:

@@ -60,7 +60,7 @@ def setting(default: Any, meaning: str, least: float | None = None, known: tuple
 class Common:
     """How long, on which batches, by which method; `Settings` adds the methods' own options."""
 
-    method: str = setting("aid-cg", "the method, see bilevel_lite.experiment.methods.METHODS")
+    method: str = setting("aid-cg", "the method, see bilevel_lite.experiment.methods.by_name")
     seed: int = option(
         "an integer from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, 0,
         help="of splits, initial values and batches",
@@ -107,10 +107,11 @@ class Common:
 def _own(which: dict[str, Option]) -> Any:
     """A method's own option as a field: None is what the method's class has."""
     one = next(iter(which.values()))
-    known = [known.default for known in which.values() if known.default is not MISSING]
+    known = [known.default for known in which.values()]
     usual = ", ".join(dict.fromkeys(f"{v:g}" if isinstance(v, float) else f"{v}" for v in known))
-    usual = f"by default {usual}" if known else "must be given"
-    meaning = f"{', '.join(which)}: {one.help[:1].lower()}{one.help[1:]}; {usual}"
+    usual = "; must be given" if MISSING in known else f"; by default {usual}"
+    usual = "" if known == [None] else usual  # its meaning says it
+    meaning = f"{', '.join(which)}: {one.help[:1].lower()}{one.help[1:]}{usual}"
     return same(one, default=None, none=True, help=meaning)
 
 
@@ -128,14 +129,23 @@ class Settings(make_dataclass("Own", _fields(OWN, {}), bases=(Common,), kw_only=
     """Every number that a run's result depends on; a task adds its own in a subclass."""
 
 
-def with_own(kind: type, *methods: str | None) -> type:
-    """Settings with the own options of methods that they lack: those of a stranger's."""
+def with_own(kind: type, methods: list[str]) -> type:
+    """Settings with the own options of methods that they lack: those of a stranger's.
+
+    Raises:
+        ValueError: if an option is called as a setting is that means something else.
+    """
     own: dict[str, dict[str, Option]] = {}
+    known = of(kind)
     for method in methods:
-        if method in names():  # else only the task may know it
-            for name, one in by_name(method).own.items():
-                own.setdefault(name, {})[method] = one
-    more = _fields(own, of(kind))
+        for name, one in by_name(method).own.items():
+            if name in known and one not in OWN.get(name, {}).values():
+                raise ValueError(
+                    f"method: {method} has an option {name!r}, but so is a setting of "
+                    f"{kind.__name__} called; call it something else"
+                )
+            own.setdefault(name, {})[method] = one
+    more = _fields(own, known)
     return make_dataclass(kind.__name__, more, bases=(kind,), kw_only=True) if more else kind
 
 
@@ -164,7 +174,7 @@ def require_read(methods: list[str], given: Iterable[str]) -> None:
     Raises:
         ValueError: naming the first of them, and the methods that read it.
     """
-    if not set(methods) <= set(names()):
+    if not all(":" in name or name in names() for name in methods):
         return
     reads = {name: by_name(name).reads(Settings()) for name in {*METHODS, *methods}}
     for name in sorted(
@@ -213,5 +223,6 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
         try:
             out[name] = {"0": False, "1": True}[text] if to is bool else to(text)
         except (KeyError, ValueError):
-            raise ValueError(f"{name}: got {text!r}, expected {to.__name__}") from None
+            expected = "0 or 1" if to is bool else to.__name__
+            raise ValueError(f"{name}: got {text!r}, expected {expected}") from None
     return out

@@ -105,14 +105,24 @@ class Task:
             ValueError: for a name that is not a setting, or a value out of range.
         """
         given = {**cls.defaults, **given}
-        kind = declared.with_own(cls.Settings, given.get("method"))
+        kind = cls.fields(given.get("method"))
         if unknown := sorted(set(given) - set(declared.of(kind))):
             raise ValueError(f"{cls.name}: has no setting {unknown}")
         s = kind(**given)
-        if cls.method is Task.method:  # else it may have one of its own
-            methods.by_name(s.method)
         check(s)
         return s
+
+    @classmethod
+    def fields(cls, *names: str | None) -> type:
+        """The dataclass of its settings, with the own options of these methods.
+
+        Raises:
+            ValueError: for a method that there is not, or with an option that has a setting's name.
+        """
+        found = [name or cls.defaults.get("method", cls.Settings.method) for name in names]
+        if cls.method is not Task.method:  # it may have methods of its own
+            found = [name for name in found if ":" in name or name in methods.names()]
+        return declared.with_own(cls.Settings, found)
 
     @classmethod
     def make(cls, s: Any, device: torch.device) -> "Task":
@@ -271,7 +281,7 @@ def find(name: str) -> type[Task]:
     Raises:
         ValueError: if there is none.
     """
-    task = methods.imported("task", name)
+    _, task = methods.imported("task", name)
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; known: {sorted(TASKS)}")
     return TASKS[task]
