@@ -473,7 +473,7 @@ def test_by_its_name_it_is_guarded(heavy, words, message, tmp_path, capsys):
         ("stranger_method:Nobody", "but stranger_method has no method 'Nobody'"),
         ("stranger_method:soba", "but stranger_method has no method 'soba'"),
         ("stranger_method:torch", "but stranger_method has no method 'torch'"),
-        ("stranger_method:Same", "method: stranger_method:Same has an option 'eta', but so is a"),
+        ("stranger_method:Same", "method: stranger_method:Same has an option 'eta', which is the"),
         ("nowhere:Nobody", "there is no module 'nowhere' with a method"),
         ("AID", "method: got 'AID', expected one of"),  # a class of the book has other names
         ("stranger_method:Solved", "method: Solved needs damper, which no setting is"),

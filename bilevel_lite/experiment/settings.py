@@ -133,7 +133,7 @@ def with_own(kind: type, methods: list[str]) -> type:
     """Settings with the own options of methods that they lack: those of a stranger's.
 
     Raises:
-        ValueError: if an option is called as a setting is that means something else.
+        ValueError: if an option has the name of a setting that means something else.
     """
     own: dict[str, dict[str, Option]] = {}
     known = of(kind)
@@ -141,8 +141,8 @@ def with_own(kind: type, methods: list[str]) -> type:
         for name, one in by_name(method).own.items():
             if name in known and one not in OWN.get(name, {}).values():
                 raise ValueError(
-                    f"method: {method} has an option {name!r}, but so is a setting of "
-                    f"{kind.__name__} called; call it something else"
+                    f"method: {method} has an option {name!r}, which is the name of a setting of "
+                    "the run; call it something else"
                 )
             own.setdefault(name, {})[method] = one
     more = _fields(own, known)
