@@ -444,7 +444,8 @@ def _run(task: str, out: str, device: str | None, **more) -> None:
     kind, words = find(task), more.pop("set") or []
     given = {name: value for name, value in more.items() if value is not None}
     named = [word.partition("=")[2] for word in words if word.startswith("method=")]
-    own = settings.read(kind.fields(given.get("method", *named[:1] or [None])), words)
+    method = given.get("method") or next(iter(named), None)
+    own = settings.read(kind.fields(method), words)
     if twice := sorted(set(given) & set(own)):
         raise ValueError(f"--{twice[0]}: is given as an option and among the settings; give one")
     s = kind.settings(**{"seed": 0, **given, **own})

@@ -495,7 +495,7 @@ class CGNormal(Solver):
         tensor([-2., -2.])
     """
 
-    iters: int = again(CG, "iters")
+    iters: int = whole(help="Steps at most")  # type checkers take what `again` gives for a default
     tol: float = again(CG, "tol")
     damping: float = again(Direct, "damping")
     curvature: str = again(Direct, "curvature")

@@ -87,7 +87,7 @@ PARTS = {
     "meta-learning": ([PACKAGE / "meta.py"], 490),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 696),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3574),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3569),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 663),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5451),

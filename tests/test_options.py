@@ -488,6 +488,16 @@ def test_a_name_that_is_no_method_is_refused(heavy, method, message, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("task", ["pretraining", "unlearnable", "schedules", "hyperclean"])
+def test_a_name_that_is_no_method_is_refused_by_every_task(task, tmp_path, capsys):
+    """Also where a task makes its method in a way of its own; before anything is loaded."""
+    for command in (["run", task], ["search", task, "--over", "inner_lr"]):
+        words = ["--method", "nope", "--device", "cpu", "--out", str(tmp_path)]
+        assert main([*command, *words]) == 1
+        assert "--method: got 'nope', expected one of ['aid-cg'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_search_of_several_has_only_what_all_of_them_have(heavy, tmp_path, capsys):
     search = ["search", "stranger:ridge", "--device", "cpu", "--out", str(tmp_path), "--method"]
     both = [*search, "stranger_method:HeavyBall", "aid-cg", "--over"]

@@ -56,6 +56,10 @@ flat: Tensor = bl.flatten(model)
 # each line -> a word of the complaint
 BAD = {
     "bl.nosuch": "nosuch",
+    "bl.CG()": "iters",
+    "bl.CGNormal()": "iters",
+    "bl.Neumann(3)": "step",
+    "bl.Identity()": "step",
     "bl.data.nosuch": "nosuch",
     "bl.hypergradient(problem, lam, theta, damping=3)": "hypergradient",
     "bl.hypergradient(problem, lam, theta).gradients": "gradients",

@@ -161,6 +161,7 @@ METHODS: dict[str, Recipe] = {
     "f2sa": Recipe(alg.F2SA, "plain", {"inner_steps": STEPS}),
 }
 
+# the words among the options tell the package's methods apart: they have a name each instead
 METHODS.update({name: replace(one, kinds=(int, float)) for name, one in METHODS.items()})
 PACKAGE = tuple(METHODS)  # what anyone else adds comes after these
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from bilevel_lite.algorithms.method import Method
-from bilevel_lite.experiment.methods import METHODS, OWN, by_name, names
+from bilevel_lite.experiment.methods import METHODS, OWN, by_name
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.options import (
     Option,
@@ -169,13 +169,9 @@ def require_batches(s: Any, train: int, validation: int) -> None:
 def require_read(methods: list[str], given: Iterable[str]) -> None:
     """Refuse settings that were given and that none of the methods reads.
 
-    Methods that only a task has are passed over.
-
     Raises:
         ValueError: naming the first of them, and the methods that read it.
     """
-    if not all(":" in name or name in names() for name in methods):
-        return
     reads = {name: by_name(name).reads(Settings()) for name in {*METHODS, *methods}}
     for name in sorted(
         {*SYSTEM, *STEPPED} & set(given) - set().union(*(reads[one] for one in methods))

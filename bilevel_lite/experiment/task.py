@@ -119,10 +119,8 @@ class Task:
         Raises:
             ValueError: for a method that there is not, or with an option that has a setting's name.
         """
-        found = [name or cls.defaults.get("method", cls.Settings.method) for name in names]
-        if cls.method is not Task.method:  # it may have methods of its own
-            found = [name for name in found if ":" in name or name in methods.names()]
-        return declared.with_own(cls.Settings, found)
+        usual = cls.defaults.get("method", cls.Settings.method)
+        return declared.with_own(cls.Settings, [name or usual for name in names])
 
     @classmethod
     def make(cls, s: Any, device: torch.device) -> "Task":

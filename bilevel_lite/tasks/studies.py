@@ -17,7 +17,7 @@ from bilevel_lite.experiment import search
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.task import Task
-from bilevel_lite.options import check, whole
+from bilevel_lite.options import check, options_of, whole
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_studies as cleaning
 from bilevel_lite.tasks import (
@@ -285,7 +285,7 @@ def run(
     check(numbers)
     dataset, model, batch = s["dataset"], s.get("model", ""), s.get("batch", one.batch)
     if model != "resnet18" and "stem" in s and "stem" not in given:
-        s["stem"] = "cifar"  # the study's own is that of its model
+        s["stem"] = options_of(one.kind.Settings)["stem"].default  # the study's is its model's
     same = {name: s[name] for name in SAME if name in declared.of(one.kind.Settings)}
     if none := [name for name in SAME if name in given and name not in same]:
         raise ValueError(f"{none[0]}: {study} has none; it has {sorted(same)}")
