@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bilevel_lite as bl
-from bilevel_lite.experiment import job, methods, search
-from bilevel_lite.tasks import cleaning_comparison
+from bilevel_lite.experiment import job, methods, search, stored
+from bilevel_lite.tasks import cleaning_comparison, studies
 from bilevel_lite.tasks.hypercleaning import Hypercleaning
 
 
@@ -111,3 +111,27 @@ def test_a_repeated_step_that_succeeds_still_raises_what_failed_first(monkeypatc
     assert torch.equal(run.lam, before[0]) and torch.equal(run.theta, before[1])
     run.step()
     assert run.iteration == 2
+
+
+def test_the_defaults_are_those_that_the_stored_results_were_made_with():
+    """Declared in several places once; a number that moves would part the records from the code."""
+    for run in stored("hyperclean_mnist_linear")["runs"]:  # as README's command, nothing given
+        was = {name: value for name, value in run["settings"].items() if name != "seed"}
+        assert was.items() <= vars(Hypercleaning.settings(dataset="mnist")).items()
+        assert {"damping", "step", "iters", "outer_lr"} <= set(was)
+    checked = set()
+    for part in stored("hyperclean_mnist_methods")["runs"]:
+        for row in part["results"]:
+            box = cleaning_comparison.SPACES[row["method"]]
+            # a method's one own number was called its strength
+            own = next((name for name in box if name in methods.OWN), None)
+            named = {own if k == "strength" else k: ends for k, ends in row["space"].items()}
+            was = {name: tuple(ends) for name, ends in named.items()}
+            assert was == cleaning_comparison.searched(box, part["model"])
+            checked |= set(was)
+    assert {"inner_lr", "outer_lr", "damping", "step", "eta", "alpha", "beta"} <= checked
+    for part in stored("hyperclean_mnist_refresh")["runs"]:
+        usual = studies.usual("refresh")
+        assert all(part[name] == usual[name] for name in ("seeds", "trials", "looks"))
+        assert part["search"] == {"outer_steps": usual["search_steps"]}
+        assert part["final"] == {"outer_steps": usual["outer_steps"]}
