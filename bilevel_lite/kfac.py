@@ -19,7 +19,8 @@ A block whose A or B is zero (all weights zero, say) is the zero matrix, so its 
 I / tau under every rule; a separate bias has the block B, whatever A is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ class KFAC(Solver):
         Raises:
             TypeError, ValueError: as the class says.
         """
-        loss, risk, group = self._shared(problem.inner_loss)
+        loss, risk, group = self._split(problem.inner_loss)
         problem, memory = BilevelProblem(loss, problem.outer_loss), self._memory
         at, own = (self, problem, lam, theta, batch), None
         if self._kept(risk, group, theta):
@@ -201,17 +202,20 @@ class KFAC(Solver):
         done = self._estimate(loss, lam, theta, batch, cross and known_code(risk.model), look)
         if done.passes[0].own is not None and not done.passes[0].tape.unlike:
             own = done
-        blocks, pending = self._build(risk, done, keep=own is not None)
+        blocks, pending, then = self._build(risk, done, keep=own is not None)
         unseen = () if look else tuple(one.side for one in done.passes)
-        info, memory.age = self._diagnosis(theta), 1
-        if self.every > 1:
-            memory.blocks, memory.theta = list(blocks), theta.detach().clone()
-            memory.damped = self.damping + 2 * risk.l2, self.damping_rule
-            return PreparedKFAC(*at, memory.blocks, own, info)
         unseen = unseen if pending is None else (*unseen, pending)
-        return PreparedKFAC(*at, blocks if once else list(blocks), own, info, once, unseen)
+        info, memory.age = self._diagnosis(theta), 1
+        once = once and self.every == 1
+        if not once:  # else `PreparedKFAC` makes each block, applies it and lets it go
+            blocks = list(blocks)
+            then()
+        if self.every > 1:
+            memory.blocks, memory.theta = blocks, theta.detach().clone()
+            memory.damped = self.damping + 2 * risk.l2, self.damping_rule
+        return PreparedKFAC(*at, blocks, own, info, once, unseen, then if once else None)
 
-    def _shared(self, loss: Any) -> tuple[Any, WeightedRisk | SumOfRisks, Group | None]:
+    def _split(self, loss: Any) -> tuple[Any, WeightedRisk | SumOfRisks, Group | None]:
         """The loss, `Sharded` if processes share its batch; the risk that is evaluated here."""
         if self.group is not None and not isinstance(loss, Sharded):
             loss = Sharded(require_risk(loss, type(self).__name__), self.group)
@@ -232,21 +236,23 @@ class KFAC(Solver):
         self.last_cost = COST["gradient"] * (1 + done.probes) / 2
         return done
 
-    def _build(self, risk, done: Estimate, keep: bool) -> tuple[Iterable, Factorisations | None]:
-        """Give the blocks' damped inverses; ``keep``: the tape is needed afterwards."""
+    def _build(
+        self, risk, done: Estimate, keep: bool
+    ) -> tuple[Iterable, Factorisations | None, Callable[[], None]]:
+        """Give the blocks' damped inverses; ``keep``: the tape is needed afterwards.
+
+        What comes last is called once all are made; a refused build leaves the average as it was.
+        """
         pairs, diagonal, like = self._factors(done, keep), done.diagonal, done.passes[0].tape.theta
         group = None if done.part is None else done.part.group
         if not (self.every > 1 or self.ema):
-            return self._made(like, risk, done.layers, pairs, done.rest, diagonal, group)
+            made = self._made(like, risk, done.layers, pairs, done.rest, diagonal, group)
+            return *made, lambda: None
         factors, diagonal = self._averaged(done, pairs)
         pairs = ((layer, factors[layer.name]) for layer in done.layers)
         blocks = self._sound(like, risk, done.layers, pairs, done.rest, diagonal, group)
-
-        def then_kept():
-            yield from blocks
-            self._memory.keep(risk, self._how(risk, like), factors, diagonal)
-
-        return then_kept(), None  # a build that is refused leaves the average as it was
+        what = risk, self._how(risk, like), factors, diagonal
+        return blocks, None, partial(self._memory.keep, *what)
 
     def _sound(self, *at) -> Iterable[Block | DiagonalBlock]:
         """The blocks that `_made` makes, their factorisations looked at."""
@@ -370,7 +376,7 @@ class KFAC(Solver):
         """
         if not self.ema:
             return 0.0
-        loss, risk, _ = self._shared(loss)
+        loss, risk, _ = self._split(loss)
         done = self._estimate(loss, lam, theta, batch)
         made = self._averaged(done, self._factors(done, keep=False))
         self._memory.keep(risk, self._how(risk, theta), *made)

@@ -60,6 +60,7 @@ class PreparedKFAC(Prepared):
         info: What the diagnosis says of the factors.
         once: The blocks serve one solve.
         unseen: What nobody has looked at yet: the passes' output sides, the factorisations.
+        then: To be called once all blocks are made; None if they are.
 
     Attributes:
         parts: The processes that each make a part of v; None if all is made here.
@@ -69,13 +70,13 @@ class PreparedKFAC(Prepared):
 
     def __init__(
         self, solver, problem, lam, theta, batch, blocks, own: Estimate | None, info,
-        once=False, unseen=(),
+        once=False, unseen=(), then=None,
     ):  # fmt: skip
         super().__init__(solver, problem, lam, theta, batch, shared=False)
         split = solver.split_inverses and solver._sums_parts
         self.parts = apart(problem.inner_loss)[1] if split else None
         self.blocks, self.own, self.info = blocks, own, info
-        self.cost, self.once, self.unseen = solver.last_cost, once, unseen
+        self.cost, self.once, self.unseen, self.then = solver.last_cost, once, unseen, then
         self.slopes = self.of = None  # < grad l_i, v >, and v if it was formed
         self.looks, self.failed = True, None
 
@@ -118,6 +119,9 @@ class PreparedKFAC(Prepared):
                 block(b, v)
             if self.own is not None:
                 self.slopes += block.slopes(self.own, b, v)
+        if self.then is not None:
+            self.then()
+            self.then = None
         self.of = None if v is None else (v, versions(v))
 
     def look(self) -> bool:

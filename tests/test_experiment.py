@@ -301,6 +301,23 @@ def test_two_processes_on_one_folder(tmp_path, capsys):
         other.wait()
 
 
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    refused = [*SMALL, "--batch-size", "100000", "--out"]
+    assert main([*refused, str(tmp_path / "new" / "run")]) == 1
+    assert "batch-size: got 100000" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    assert main([*refused, str(tmp_path / "mine")]) == 1
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+    with pytest.raises(ValueError), RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        folder.log({"iteration": 1})  # something was done: it is kept
+        raise ValueError
+    with pytest.raises(ValueError), RunFolder(tmp_path / "run", {"a": 1}) as folder:
+        raise ValueError  # begun by another
+    assert {"config.json", "log.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
 def test_folders_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*SMALL, "--out", str(tmp_path / "file")]) == 1

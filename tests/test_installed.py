@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from form import ROOT
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import bilevel_lite
 
@@ -141,6 +143,46 @@ def test_the_other_commands_write_into_their_folder_only(site, tmp_path):
     )  # fmt: skip
     assert [code for code, _, _ in done] == [0] * 4, done
     assert {path.name for path in tmp_path.iterdir()} == {"r2", "r3", "r4"}
+
+
+@pytest.mark.slow
+def test_methods_are_compared_and_a_strangers_found(site, tmp_path):
+    own = (Path(__file__).parent / "stranger_method.py").read_text()
+    (tmp_path / "mine.py").write_text(own)
+    short = ["--trials", "1", "--search-steps", "2", "--outer-steps", "2", "--seeds", "1"]
+    done = run(
+        site,
+        tmp_path,
+        ["hyperclean", "--dataset", "digits", "--method", "aid-cg", "soba", "--trials", "1",
+         "--search-budget", "30", "--budget", "30", "--seeds", "1", "--out", "two"],
+        ["run", "long_tail", "--method", "mine:HeavyBall", "--linear-lr", "0.1", "--start", "b",
+         "--outer-steps", "2", "--out", "own"],
+        ["search", "long_tail", "--method", "mine:HeavyBall", "--over", "linear_lr", *short,
+         "--out", "found"],
+        ["search", "long_tail", "--method", "mine:HeavyBall", "--over", "outer_lr=1:10", *short,
+         "--out", "none"],
+    )  # fmt: skip
+    assert [code for code, _, _ in done] == [0, 0, 0, 1], done
+    assert done[-1][2].startswith("error: linear_lr: is not given, expected a positive number")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.py", "two", "own", "found"}
+    for name, methods in (("two", {"aid-cg", "soba"}), ("found", {"HeavyBall"})):
+        found = json.loads((tmp_path / name / "result.json").read_text())["results"]
+        assert {one["method"] for one in found} == methods
+
+
+@pytest.mark.slow
+def test_a_submission_is_graded(site, tmp_path):
+    setup = "import torch\nimport bilevel_lite as bl\nbl.setup(seed=0)"
+    h = "0.1 - lam.exp() * theta * (theta - 1) / (1 + lam.exp())"
+    for name, own in (("right", h), ("wrong", f"-({h})")):
+        one = f"def one(lam):\n    theta = 3 / (1 + lam.exp())\n    return {own}\n"
+        cells = [setup, one + 'bl.exercises.check("1.1", one)']
+        title = new_markdown_cell("# 1. The hypergradient")
+        nb = new_notebook(cells=[title, *map(new_code_cell, cells)])
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+    ((code, out, err),) = run(site, tmp_path, ["grade", "right.ipynb", "wrong.ipynb"])
+    assert code == 0, err
+    assert "1.1" in out
 
 
 def test_the_console_script(site, tmp_path):

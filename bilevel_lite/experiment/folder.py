@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch
 __all__ = ["RunError", "RunFolder", "collect", "figures_folder", "provenance", "stored"]
 
 FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
+BEGUN = {".lock", "config.json", "log.jsonl"}  # what a folder holds before anything was done
 RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPOSITORY = _PACKAGE.parent
@@ -58,8 +59,10 @@ class RunFolder:
         if only_look:
             self._read()
             return
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with self._writing("made"):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._before = set(os.listdir(self.path))
             self._lock = FileLock(self.path / ".lock")
             try:
                 self._lock.acquire(timeout=0)
@@ -87,7 +90,8 @@ class RunFolder:
         return told
 
     def _open(self):
-        if not self._read():
+        self._new = not self._read()
+        if self._new:
             self._write("config.json", _json(self.config))
         if self.state is None and self.finished:
             return  # finished and thinned: the log is whole
@@ -230,8 +234,17 @@ class RunFolder:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed: type[BaseException] | None, *_):
+        empty = failed is not None and not self.only_look and self._new
+        empty = empty and set(os.listdir(self.path)) - self._before <= BEGUN
+        empty = empty and not (self.path / "log.jsonl").stat().st_size
         self.close()
+        if empty:  # it was begun here and holds nothing: as if it had not been
+            for name in BEGUN - self._before:
+                self.remove(name)
+            with suppress(OSError):  # something else is in it
+                for path in self._made:
+                    path.rmdir()
 
     def _write(self, name: str, text: str):
         with self._writing("written"):

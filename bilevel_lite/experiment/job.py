@@ -10,6 +10,7 @@ import torch
 
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
+from bilevel_lite.experiment.methods import require_given
 from bilevel_lite.experiment.processes import SharedFolder
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import Task
@@ -45,6 +46,7 @@ def run(
     place = pick_device(device)
     if group is not None and kind.method is not Task.method:
         raise ValueError(f"task: {kind.name} has iterations of its own, which one process runs")
+    require_given(s.method, declared.given(s))
     opened = RunFolder if group is None else partial(SharedFolder, group=group)
     with float32(), opened(out, kind.config(s)) as folder:
         if folder.finished:

@@ -6,7 +6,7 @@ is known by its name, and its options are settings (`by_name`).
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import import_module
 from operator import attrgetter
@@ -25,7 +25,7 @@ from bilevel_lite.solvers import CG, CGNormal, Identity, Neumann
 
 __all__ = [
     "METHODS", "OWN", "Recipe", "Sign", "build", "by_name", "imported", "inner_optimizer",
-    "inner_scheduler", "names",
+    "inner_scheduler", "names", "require_given",
 ]  # fmt: skip
 
 
@@ -216,6 +216,19 @@ def by_name(name: str) -> Recipe:
     return recipe
 
 
+def require_given(method: str, given: Container[str]) -> None:
+    """Refuse a method that has an option of its own without a default, if it is not given.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, one in by_name(method).own.items():
+        if one.default is MISSING and name not in given:
+            raise ValueError(
+                f"{name}: is not given, expected {one.expected}; {method} has no default for it"
+            )
+
+
 def imported(what: str, name: str) -> tuple[ModuleType | None, str]:
     """Import the module of ``MODULE:NAME``, from the working folder, too; None where there is none.
 
@@ -358,9 +371,7 @@ def _own(recipe: Recipe, s: Any) -> dict[str, float]:
     for name in {**OWN, **recipe.own}:
         if (value := getattr(s, name, None)) is not None:
             given[name] = value
-    for name, one in recipe.own.items():
-        if one.default is MISSING:
-            one.check(name, given.get(name))
+    require_given(s.method, given)
     for name in given:
         if name not in recipe.own:
             known = ", ".join(OWN[name])

@@ -107,6 +107,6 @@ class SharedFolder:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *failed):
         if self.folder is not None:
-            self.folder.close()
+            self.folder.__exit__(*failed)

@@ -27,6 +27,7 @@ import torch
 from bilevel_lite.experiment import job
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, read_sealed
+from bilevel_lite.experiment.methods import require_given
 from bilevel_lite.experiment.stopping import Stopped, stoppable
 from bilevel_lite.experiment.task import Column, Task
 from bilevel_lite.refuse import NotFinite
@@ -130,6 +131,9 @@ def run(
     common = {name: value for name, value in config.items() if name in known}
     common = {**common, "seed": 0, "baselines": 0, **base}
     jobs = [(v, kind.settings(**{**common, **v.settings})) for v in variants]
+    spaces = {v.name: v.space for v in variants}
+    for v, s in jobs:
+        require_given(s.method, {*declared.given(s), *spaces[v.follows or v.name]})
     rules = {"first_seed": first_seed, "widen": widen, "baselines": int(baselines)}
     config = {
         **config, "seeds": seeds, "trials": trials, "search": search, "final": final, "base": base,

@@ -21,8 +21,8 @@ from bilevel_lite.options import (
 from bilevel_lite.solvers import Direct, Neumann
 
 __all__ = [
-    "SYSTEM", "Settings", "of", "read", "require_batches", "require_read", "setting", "switch",
-    "with_own", "written",
+    "SYSTEM", "Settings", "given", "of", "read", "require_batches", "require_read", "setting",
+    "switch", "with_own", "written",
 ]  # fmt: skip
 
 # of the linear system; each method reads some of them
@@ -178,6 +178,11 @@ def require_read(methods: list[str], given: Iterable[str]) -> None:
     ):
         others = ", ".join(other for other in sorted(reads) if name in reads[other])
         raise ValueError(f"{name}: is not read by {', '.join(methods)}; it is by {others}")
+
+
+def given(s: Any) -> set[str]:
+    """The settings that have a value."""
+    return {name for name, value in vars(s).items() if value is not None}
 
 
 def written(s: Any) -> dict[str, Any]:
