@@ -26,6 +26,7 @@ from bilevel_lite.tasks import (
     text_study,
     text_variants,
 )
+from bilevel_lite.tasks.exact_ggn import ExactGGN
 from bilevel_lite.tasks.text_cleaning import TextCleaning
 
 pytest.importorskip("transformers")
@@ -458,7 +459,7 @@ def test_the_study_covers_what_it_says():
     found = {v.name: v for v in studies.variants("text", "trec", "linear")}
     assert list(found) == [
         "noisy", "balanced", "validation", "clean", "identity", "sama", "neumann-3", "neumann-10",
-        "cg-3-ggn", "cg-normal-3", "kfac-mc", "kfac-empirical",
+        "cg-3-ggn", "ggn-exact", "cg-normal-3", "kfac-mc", "kfac-empirical",
     ]  # fmt: skip
     widths = {high / low for v in found.values() for low, high in v.space.values()}
     assert all(w == pytest.approx(100) for w in widths) and all(
@@ -468,8 +469,8 @@ def test_the_study_covers_what_it_says():
     assert plain == ["noisy", "balanced", "validation", "clean"]
     for v in found.values():
         TextCleaning.settings(dataset="trec", **v.settings)
-    # 6 trials of each of the 8, then 3 seeds of all 12
-    assert studies.runs("text") == 8 * 6 + 12 * 3
+    # 6 trials of each of the 9, then 3 seeds of all 13
+    assert studies.runs("text") == 9 * 6 + 13 * 3
     with pytest.raises(ValueError, match="dataset: got 'mnist', expected one of .*trec"):
         studies.variants("text", "mnist", "linear")
 
@@ -584,6 +585,40 @@ def test_the_studys_boxes_hold_the_points_that_won():
     for name, value in won.items():
         low, high = found[name]["outer_lr"]
         assert low < value < high
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.05])
+def test_the_exact_row_solves_the_damped_ggn(l2):
+    """Against the dense matrix, with weights that differ; more parameters than outputs, or less."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (3, 40):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+        inner = bl.WeightedRisk(model.double(), weight=lambda lam, b: lam[b[2]], l2=l2)
+        problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+        batch = x, torch.arange(n) % 3, torch.arange(n)
+        lam = torch.rand(n, generator=generator, dtype=torch.float64)
+        at = problem, lam, bl.flatten(model), batch
+        b = torch.randn(len(at[2]), generator=generator, dtype=torch.float64)
+        v, info = ExactGGN(1e-3).solve(*at, b)
+        truth, _ = bl.Direct(1e-3, "ggn").solve(*at, b)
+        assert float((v - truth).norm() / truth.norm()) < 1e-9
+        assert info.gradients == pytest.approx(3) and info.relative_residual < 1e-9
+    if not l2:
+        with pytest.raises(ValueError, match="damping: is 0, as is l2"):
+            ExactGGN(0.0).solve(*at, b)
+
+
+def test_the_exact_row_on_texts_of_unequal_length(float32):
+    """One text at a time, trimmed to its own length, is the GGN of the padded batch."""
+    task = TextCleaning.make(TextCleaning.settings(), CPU)
+    batch = tuple(part[:12] for part in (*task.train, torch.arange(len(task.lam0))))
+    at = task.problem, task.lam0, task.theta0, batch
+    b = torch.randn(len(task.theta0), generator=torch.Generator().manual_seed(0))
+    v, info = ExactGGN(0.01).solve(*at, b)
+    full = bl.curvature.GGN(task.problem.inner_loss, *at[1:])
+    assert float((full @ v + 0.01 * v - b).norm() / b.norm()) < 1e-4
+    assert info.relative_residual < 1e-4
 
 
 def test_costs_are_named_by_the_study_or_refused():

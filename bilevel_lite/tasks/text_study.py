@@ -32,7 +32,7 @@ SIZES = {name: (train, valid - round(0.5 * valid)) for name, (train, valid) in S
 
 MIDDLE = {
     "aid-kfac": 0.4, "aid-cg": 12.0, "aid-cg-normal": 40.0, "aid-neumann": 40.0,
-    "aid-identity": 40.0, "sama": 400.0,
+    "aid-identity": 40.0, "sama": 400.0, SOLVERS["ggn-exact"]["method"]: 0.12,
 }  # fmt: skip
 
 

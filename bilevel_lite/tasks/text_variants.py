@@ -36,6 +36,8 @@ SOLVERS: dict[str, dict] = {
     "neumann-3": {"method": "aid-neumann", "iters": 4, "damping": 0.0, **STEP},
     "neumann-10": {"method": "aid-neumann", "iters": 11, "damping": 0.0, **STEP},
     "cg-3-ggn": {"method": "aid-cg", "iters": 3, "curvature": "ggn", **DELTA},
+    # what CG on the GGN would end with: does a better solve make a better method?
+    "ggn-exact": {"method": "bilevel_lite.tasks.exact_ggn:aid-ggn-exact", **DELTA},
     "cg-normal-3": {"method": "aid-cg-normal", "iters": 3, **DELTA},
     "kfac-mc": {"method": "aid-kfac", "fisher": "mc", **DELTA},
     "kfac-empirical": {"method": "aid-kfac", "fisher": "empirical", **DELTA},
