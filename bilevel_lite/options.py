@@ -184,7 +184,9 @@ def document(cls: type, known: Container[str] = (), rest: str = "") -> type:
     Where that line is missing it is put before what is raised, the cost and the source, with
     ``rest`` under it.
     """
-    text = inspect.cleandoc(cls.__doc__ or f"{cls.__name__}.")
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if not text or text.startswith(f"{cls.__name__}("):  # dataclass writes its signature for none
+        text = f"{cls.__name__}."
     if "\nArgs:\n" not in text:
         end = re.search(r"\n(Raises|Warns|Cost|Cost of a step|Source|Example):|\Z", text).start()
         rest = rest and f"    {rest}\n"

@@ -143,6 +143,11 @@ Args:
 
 Source: nobody (2026).""")
 
+    class Mute(bl.solvers.Solver):
+        scale: float = positive(1.0, help="Of b")
+
+    assert Mute.__doc__ == "Mute.\n\nArgs:\n    scale: Of b; a positive number, by default 1.0.\n"
+
 
 BAD = [
     ({"linear_lr": 0.0}, ValueError, "linear_lr: got 0.0, expected a positive number"),
