@@ -607,6 +607,9 @@ def test_the_exact_row_solves_the_damped_ggn(l2):
     if not l2:
         with pytest.raises(ValueError, match="damping: is 0, as is l2"):
             ExactGGN(0.0).solve(*at, b)
+        plain = bl.BilevelProblem(lambda lam, theta, _: (theta**2).sum(), problem.outer_loss)
+        with pytest.raises(TypeError, match="inner_loss: got function, expected a WeightedRisk"):
+            ExactGGN(0.1).solve(plain, *at[1:], b)
 
 
 def test_the_exact_row_on_texts_of_unequal_length(float32):

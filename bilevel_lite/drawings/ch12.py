@@ -68,6 +68,7 @@ METHODS = {
     "identity": (COLORS["identity"], "o"), "sama": (PALETTE[3], "v"),
     "neumann-3": (COLORS["neumann"], "<"), "neumann-10": (COLORS["neumann"], ">"),
     "cg-3-ggn": (COLORS["cg"], "s"), "cg-normal-3": (COLORS["cg"], "D"),
+    "ggn-exact": ("black", "^"),
     "kfac-mc": (COLORS["kfac"], "o"), "kfac-empirical": (COLORS["kfac"], "s"),
 }  # fmt: skip
 

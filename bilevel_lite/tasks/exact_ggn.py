@@ -1,22 +1,23 @@
 r"""The damped GGN of one batch solved exactly, for models with far more parameters than outputs.
 
-    G = U^T U + 2 l2 I,     U has a row J_i^T s_ic / sqrt(n) for example i and class c
-    v = (G + delta I)^-1 b = (b - U^T (tau I + U U^T)^-1 U b) / tau,     tau = delta + 2 l2
+    G = Z^T Z + 2 l2 I,     Z has a row s_ic^T Z_i / sqrt(n) for example i and class c
+    v = (G + delta I)^-1 b = (b - Z^T (Z Z^T + tau I)^-1 Z b) / tau,     tau = delta + 2 l2
 
-by the push-through (Woodbury) identity, s the exact probes of `bilevel_lite.curvature.Probes`. It
-is what CG on the GGN would end with and what KFAC approximates: a study asks by it whether a better
-solve of the same system makes a better method.
+by the push-through (Woodbury) identity; Z_i is the Jacobian of example i's outputs, s the exact
+probes of `bilevel_lite.curvature.Probes`. It is what CG on the GGN would end with and what KFAC
+approximates: a study asks by it whether a better solve of the same system makes a better method.
 """
 
 import torch
 
 from bilevel_lite import algorithms as alg
-from bilevel_lite.curvature import GGN, Probes, require_risk
+from bilevel_lite.curvature import GGN, Probes
 from bilevel_lite.experiment.methods import METHODS, STEPS, Recipe
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import SolveInfo
 from bilevel_lite.options import again
 from bilevel_lite.products import COST
+from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import Solver
 
 __all__ = ["ExactGGN"]
@@ -29,7 +30,7 @@ class ExactGGN(Solver):
 
     Raises:
         ValueError: in `solve`, for no damping and no l2, which make the GGN singular.
-        TypeError: in `solve`, if the inner loss is not a `WeightedRisk`.
+        TypeError: in `solve`, if the inner loss is not a `WeightedRisk`, or has ``weight_slope``.
 
     Cost: a gradient for each class, n C theta-sized rows in memory, and their (n C)^2 products.
     Source: Woodbury (1950); as a solver of hypergradients, `bilevel_lite.solvers.Direct`.
@@ -53,8 +54,13 @@ class ExactGGN(Solver):
         """Return None: it is exact."""
 
     def _solve(self, at, b):
-        risk = require_risk(at.loss, type(self).__name__)
-        tau, n, u = self.damping + 2 * risk.l2, len(at.batch[1]), None
+        risk = at.loss
+        if not isinstance(risk, WeightedRisk) or risk.weight_slope:
+            raise TypeError(
+                f"inner_loss: got {type(risk).__name__}, expected a WeightedRisk without "
+                "weight_slope; use CG with curvature='ggn'"
+            )
+        tau, n, z = self.damping + 2 * risk.l2, len(at.batch[1]), None
         if tau == 0:
             raise ValueError(
                 "damping: is 0, as is l2, and the GGN is singular; give a positive one"
@@ -63,19 +69,19 @@ class ExactGGN(Solver):
             one = tuple(part[k : k + 1] for part in at.batch)
             (part,) = GGN(risk, at.lam, at.theta, one).parts
             probes = Probes("exact").of(part.side)
-            if u is None:  # rows are written where they stay: copies of them all would be dear
-                u = b.new_empty(n, len(probes), len(b))
-            for row, s in zip(u[k], probes, strict=True):
+            if z is None:  # rows are written where they stay: copies of them all would be dear
+                z = b.new_empty(n, len(probes), len(b))
+            for row, s in zip(z[k], probes, strict=True):
                 row.copy_(part.vjp(s))
-        u = u.flatten(0, 1).div_(n**0.5)
-        gram = (u @ u.T).double()
+        z = z.flatten(0, 1).div_(n**0.5)
+        gram = (z @ z.T).double()
         gram.diagonal().add_(tau)
         v, r = torch.zeros_like(b), b
         for _ in range(2):  # once more on the residual, for float32
-            c = torch.linalg.solve(gram, (u @ r).double()).to(b)
-            v = v + (r - u.T @ c) / tau
-            r = b - u.T @ (u @ v) - tau * v
-        return SolveInfo(v, 0, 0, gradients=COST["gradient"] * len(u) / n).measured(r, b)
+            c = torch.linalg.solve(gram, (z @ r).double()).to(b)
+            v = v + (r - z.T @ c) / tau
+            r = b - z.T @ (z @ v) - tau * v
+        return SolveInfo(v, 0, 0, gradients=COST["gradient"] * len(z) / n).measured(r, b)
 
 
 # by the name that a run or a study gives it: "bilevel_lite.tasks.exact_ggn:aid-ggn-exact"
