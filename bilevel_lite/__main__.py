@@ -12,11 +12,12 @@ from bilevel_lite.data import DataError
 from bilevel_lite.experiment import RunError, bench, collect, job, search, settings, stored
 from bilevel_lite.experiment.folder import figures_folder, in_checkout, stored_names, writing
 from bilevel_lite.experiment.methods import METHODS, OWN, by_name
-from bilevel_lite.experiment.processes import processes, told
+from bilevel_lite.experiment.processes import processes, several, told
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import TASKS, Task, find, owner
 from bilevel_lite.options import options_of
 from bilevel_lite.parallel import ProcessLost
+from bilevel_lite.refuse import Unseen
 from bilevel_lite.session import pick_device
 from bilevel_lite.tasks import cleaning_comparison, hypercleaning, studies
 
@@ -62,13 +63,13 @@ class TaskHelp(argparse.Action):
         """Print it, and leave."""
         parser.print_help()
         if (task := getattr(namespace, "task", None)) is not None:
+            methods = getattr(namespace, "method", None) or []
             try:
                 find(task)
+                print(f"\nsettings of {task}, each as --NAME VALUE:")
+                _tasks(task, [methods] if isinstance(methods, str) else methods)
             except ValueError as error:
                 parser.error(str(error))
-            methods = getattr(namespace, "method", None) or []
-            print(f"\nsettings of {task}, each as --NAME VALUE:")
-            _tasks(task, [methods] if isinstance(methods, str) else methods)
         parser.exit()
 
 
@@ -184,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
                 metavar={int: "N", float: "X", str: "NAME"}[kind],
                 help=meaning + _defaults(name),
             )
-    several = run.add_argument_group("comparison of several methods")
+    compared = run.add_argument_group("comparison of several methods")
     for name, kind, meaning in (
         ("seeds", int, "final runs of each method"),
         ("trials", int, "points tried for each"),
@@ -192,8 +193,8 @@ def parser() -> argparse.ArgumentParser:
     ):
         usual = f" (default: {COMPARED[name.replace('-', '_')]:,})"
         letter = {int: "N", float: "X"}[kind]
-        several.add_argument(f"--{name}", type=kind, metavar=letter, help=meaning + usual)
-    several.add_argument("--storage", metavar="URL", help=STORAGE)
+        compared.add_argument(f"--{name}", type=kind, metavar=letter, help=meaning + usual)
+    compared.add_argument("--storage", metavar="URL", help=STORAGE)
 
     study = commands.add_parser(
         "study",
@@ -498,6 +499,7 @@ def _search(options: dict) -> None:
         "seed": "0 in trials, then 0, 1 ...",
         "method": "--method",
         "outer_steps": "--outer-steps",
+        "evaluate_every": "--looks",
     }
     settings.require_read(methods, [*base, *over])
     for name in [*own, *over]:
@@ -634,9 +636,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif rest:
         known.error(f"unrecognized arguments: {' '.join(rest)}")
     command, names = options.pop("command"), set(options)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    shared = several()
     try:
-        if several and command != "run":
+        if shared and command != "run":
             raise ValueError(
                 f"{command} runs in one process; start it on each machine, with --storage where a "
                 "search shares its trials. torchrun is for `run`"
@@ -662,11 +664,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(collect(**options).resolve())
         else:
             _figures(**options)
-    except (DataError, RunError, ValueError) as error:
+    except (DataError, RunError, Unseen, ValueError) as error:
         name, colon, rest = str(error).partition(": ")
         if colon and name in names:  # as it was typed
             error = f"--{name.replace('_', '-')}: {rest}"
-        where = f"process {os.environ.get('RANK')}: " if several else ""
+        where = f"process {os.environ.get('RANK')}: " if shared else ""
         print(f"{where}error: {error}", file=sys.stderr)
         return 1
     except ProcessLost as lost:

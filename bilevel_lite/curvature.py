@@ -32,7 +32,7 @@ from bilevel_lite.options import check, document, one_of, whole
 from bilevel_lite.parallel import Part, apart, part_of
 from bilevel_lite.params import dot
 from bilevel_lite.products import hvp_operator
-from bilevel_lite.refuse import NotFinite
+from bilevel_lite.refuse import NotFinite, Unseen
 from bilevel_lite.risk import (
     SumOfRisks,
     Term,
@@ -152,15 +152,15 @@ def require_risk(loss: Any, what: str) -> WeightedRisk | SumOfRisks:
     """Refuse a loss whose model, likelihood and weights cannot be seen.
 
     Raises:
-        TypeError: naming what needs a `WeightedRisk`, or what a subclass has overridden.
+        Unseen: (a TypeError) naming what needs a `WeightedRisk`, or what a subclass has overridden.
     """
     if not isinstance(loss, WeightedRisk | SumOfRisks):
-        raise TypeError(
+        raise Unseen(
             f"inner_loss: got {type(loss).__name__}, but {what} needs to see the model, the "
             "likelihood and the weights: give a bilevel_lite.WeightedRisk"
         )
     if not is_structured(loss):
-        raise TypeError(f"inner_loss: {refusal(loss)}")
+        raise Unseen(f"inner_loss: {refusal(loss)}")
     return loss
 
 

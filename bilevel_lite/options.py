@@ -49,7 +49,7 @@ class Option:
         """Refuse a value that does not fit: "NAME: got VALUE, expected ..."."""
         try:
             fits = none if value is None else bool(self.fits(value))
-            if isinstance(value, float) and math.isinf(value):
+            if _number(value) and math.isinf(value):
                 fits = fits and self.endless
         except (TypeError, ValueError, RuntimeError):  # it cannot even be compared
             fits = False
@@ -99,7 +99,7 @@ def fraction(default: Any = MISSING, **more: Any) -> Any:
 
 def whole(default: Any = MISSING, least: int = 1, **more: Any) -> Any:
     """An integer of at least ``least``."""
-    expected = f"an integer of at least {least}"
+    expected = f"an integer of at least {least}" if least > -math.inf else "an integer"
     return option(
         expected, lambda v: _number(v) and isinstance(v, Integral) and v >= least, default, **more
     )

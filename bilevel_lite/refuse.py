@@ -82,6 +82,10 @@ def looked_at(value: Tensor) -> bool:
     return not _recording.get() and (value.device.type == "cpu" or _every_look.get())
 
 
+class Unseen(TypeError):
+    """A loss whose model, likelihood and weights cannot be seen, where they must be."""
+
+
 class NotFinite(ValueError):
     """A loss or a derivative came out as NaN or infinite."""
 

@@ -223,7 +223,7 @@ class WeightedRisk:
     ):
         if loss not in LOSSES:
             raise ValueError(f"loss: got {loss!r}, expected 'cross_entropy' or 'mse'")
-        _require_l2(l2)
+        _require_fixed("l2", l2)
         if ignore_index is not None and loss == "mse":
             raise ValueError(
                 f"ignore_index: got {ignore_index} with loss='mse', which has no labels"
@@ -638,11 +638,8 @@ class SumOfRisks:
                 f"coefficients: got {len(coefficients)} for {len(risks)} risks, expected one each"
             )
         for c in coefficients:
-            if not (c >= 0 and math.isfinite(c)):
-                raise ValueError(
-                    f"coefficients: got {c}, expected finite numbers that are zero or positive"
-                )
-        _require_l2(l2)
+            _require_fixed("coefficients", c)
+        _require_fixed("l2", l2)
         self.risks, self.coefficients, self.own_l2 = risks, coefficients, l2
         self.model = nn.ModuleList([risk.model for risk in risks]) if model is None else model
         self.parts = [_part(risk.model, self.model, k) for k, risk in enumerate(risks)]
@@ -820,12 +817,13 @@ def _hook(function: Callable, lam: Tensor, *args: Any) -> Any:
         raise ValueError(f"{short} ({said})") from error
 
 
-def _require_l2(l2: Any) -> None:
-    if isinstance(l2, Tensor):  # one that lam made would enter no J v
+def _require_fixed(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):  # one that lam made would enter no J v
         raise ValueError(
-            "l2: got a tensor, expected a number; where lam sets it, write the loss as a function"
+            f"{name}: got a tensor, expected a number; where lam sets it, write the loss as a "
+            "function"
         )
-    require_number("l2", l2)
+    require_number(name, value)
 
 
 def _require_pair(batch: Any, said: str) -> None:

@@ -21,7 +21,7 @@ import bilevel_lite as bl
 from bilevel_lite import experiment
 from bilevel_lite.__main__ import OPTIONS, draw_stored
 from bilevel_lite.__main__ import main as strictly
-from bilevel_lite.experiment import RunError, RunFolder, supervised
+from bilevel_lite.experiment import RunError, RunFolder, search, supervised
 from bilevel_lite.experiment.methods import METHODS, OWN
 from bilevel_lite.tasks import hypercleaning
 
@@ -302,9 +302,9 @@ def test_two_processes_on_one_folder(tmp_path, capsys):
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
-    refused = [*SMALL, "--batch-size", "100000", "--out"]
+    refused = [*SMALL, "--method", "aid-cg", "--iters", "0", "--out"]  # told by the method
     assert main([*refused, str(tmp_path / "new" / "run")]) == 1
-    assert "batch-size: got 100000" in capsys.readouterr().err
+    assert "iters: got 0" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
@@ -316,6 +316,39 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capsys):
     with pytest.raises(ValueError), RunFolder(tmp_path / "run", {"a": 1}) as folder:
         raise ValueError  # begun by another
     assert {"config.json", "log.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "mine" / "log.jsonl").write_text("my own\n")
+    assert main([*refused, str(tmp_path / "mine")]) == 1
+    assert "log.jsonl is of nothing that was run here" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "log.jsonl").read_text() == "my own\n"
+    assert main([*refused, str(tmp_path / ("a" * 300))]) == 1
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_refused_search_leaves_no_folder_either(tmp_path, capsys):
+    words = ["search", "long_tail", "--method", "aid-cg", "--device", "cpu", "--trials", "1"]
+    words += ["--search-steps", "1", "--outer-steps", "1", "--seeds", "1", "--out"]
+    out = str(tmp_path / "out")
+    for over, message in (
+        (["outer_lr=1:2", "--set", "batch_size=100000"], "batch_size: got 100000"),
+        (["outer_lr=1:inf"], "outer_lr: got a box from 1.0 to inf, expected 0 < LOW < HIGH"),
+        (["inner_momentum=0.5:2"], "inner_momentum: got 2.0, expected a number from 0 up to"),
+        (["outer_lr=1:2", "--set", "evaluate_every=1"], "chosen by the search (--looks)"),
+    ):
+        assert main([*words, out, "--over", *over]) == 1
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_variants_that_cannot_be_searched_are_refused():
+    kind = supervised.Supervised
+    for variants, message in (
+        ([], "variants: got none"),
+        ([search.Variant("a", {}, {"nosuch": (1.0, 2.0)})], "'nosuch', which is no setting"),
+        ([search.Variant("a", {}, {"outer_lr": (0.0, 1.0)})], "outer_lr: got a box from 0.0"),
+        ([search.Variant("a", {}, {}, follows="b")], "a follows 'b', which is none of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search._require_boxes([(v, kind.settings()) for v in variants])
 
 
 def test_folders_that_cannot_be_used(tmp_path, capsys):

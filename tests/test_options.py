@@ -6,6 +6,7 @@ import math
 import pickle
 from dataclasses import MISSING, dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,9 @@ Args:
     **common: See `bilevel_lite.algorithms.method.Method`.
 
 Source: nobody (2026).""")
+
+    with pytest.raises(ValueError, match="damping: got .*inf.*, expected a finite number"):
+        bl.KFAC(damping=np.float32("inf"))
 
     class Mute(bl.solvers.Solver):
         scale: float = positive(1.0, help="Of b")

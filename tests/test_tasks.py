@@ -42,6 +42,18 @@ def test_a_strangers_task_is_short_and_known_by_its_name(capsys):
     assert "encoder=tiny (nothing on semeval, trec, youtube)" in out and "layers=1  " in out
 
 
+def test_what_a_task_cannot_give_a_method_is_said(tmp_path, capsys):
+    words = ["run", "stranger:ridge", "--device", "cpu", "--outer-steps", "2", "--method"]
+    assert main([*words, "aid-kfac", "--out", str(tmp_path / "a")]) == 1
+    assert "error: inner_loss: got function, but KFAC needs to see" in capsys.readouterr().err
+    for method, message in (
+        ("nosuch", "got 'nosuch', expected one of"), ("nomod:X", "there is no module 'nomod'"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*words, method, "--help"])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task_keeps_the_protocol(name, float32):
     kind = find(name)

@@ -612,6 +612,23 @@ def test_the_exact_row_solves_the_damped_ggn(l2):
             ExactGGN(0.1).solve(plain, *at[1:], b)
 
 
+def test_the_exact_row_refuses_examples_that_do_not_stand_alone():
+    """By themselves their weights, or inputs, would be others: a wrong number, once in silence."""
+    model = torch.nn.Linear(3, 2).double()
+    x, n = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 4
+    batch = x, torch.tensor([0, 1, 1, 0]), torch.arange(n)
+    lam = torch.linspace(-1, 1, n, dtype=torch.float64)
+    theta, b = bl.flatten(model), torch.ones(8, dtype=torch.float64)
+    for more in (
+        {"weight": lambda lam, q: len(q[2]) * torch.softmax(lam[q[2]], 0)},
+        {"inputs": lambda lam, q: (q[0] - q[0].mean(0) + lam[q[2], None], *q[1:])},
+    ):
+        inner = bl.WeightedRisk(model, **more)
+        problem = bl.BilevelProblem(inner, bl.WeightedRisk(model))
+        with pytest.raises(ValueError, match="example 0 has another output or weight by itself"):
+            ExactGGN(0.1).solve(problem, lam, theta, batch, b)
+
+
 def test_the_exact_row_on_texts_of_unequal_length(float32):
     """One text at a time, trimmed to its own length, is the GGN of the padded batch."""
     task = TextCleaning.make(TextCleaning.settings(), CPU)

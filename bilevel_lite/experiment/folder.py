@@ -27,7 +27,8 @@ import torch
 __all__ = ["RunError", "RunFolder", "collect", "figures_folder", "provenance", "stored"]
 
 FORMAT = 2  # of the folder; raised when an older folder can no longer be resumed
-BEGUN = {".lock", "config.json", "log.jsonl"}  # what a folder holds before anything was done
+# what a folder holds before anything was done; the last is a search's
+BEGUN = {".lock", "config.json", "log.jsonl", "trials.db"}
 RESULT_FORMAT = 1  # of a result; raised when an older result can no longer be read
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REPOSITORY = _PACKAGE.parent
@@ -59,8 +60,8 @@ class RunFolder:
         if only_look:
             self._read()
             return
-        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         with self._writing("made"):
+            self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._before = set(os.listdir(self.path))
             self._lock = FileLock(self.path / ".lock")
@@ -90,14 +91,16 @@ class RunFolder:
         return told
 
     def _open(self):
+        log = self.path / "log.jsonl"
+        size = log.stat().st_size if log.exists() else 0
         self._new = not self._read()
+        if self._new and size and self.state is None:
+            raise RunError(f"{log} is of nothing that was run here; use another folder")
         if self._new:
             self._write("config.json", _json(self.config))
         if self.state is None and self.finished:
             return  # finished and thinned: the log is whole
         kept = self.state["log_bytes"] if self.state else 0
-        log = self.path / "log.jsonl"
-        size = log.stat().st_size if log.exists() else 0
         if size < kept:
             raise RunError(f"{log} is shorter than its checkpoint says: it was changed; start anew")
         with self._writing("written"), open(log, "ab") as file:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from bilevel_lite.experiment.folder import RunFolder
 from bilevel_lite.parallel import Group
 
-__all__ = ["SharedFolder", "processes", "told"]
+__all__ = ["SharedFolder", "processes", "several", "told"]
 
 WAIT = 600.0  # seconds for which one process waits for the others
 
@@ -32,7 +32,7 @@ def processes(device: str | None = None) -> Iterator[tuple[Group | None, str | N
         ValueError: if ``BILEVEL_LITE_WAIT``, the seconds after which a process that says nothing is
             taken for lost, is no positive number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not several():
         yield None, device
         return
     wait = os.environ.get("BILEVEL_LITE_WAIT", str(WAIT))
@@ -50,6 +50,12 @@ def processes(device: str | None = None) -> Iterator[tuple[Group | None, str | N
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield group, device
     dist.destroy_process_group()  # not reached where a process was lost: this would wait for it
+
+
+def several() -> bool:
+    """Whether this process is one of several, by ``WORLD_SIZE``."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdigit() and int(size) > 1
 
 
 def told(runs: list[dict]) -> dict[tuple[str, str], dict[str, dict[str, float]]]:

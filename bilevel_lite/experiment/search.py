@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +31,7 @@ from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenanc
 from bilevel_lite.experiment.methods import require_given
 from bilevel_lite.experiment.stopping import Stopped, stoppable
 from bilevel_lite.experiment.task import Column, Task
+from bilevel_lite.options import options_of
 from bilevel_lite.refuse import NotFinite
 from bilevel_lite.session import pick_device
 
@@ -131,9 +133,7 @@ def run(
     common = {name: value for name, value in config.items() if name in known}
     common = {**common, "seed": 0, "baselines": 0, **base}
     jobs = [(v, kind.settings(**{**common, **v.settings})) for v in variants]
-    spaces = {v.name: v.space for v in variants}
-    for v, s in jobs:
-        require_given(s.method, {*declared.given(s), *spaces[v.follows or v.name]})
+    _require_boxes(jobs)
     rules = {"first_seed": first_seed, "widen": widen, "baselines": int(baselines)}
     config = {
         **config, "seeds": seeds, "trials": trials, "search": search, "final": final, "base": base,
@@ -173,6 +173,38 @@ def run(
         folder.finish(result)
     print(table(rows, kind.shown()))
     return result
+
+
+def _require_boxes(jobs: list[tuple[Variant, Any]]) -> None:
+    """Refuse a box that is none, or in which a run would refuse a point."""
+    boxes = {v.name: v.space for v, _ in jobs}
+    if not jobs:
+        raise ValueError("variants: got none, expected at least one")
+    for v, s in jobs:
+        if v.follows and v.follows not in boxes:
+            raise ValueError(f"variants: {v.name} follows {v.follows!r}, which is none of them")
+        for name, (low, high) in v.space.items():
+            if name not in vars(s):
+                raise ValueError(f"variants: {v.name} searches {name!r}, which is no setting")
+            if not 0 < low < high < math.inf:
+                raise ValueError(f"{name}: got a box from {low} to {high}, expected 0 < LOW < HIGH")
+            for end in v.space[name]:
+                _check(s, name, end)
+        require_given(s.method, {*declared.given(s), *boxes[v.follows or v.name]})
+
+
+def _check(s: Any, name: str, value: float) -> None:
+    """Refuse a value that the setting's option does not take."""
+    if (one := options_of(s).get(name)) is not None:
+        one.check(name, value)
+
+
+def _fits(s: Any, name: str, value: float) -> bool:
+    try:
+        _check(s, name, value)
+    except ValueError:
+        return False
+    return True
 
 
 def _follows(variant: Variant) -> dict:
@@ -276,9 +308,11 @@ class _Study:
         for name, box in boxes.items():
             out[name] = dict(box)
             for setting, (low, high) in box.items():
+                fits = partial(_fits, self.settings[name], setting)
                 more = (high / low) ** WIDER
-                low = float(f"{low / more:.4g}") if (setting, "low") in sides else low
-                high = float(f"{high * more:.4g}") if (setting, "high") in sides else high
+                ends = [float(f"{end:.4g}") for end in (low / more, high * more)]
+                low = ends[0] if (setting, "low") in sides and fits(ends[0]) else low
+                high = ends[1] if (setting, "high") in sides and fits(ends[1]) else high
                 out[name][setting] = (low, high)
         return out
 

@@ -1,5 +1,6 @@
 """Settings of a run: declared once, as fields with their meaning; checked, read from words."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, make_dataclass
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from bilevel_lite.options import (
     positive,
     same,
     types_of,
+    whole,
 )
 from bilevel_lite.solvers import Direct, Neumann
 
@@ -51,6 +53,8 @@ def setting(default: Any, meaning: str, least: float | None = None, known: tuple
     """
     if known:
         return one_of(*sorted(known), default=default, help=meaning)
+    if isinstance(default, int):
+        return whole(default, -math.inf if least is None else least, help=meaning)
     if least is not None:
         return option(f"at least {least}", lambda v: v >= least, default, help=meaning)
     return option("a value", lambda v: True, default, help=meaning)

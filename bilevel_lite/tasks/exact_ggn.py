@@ -11,12 +11,13 @@ approximates: a study asks by it whether a better solve of the same system makes
 import torch
 
 from bilevel_lite import algorithms as alg
-from bilevel_lite.curvature import GGN, Probes
+from bilevel_lite.curvature import GGN, OutputMap, Probes
 from bilevel_lite.experiment.methods import METHODS, STEPS, Recipe
 from bilevel_lite.kfac import KFAC
 from bilevel_lite.linsolve import SolveInfo
 from bilevel_lite.options import again
 from bilevel_lite.products import COST
+from bilevel_lite.refuse import Unseen
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import Solver
 
@@ -26,10 +27,11 @@ __all__ = ["ExactGGN"]
 class ExactGGN(Solver):
     """v = (G + damping I)^-1 b, G the GGN of the batch, in the space of its outputs.
 
-    The examples' outputs must be functions of their own rows, and the batch a tuple of tensors.
+    The outputs and weights must be functions of their own rows, and the batch a tuple of tensors.
 
     Raises:
-        ValueError: in `solve`, for no damping and no l2, which make the GGN singular.
+        ValueError: in `solve`, for no damping and no l2, which make the GGN singular; for a weight
+            or an output that depends on the other examples.
         TypeError: in `solve`, if the inner loss is not a `WeightedRisk`, or has ``weight_slope``.
 
     Cost: a gradient for each class, n C theta-sized rows in memory, and their (n C)^2 products.
@@ -56,7 +58,7 @@ class ExactGGN(Solver):
     def _solve(self, at, b):
         risk = at.loss
         if not isinstance(risk, WeightedRisk) or risk.weight_slope:
-            raise TypeError(
+            raise Unseen(
                 f"inner_loss: got {type(risk).__name__}, expected a WeightedRisk without "
                 "weight_slope; use CG with curvature='ggn'"
             )
@@ -65,9 +67,11 @@ class ExactGGN(Solver):
             raise ValueError(
                 "damping: is 0, as is l2, and the GGN is singular; give a positive one"
             )
-        for k in range(n):
+        (whole,) = GGN(risk, at.lam, at.theta, at.batch).parts
+        for k in range(n):  # an example by itself: its row needs no pass through the others
             one = tuple(part[k : k + 1] for part in at.batch)
             (part,) = GGN(risk, at.lam, at.theta, one).parts
+            _require_alike(whole, part, k)
             probes = Probes("exact").of(part.side)
             if z is None:  # rows are written where they stay: copies of them all would be dear
                 z = b.new_empty(n, len(probes), len(b))
@@ -82,6 +86,16 @@ class ExactGGN(Solver):
             v = v + (r - z.T @ c) / tau
             r = b - z.T @ (z @ v) - tau * v
         return SolveInfo(v, 0, 0, gradients=COST["gradient"] * len(z) / n).measured(r, b)
+
+
+def _require_alike(whole: OutputMap, part: OutputMap, k: int) -> None:
+    """Refuse an example that is another one by itself than in the batch."""
+    for a, b in ((whole.outputs, part.outputs), (whole.side.sigma, part.side.sigma)):
+        if a is not None and not (len(b) == 1 and torch.allclose(a[k], b[0], 1e-3, 1e-4)):
+            raise ValueError(
+                f"batch: example {k} has another output or weight by itself than in the batch, "
+                "whose rows are to stand alone here; use CG with curvature='ggn'"
+            )
 
 
 # by the name that a run or a study gives it: "bilevel_lite.tasks.exact_ggn:aid-ggn-exact"
