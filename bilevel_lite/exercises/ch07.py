@@ -253,7 +253,7 @@ def check_weighted_is_worse(weighted_is_worse):
         raise Wrong(
             f"The unweighted A is off by {errors[0]:.2g}: sigma_i omega_i must not depend on a_i."
         )
-    if not errors[1] >= 0.5:
+    if not errors[1] >= 0.9:
         raise Wrong(
             f"A_sigma is off by {errors[1]:.2g} only: the weights must depend on a_i more strongly."
         )

@@ -111,6 +111,7 @@ WRONG = {
     "7.5": [
         lambda: groups(on_h=torch.ones_like),
         lambda: groups(ratio=1.2),
+        lambda: groups(ratio=2.0),  # case 2 as printed
         lambda: groups(ratio=100.0),
         lambda: groups(on_h=lambda s: s),
         lambda: groups()[:2],
