@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
     "NotFinite",
+    "Unseen",
     "at_least",
     "attributes",
     "check_labels",

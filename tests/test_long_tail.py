@@ -390,7 +390,7 @@ def test_cifar100_is_read_from_its_archive(tmp_path, monkeypatch):
         (["reading=half"], "reading: got 'half', expected 'full', 'no_slope' or 'normalised'"),
         (["batch_size=300"], "batch_size: got 300, expected 1 to 269, or 0 for all 269"),
         (["outer_batch_size=300"], "outer_batch_size: got 300, expected 1 to 100"),
-        (["hidden=0"], "hidden: got 0, expected at least 1"),
+        (["hidden=0"], "hidden: got 0, expected an integer of at least 1"),
         (["dataset=svhn"], "dataset: got 'svhn'"),
         (["inner_schedule=steps", "budget=9"], "inner_schedule: got 'steps' with budget=9"),
         (["outer_optimizer=rmsprop"], "outer_optimizer: got 'rmsprop', expected 'adam', 'sgd' or"),

@@ -194,7 +194,7 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
             "--set: inner_lr is chosen by the search",
         ),
         (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected int"),
-        (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected at least 1"),
+        (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected an integer of at least 1"),
         (
             ["run", "ridge", "--set", "fisher=all"],
             "fisher: got 'all', expected 'mc', 'exact' or 'empirical'",
