@@ -581,7 +581,7 @@ def test_the_studys_boxes_hold_the_points_that_won():
     runs = bl.experiment.stored("text_cleaning_trec")["runs"]
     rows = [row for run in runs for row in run["results"] if row["chosen"]]
     won = {row["method"]: row["chosen"]["outer_lr"] for row in rows}
-    assert len(won) == 8
+    assert len(won) == 9
     for name, value in won.items():
         low, high = found[name]["outer_lr"]
         assert low < value < high

@@ -26,7 +26,7 @@ CROSS = 128  # texts of J: forward passes alone, and they say how often a weight
 # other sets is within one tuning text of the best trial (SemEval) or equal to it (YouTube)
 OUTER_LR = {
     "aid-kfac": 0.5, "aid-cg": 10.0, "aid-cg-normal": 50.0, "aid-neumann": 400.0,
-    "aid-identity": 400.0, "sama": 400.0,
+    "aid-identity": 400.0, "sama": 400.0, "bilevel_lite.tasks.exact_ggn:aid-ggn-exact": 0.15,
 }  # fmt: skip
 DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}
 SOLVERS: dict[str, dict] = {
