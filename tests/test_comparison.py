@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 
 def test_every_method_has_a_space_and_is_tried_equally_often(whole):
     # dense NHGD keeps a matrix of d x d numbers; KFAC as a preconditioner is for the solvers' study
-    assert set(comparison.SPACES) == set(methods.METHODS) - {"nhgd", "aid-pcg"}
+    assert set(comparison.SPACES) == set(methods.PACKAGE) - {"nhgd", "aid-pcg"}
     for space in comparison.SPACES.values():
         points = search._points(space, 8)
         assert len(points) == 8 and points == search._points(space, 9)[:8]
