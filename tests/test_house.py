@@ -90,7 +90,7 @@ PARTS = {
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3651),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 663),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
-    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5548),
+    "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5552),
 }
 # one file of algorithms/ (here the docstring's example counts too), one of tasks/
 LARGEST = {"method": 100, "task": 444}

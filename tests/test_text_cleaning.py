@@ -621,6 +621,7 @@ def test_the_exact_row_refuses_examples_that_do_not_stand_alone():
     theta, b = bl.flatten(model), torch.ones(8, dtype=torch.float64)
     for more in (
         {"weight": lambda lam, q: len(q[2]) * torch.softmax(lam[q[2]], 0)},
+        {"weight": lambda lam, q: 1e-5 * torch.softmax(lam[q[2]], 0)},  # however small
         {"inputs": lambda lam, q: (q[0] - q[0].mean(0) + lam[q[2], None], *q[1:])},
     ):
         inner = bl.WeightedRisk(model, **more)

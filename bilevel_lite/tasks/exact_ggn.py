@@ -20,6 +20,7 @@ from bilevel_lite.products import COST
 from bilevel_lite.refuse import Unseen
 from bilevel_lite.risk import WeightedRisk
 from bilevel_lite.solvers import Solver
+from bilevel_lite.trust import tolerance
 
 __all__ = ["ExactGGN"]
 
@@ -90,8 +91,10 @@ class ExactGGN(Solver):
 
 def _require_alike(whole: OutputMap, part: OutputMap, k: int) -> None:
     """Refuse an example that is another one by itself than in the batch."""
-    for a, b in ((whole.outputs, part.outputs), (whole.side.sigma, part.side.sigma)):
-        if a is not None and not (len(b) == 1 and torch.allclose(a[k], b[0], 1e-3, 1e-4)):
+    pairs = (whole.outputs, part.outputs), (whole.side.sigma, part.side.sigma)
+    for a, b in (pair for pair in pairs if pair[0] is not None):
+        near = tolerance(a) * a.abs().max()
+        if len(b) != 1 or not bool((a[k] - b[0]).abs().max() <= near):
             raise ValueError(
                 f"batch: example {k} has another output or weight by itself than in the batch, "
                 "whose rows are to stand alone here; use CG with curvature='ggn'"

@@ -23,7 +23,7 @@ from bilevel_lite.experiment.search import Variant
 from bilevel_lite.experiment.supervised import PLAIN
 from bilevel_lite.tasks.text_cleaning import SIZES as SETS
 from bilevel_lite.tasks.text_cleaning import TextCleaning
-from bilevel_lite.tasks.text_variants import BASELINES, CROSS, SOLVERS
+from bilevel_lite.tasks.text_variants import BASELINES, CROSS, EXACT, SOLVERS
 
 __all__ = ["CROSS", "SIZES", "SOLVERS", "TextCleaning", "variants"]
 
@@ -32,7 +32,7 @@ SIZES = {name: (train, valid - round(0.5 * valid)) for name, (train, valid) in S
 
 MIDDLE = {
     "aid-kfac": 0.4, "aid-cg": 12.0, "aid-cg-normal": 40.0, "aid-neumann": 40.0,
-    "aid-identity": 40.0, "sama": 400.0, SOLVERS["ggn-exact"]["method"]: 0.12,
+    "aid-identity": 40.0, "sama": 400.0, EXACT: 0.12,
 }  # fmt: skip
 
 

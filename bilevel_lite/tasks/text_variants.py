@@ -19,6 +19,7 @@ BASELINES = {
     "validation": ("validation", "one", "validation texts only"),
     "clean": ("true", "one", "true training labels"),
 }
+EXACT = "bilevel_lite.tasks.exact_ggn:aid-ggn-exact"
 # step sizes of AdamW: one layer as in the first trials, the others by hand; never searched
 INNER_LR = {"1": 3e-4, "half": 1e-4, "all": 5e-5}
 CROSS = 128  # texts of J: forward passes alone, and they say how often a weight is visited
@@ -26,7 +27,7 @@ CROSS = 128  # texts of J: forward passes alone, and they say how often a weight
 # other sets is within one tuning text of the best trial (SemEval) or equal to it (YouTube)
 OUTER_LR = {
     "aid-kfac": 0.5, "aid-cg": 10.0, "aid-cg-normal": 50.0, "aid-neumann": 400.0,
-    "aid-identity": 400.0, "sama": 400.0, "bilevel_lite.tasks.exact_ggn:aid-ggn-exact": 0.15,
+    "aid-identity": 400.0, "sama": 400.0, EXACT: 0.15,
 }  # fmt: skip
 DELTA, STEP = {"damping": 1e-3}, {"step": 0.1}
 SOLVERS: dict[str, dict] = {
@@ -37,7 +38,7 @@ SOLVERS: dict[str, dict] = {
     "neumann-10": {"method": "aid-neumann", "iters": 11, "damping": 0.0, **STEP},
     "cg-3-ggn": {"method": "aid-cg", "iters": 3, "curvature": "ggn", **DELTA},
     # what CG on the GGN would end with: does a better solve make a better method?
-    "ggn-exact": {"method": "bilevel_lite.tasks.exact_ggn:aid-ggn-exact", **DELTA},
+    "ggn-exact": {"method": EXACT, **DELTA},
     "cg-normal-3": {"method": "aid-cg-normal", "iters": 3, **DELTA},
     "kfac-mc": {"method": "aid-kfac", "fisher": "mc", **DELTA},
     "kfac-empirical": {"method": "aid-kfac", "fisher": "empirical", **DELTA},
