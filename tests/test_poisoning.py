@@ -386,6 +386,12 @@ def test_what_chapter_15_says_of_the_stored_study():
     assert left.index(max(left)) == caught["kfac"].index(min(caught["kfac"]))
     one, other = (trial["tuning_accuracy"] for trial in rows["kfac"]["trials"])
     assert 100 * abs(one - other) == pytest.approx(0.76, abs=0.01)
+    looked = {
+        name: sum(run["best"]["tuning_accuracy"] for run in rows[name]["runs"]) / 5
+        for name in ("kfac", "cg-3", "bome", "flip")
+    }  # in the search's own measure
+    for name, lead in (("cg-3", 0.88), ("bome", 0.0), ("flip", 1.75)):
+        assert 100 * (looked[name] - looked["kfac"]) == pytest.approx(lead, abs=0.006)
     least = [run["defender"]["test_accuracy"] for run in rows["clean"]["runs"]]
     assert 100 * sum(least) / 5 == pytest.approx(92.27, abs=0.01)
     kfac = torch.tensor(poisoning_figures.lost(rows["kfac"], rows["clean"])[0])

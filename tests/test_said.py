@@ -465,6 +465,20 @@ def test_chapters_5_and_11_on_the_benchmark():
     assert resnet == pytest.approx(0.68, abs=6e-3)
 
 
+def test_chapter_17_on_nhgd_and_cg():
+    rows = fresh("hyperclean_mnist_methods", "hyperclean_mnist_methods_fresh")
+    minus = difference(rows["nhgd-kfac"], rows["aid-cg"])[1:]
+    assert minus == pytest.approx((-0.005, 0.030), abs=6e-4)
+
+
+def test_chapter_11_on_the_time_of_the_ggn():
+    for place, change in (("cpu", -0.19), ("cuda", 0.30)):
+        (run,) = bl.experiment.stored(f"bench_{place}")["runs"]
+        (case,) = (case for case in run["cases"] if case["model"] == "resnet18")
+        ratio = case["rows"]["cg-3-ggn"]["ms"] / case["rows"]["cg-3"]["ms"]
+        assert ratio - 1 == pytest.approx(change, abs=0.005)
+
+
 def test_chapter_17_on_the_seconds_of_a_gradient():
     parts = bl.experiment.stored("hyperclean_mnist_methods")["runs"]
     rows = {row["method"]: row["runs"] for part in parts for row in part["results"]}

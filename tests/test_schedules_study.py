@@ -405,6 +405,9 @@ def test_what_chapter_18_says_of_the_stored_study():
         minus = test["learned"] - (falling[0] if way == "cosine" else test[way])
         half = 4.3027 * minus.std() / 3**0.5  # Student's t, two degrees of freedom, 95 %
         assert (float(minus.mean()), float(half)) == pytest.approx(said, abs=6e-4), way
+    minus = test["learned"] - falling[1]  # the steps
+    half = 4.3027 * minus.std() / 3**0.5
+    assert (float(minus.mean()), float(half)) == pytest.approx((0.098, 0.114), abs=6e-4)
     middle = schedules_ways.values("constant", 3, torch.full((3,), 0.5).double())
     for way, repeats in (("steps", (0, 1, 2)), ("learned", (0, 2))):
         for k in repeats:

@@ -498,6 +498,16 @@ def test_what_chapter_16_says_of_the_stored_study():
     assert lost("em-25", "augment") == pytest.approx(16.8, abs=0.06)
     assert lost("em-25", "jpeg") == pytest.approx(12.9, abs=0.06)
     assert max(lost(name, "augment") for name in bilevel) < 3
+    assert [max(bilevel, key=lambda k: -found[k]["none"][seed]) for seed in (0, 1)] == [
+        "cg-3-25", "kfac-25",
+    ]  # fmt: skip
+    pairs = zip(found["clean"]["augment"], found["em-8"]["augment"], strict=True)
+    assert sorted(c - x for c, x in pairs) == pytest.approx([4.2, 13.8], abs=0.06)
+    assert sorted(found["random-8"]["augment"]) == pytest.approx([37.9, 44.5], abs=0.06)
+    probes = [
+        sum(found[f"{name[:-3]}-{radius}"]["probe"]) / 2 for name in bilevel for radius in (8, 25)
+    ]
+    assert (min(probes), max(probes)) == pytest.approx((50.3, 70.6), abs=0.06)
     steps = {name: row["runs"][0]["history"][-1]["iteration"] / 10 for name, row in rows.items()}
     visits = {"cg-3-25": 5, "kfac-25": 7, "identity-25": 8, "em-25": 9, "bome-25": 20}
     assert all(round(steps[name]) == count for name, count in visits.items())
@@ -533,6 +543,11 @@ def test_what_chapter_16_says_of_the_large_study():
         assert off(name, "none") == pytest.approx(each, abs=0.06), name
         for kind, points in (("augment", augmented), ("jpeg", stored_again)):
             assert sum(off(name, kind)) / 2 == pytest.approx(points, abs=0.06), (name, kind)
+    for kind, each, share in (("augment", (17, 4), 10), ("jpeg", (33, 45), 39)):
+        plain, after = off("em-25", "none"), off("em-25", kind)
+        back = [100 * (1 - b / a) for a, b in zip(plain, after, strict=True)]
+        assert back == pytest.approx(each, abs=0.6)
+        assert 100 * (1 - sum(after) / sum(plain)) == pytest.approx(share, abs=0.6)
     kfac = found["kfac-25"]["none"]
     for name, less in (("cg-3", (0.9, 4.9)), ("identity", (3.9, 0.1)), ("bome", (10.0, 4.9))):
         ahead = [x - k for x, k in zip(found[f"{name}-25"]["none"], kfac, strict=True)]
@@ -545,6 +560,8 @@ def test_what_chapter_16_says_of_the_large_study():
     assert ends["bome-25"] == pytest.approx([1.0, 1.1], abs=0.05)
     probes = [p for name in ("kfac", "cg-3", "identity") for p in found[f"{name}-25"]["probe"]]
     assert 51.5 < min(probes) < max(probes) < 74.5
+    means = [sum(found[f"{k}-25"]["probe"]) / 2 for k in ("kfac", "cg-3", "identity", "bome")]
+    assert (min(means), max(means)) == pytest.approx((40.8, 67.8), abs=0.06)
 
 
 def test_a_sign_step_goes_down_by_its_size_in_every_number():
