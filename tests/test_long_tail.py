@@ -4,6 +4,7 @@ import io
 import json
 import math
 import tarfile
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -466,7 +467,7 @@ def test_what_the_selection_is_worth():
 
 
 def test_what_chapter_13_says_of_other_imbalances():
-    less, decided = {}, {}
+    less, decided, learned = {}, {}, {}
     for factor in long_tail_study.IMBALANCES:
         rows = fresh("long_tail_cifar10" + f"_imbalance_{factor}" * (factor != 100))
         for name in ("meta", "balanced", "class", "identity", "kfac-empirical"):
@@ -474,6 +475,18 @@ def test_what_chapter_13_says_of_other_imbalances():
             assert len(each) == 3
             less.setdefault(name, []).append(100 * middle)
             decided.setdefault(name, []).extend([factor] * (abs(middle) > half))
+        for name in ("identity", "kfac-empirical"):
+            _, middle, half = difference(rows[name], rows["frozen"], "test_accuracy")
+            assert middle < 0
+            learned.setdefault(name, []).extend([factor] * (middle + half < 0))
+            if factor == 10:
+                pairs = zip(rows[name]["runs"], rows["equal"]["runs"], strict=True)
+                assert all(a["best"]["test_loss"] > b["best"]["test_loss"] for a, b in pairs)
+        if factor == 200:  # one step for all, and all became steep
+            for name in ("identity", "sama", "kfac-empirical", "kfac-mc"):
+                for curve in (run["curve"] for run in rows[name]["runs"]):
+                    assert curve["learned"][0] < 0.3 and curve["learned"][-1] > 1.9
+    assert learned == {"identity": [50, 20, 10], "kfac-empirical": [20, 10]}
     for name, low, high in (("balanced", 2.7, 9.0), ("class", 1.4, 2.6), ("meta", 0.5, 2.0)):
         assert (min(less[name]), max(less[name])) == pytest.approx((low, high), abs=0.06), name
     assert max(less["identity"] + less["kfac-empirical"]) < 0
@@ -518,6 +531,22 @@ def test_what_chapter_13_says_of_the_stored_study():
     behind = [difference(rows[name], rows["balanced"], "test_accuracy")
               for name in ("identity", "sama", "kfac-empirical", "kfac-mc", "equal")]  # fmt: skip
     assert all(middle + half < 0 for _, middle, half in behind)
+    solvers = ("identity", "sama", "kfac-empirical", "kfac-mc")
+    pairs = [difference(rows[a], rows[b], "test_accuracy")[1:] for a, b in combinations(solvers, 2)]
+    assert all(abs(middle) < half for middle, half in pairs)
+    decided = [(middle, half) for _, middle, half in (
+        difference(rows[name], rows["frozen"], "test_accuracy") for name in solvers
+    ) if middle + half < 0]  # fmt: skip
+    assert decided == [pytest.approx((-0.029, 0.023), abs=6e-4)]  # SAMA
+    counts = torch.tensor(rows["equal"]["runs"][0]["counts"]).double()
+    for name, low, high in (("identity", 0.07, 0.165), ("kfac-empirical", 0.07, 0.165),
+                            ("sama", 0.95, 1.35), ("kfac-mc", 0.95, 1.35)):  # fmt: skip
+        levels = [float(torch.tensor(run["class_weights"]).double() @ counts / counts.sum())
+                  for run in rows[name]["runs"]]  # fmt: skip
+        assert low < min(levels) and max(levels) < high, (name, levels)
+    assert rows["kfac-normalised"]["runs"][-1]["best"]["iteration"] == 30
+    for name in (*solvers, "kfac-1e-5"):
+        assert rows[name]["runs"][-1]["best"]["iteration"] >= 90
 
 
 def test_what_a_result_says_of_each_class_is_of_the_chosen_iterate(tmp_path):

@@ -26,12 +26,9 @@ def loop():
     arrow(ax, (6.2, 2.48), (2.75, 2.48), bend=0.22)
     text(ax, 4.5, 2.64, "new $\\theta$, new losses: ten times", color="0.35")
     arrow(ax, (8.25, 1.7), (4.6, 1.7), color=BACK, bend=-0.3)
-    text(ax, 6.6, 0.78, "$-J\\,v,\\;\\;Hv=\\nabla_\\theta f$: moves $\\lambda$, once", color=BACK)
+    text(ax, 6.6, 0.78, "the hypergradient: moves $\\lambda$, once", color=BACK)
     arrow(ax, (2.95, 1.7), (3.8, 1.7), color="0.6", bend=0.5)
-    text(ax, 3.05, 1.18, "detached: $V_\\lambda$ reads $\\ell_i$,\nbut $\\ell_i$ is not pulled "
-         "through it", color="0.35")  # fmt: skip
-    text(ax, 1.3, 0.35, "$V'_\\lambda$ is no part of a step, but of $H$: the next step's weights "
-         "are others", color="0.35", ha="left")  # fmt: skip
+    text(ax, 3.05, 1.18, "detached: no gradient\nflows back through $V_\\lambda$", color="0.35")
     return figure
 
 

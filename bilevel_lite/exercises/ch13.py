@@ -26,24 +26,23 @@ def check_weight(answer):
 
 
 @exercise("13.B")
-def check_ratio(answer):
-    """What a weight can tell: a network of the loss, and weights by class."""
-    network, balanced = numbers(answer, 2)
-    near(
-        network, 1, "The network's ratio",
-        [(20, "the network does not see the class."), (1 / 20, "the network sees no class.")],
-        "What does V read?", 0.03,
-    )  # fmt: skip
-    near(
-        balanced, 20, "The class-balanced ratio",
-        [(1 / 20, "the rare class weighs more; rare over frequent is asked for."),
-         (1, "these weights do see the class."), (4 / 80, "rare over frequent is asked for.")],
-        "The weights of small classes go as 1 / n_c.", 0.03,
-    )  # fmt: skip
+def check_order(answer):
+    """Three rows of the live run by their accuracy on the last three classes."""
+    names = ["meta", "balanced", "network"]
+    if not isinstance(answer, list | tuple) or sorted(map(str, answer)) != sorted(names):
+        raise Wrong('Give the three names once each, as in ("network", "balanced", "meta").')
+    place = {name: list(answer).index(name) for name in names}
+    if place["network"] < place["balanced"]:
+        raise Wrong(
+            "The network is not above *balanced*: it reads losses, and a rare image that is "
+            "fitted has a small one."
+        )
+    if place["meta"]:
+        raise Wrong("16 images, or 16 and 30 more: an image more is worth more than a weight.")
 
 
 @exercise("13.1")
-def check_field(field_and_curvature):
+def check_field(field_and_product):
     """By automatic differentiation of a potential with known W."""
     generator = torch.Generator().manual_seed(1301)
     for n, d, l2 in ((7, 3, 0.1), (12, 4, 0.03)):
@@ -51,18 +50,18 @@ def check_field(field_and_curvature):
         a = draw(generator, n).abs()
         l = 0.5 * (x @ theta) ** 2 + a  # so that grad l_i = (x theta) x and hess l_i = x x^T
         g, h = (x @ theta)[:, None] * x, x[:, :, None] * x[:, None]
-        v, slope = l / (1 + l), 1 / (1 + l) ** 2
+        v, slope, u = l / (1 + l), 1 / (1 + l) ** 2, draw(generator, d)
 
         def potential(t, x=x, a=a, l2=l2):
             l = 0.5 * (x @ t) ** 2 + a
             return (l - torch.log1p(l)).mean() + l2 * t.square().sum()
 
         F = torch.autograd.functional.jacobian(potential, theta)
-        H = torch.autograd.functional.hessian(potential, theta)
-        got = field_and_curvature(*(t.clone() for t in (v, slope, g, h, theta)), l2)
-        if not isinstance(got, tuple | list) or len(got) != 2:
-            raise Wrong("Return two things: the field, shape (d,), and H, shape (d, d).")
-        outer, eye = g[:, :, None] * g[:, None], torch.eye(d).double()
+        Hu = torch.autograd.functional.hessian(potential, theta) @ u
+        got = several(
+            field_and_product(*(t.clone() for t in (v, slope, g, h @ u, theta, u)), l2), 2,
+            "Return two things: the field and H u, both of shape (d,).",
+        )  # fmt: skip
         mean = (v[:, None] * g).mean(0)
         compare(
             got[0], F,
@@ -71,19 +70,21 @@ def check_field(field_and_curvature):
              ("A mean over the examples, not a sum.", n * mean + 2 * l2 * theta)],
             "The field",
         )  # fmt: skip
-        frozen = (v[:, None, None] * h).mean(0)
-        bend = (slope[:, None, None] * outer).mean(0)
+        frozen = (v[:, None] * (h @ u)).mean(0)
+        bend = ((slope * (g @ u))[:, None] * g).mean(0)
         compare(
-            got[1], H,
-            [("That is H with weights that stand still: V' g g^T is missing.",
-              frozen + 2 * l2 * eye),
-             ("The l2 term's curvature is 2 l2 on the diagonal.", frozen + bend + l2 * eye),
+            got[1], Hu,
+            [("That is H u with weights that stand still: V' g g^T u is missing.",
+              frozen + 2 * l2 * u),
+             ("The l2 term's curvature is 2 l2: it adds 2 l2 u.", frozen + bend + l2 * u),
+             ("The l2 term adds 2 l2 u, not its gradient 2 l2 theta.",
+              frozen + bend + 2 * l2 * theta),
              ("The l2 term's curvature is missing.", frozen + bend),
-             ("A mean over the examples, not a sum.", n * (frozen + bend) + 2 * l2 * eye),
-             ("V' adds V' g g^T; it is not taken away.", frozen - bend + 2 * l2 * eye),
-             ("The products g g^T are those of each example, then the mean; not of the mean.",
-              frozen + slope.mean() * torch.outer(g.mean(0), g.mean(0)) + 2 * l2 * eye)],
-            "H",
+             ("A mean over the examples, not a sum.", n * (frozen + bend) + 2 * l2 * u),
+             ("V' adds V' g g^T; it is not taken away.", frozen - bend + 2 * l2 * u),
+             ("The product g (g^T u) is that of each example, then the mean; not of the mean g.",
+              frozen + slope.mean() * (g.mean(0) @ u) * g.mean(0) + 2 * l2 * u)],
+            "H u",
         )  # fmt: skip
 
 

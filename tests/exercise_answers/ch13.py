@@ -3,21 +3,21 @@
 import torch
 
 
-def field_and_curvature(v, slope, g, h, theta, l2, variant=""):
-    n, d = g.shape
+def field_and_product(v, slope, g, hu, theta, u, l2, variant=""):
+    n = len(g)
     field = (v[:, None] * g).mean(0) * (n if variant == "sum F" else 1)
     field = field + {"one l2": 1, "no l2": 0}.get(variant, 2) * l2 * theta
-    outer = g[:, :, None] * g[:, None]
-    bend = (slope[:, None, None] * outer).mean(0)
+    bend = ((slope * (g @ u))[:, None] * g).mean(0)
     if variant == "still":
         bend = 0 * bend
     if variant == "minus":
         bend = -bend
     if variant == "mean g":
-        bend = slope.mean() * torch.outer(g.mean(0), g.mean(0))
-    H = ((v[:, None, None] * h).mean(0) + bend) * (n if variant == "sum H" else 1)
-    H = H + {"one l2 in H": 1, "no l2 in H": 0}.get(variant, 2) * l2 * torch.eye(d).double()
-    return H if variant == "alone" else (field, H)
+        bend = slope.mean() * (g.mean(0) @ u) * g.mean(0)
+    Hu = ((v[:, None] * hu).mean(0) + bend) * (n if variant == "sum H" else 1)
+    along = theta if variant == "theta in H" else u
+    Hu = Hu + {"one l2 in H": 1, "no l2 in H": 0}.get(variant, 2) * l2 * along
+    return Hu if variant == "alone" else (field, Hu)
 
 
 def attached(l, v, dv, ddv, variant=""):
@@ -78,8 +78,8 @@ def selection(held, test, variant=""):
 
 RIGHT = {
     "13.A": (2 / 3, 8 / 9),
-    "13.B": (1, 20),
-    "13.1": field_and_curvature,
+    "13.B": ("meta", "balanced", "network"),
+    "13.1": field_and_product,
     "13.2": attached,
     "13.3": focal_weight,
     "13.4": one_step,
@@ -89,11 +89,12 @@ RIGHT = {
 WRONG = {
     "13.A": [(8 / 9, 8 / 9), (4 / 3, 8 / 9), (2 / 3, 2 / 3), (2 / 3, 1 / 9), (2 / 3, 7 / 9),
              (2 / 3, 2 / 9), 2 / 3, "V"],
-    "13.B": [(20, 20), (1 / 20, 20), (1, 1 / 20), (1, 1), (1, 3), 1],
+    "13.B": [("balanced", "meta", "network"), ("meta", "network", "balanced"),
+             ("network", "balanced", "meta"), ("meta", "balanced"), "meta", (1, 2, 3), 1],
     "13.1": [
-        lambda *a, variant=variant: field_and_curvature(*a, variant=variant)
+        lambda *a, variant=variant: field_and_product(*a, variant=variant)
         for variant in ("one l2", "no l2", "sum F", "still", "one l2 in H", "no l2 in H", "sum H",
-                        "minus", "mean g", "alone")
+                        "theta in H", "minus", "mean g", "alone")
     ],
     "13.2": [
         lambda *a, variant=variant: attached(*a, variant=variant)
@@ -118,7 +119,7 @@ WRONG = {
     ],
 }  # fmt: skip
 
-ALSO = {"13.B": [(1.02, 20.4)], "13.2": [lambda *a: torch.stack(attached(*a))]}
+ALSO = {"13.B": [["meta", "balanced", "network"]], "13.2": [lambda *a: torch.stack(attached(*a))]}
 TOLD = {
     "13.4": [
         (lambda *a: one_step(*a, stop_b=False), "b is a constant"),
