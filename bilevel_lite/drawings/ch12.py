@@ -21,7 +21,7 @@ def encoder():
         text(ax, 0.45, y, token, color=color)
         for start, end in ((0.8, 1.15), (2.35, 2.7), (3.5, 3.85)):
             arrow(ax, (start, y), (end, y), color=color)
-        box(ax, 3.1, y, "not kept" if pad else f"$h_{{i{row + 1}}}$", width=0.75, height=0.32,
+        box(ax, 3.1, y, "not kept" if pad else "kept", width=0.75, height=0.32,
             color=SOFT if pad else GREY)  # fmt: skip
         text(ax, 4.22, y, "masked" if pad else f"$a_{{i{row + 1}}}$", color=color)
         text(ax, 5.95, y, "0" if pad else rf"$\gamma_{{i{row + 1}}}$", color=color)

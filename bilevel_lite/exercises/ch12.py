@@ -11,8 +11,21 @@ from bilevel_lite.exercises import Wrong, compare, draw, exercise, near, numbers
 
 @exercise("12.A")
 def check_padding(answer):
-    """Of 100 rows of a text, those that hold no token."""
-    (share,) = numbers(answer, 1)
+    """What padding does to h, by CG and by KFAC; of 100 rows of a text, those without a token."""
+    words = ("longer", "shorter", "same")
+    if not isinstance(answer, list | tuple) or len(answer) != 3:
+        raise Wrong('Give two words and a number, as in ("longer", "shorter", 0.5).')
+    cg, kfac, share = answer
+    if cg not in words or kfac not in words:
+        raise Wrong(f"The first two are words, each one of {', '.join(words)}.")
+    if cg != "same":
+        raise Wrong("CG knows products with G only, and no output depends on padding.")
+    if kfac == "same":
+        raise Wrong("KFAC inverts A, and padding has activations, too.")
+    if kfac == "shorter":
+        raise Wrong("Rows that are much alike fill few directions of the mean A and shrink it in "
+                    "all others; h has its inverse.")  # fmt: skip
+    (share,) = numbers(share, 1)
     near(
         share, 1 - 13.5 / 100, "The share",
         [(13.5 / 100, "that is the share of tokens."),
@@ -24,20 +37,22 @@ def check_padding(answer):
 
 @exercise("12.B")
 def check_points(answer):
-    """The standard error of a share, and of a difference of two shares on other texts."""
+    """What one text of 60 is worth, and the standard error of a share of them."""
     one, error = numbers(answer, 2)
     near(
-        one, 100 / 120, "One text",
-        [(1 / 120, "give points, of which 100 are the whole."), (0.2, "that is TREC's 500."),
-         (120 / 100, "that is how many texts a point is.")],
-        "120 texts are 100 points.", 0.02,
+        one, 100 / 60, "One text",
+        [(1 / 60, "give points, of which 100 are the whole."),
+         (100 / 120, "that is of all 120; 60 choose."),
+         (60 / 100, "that is how many texts a point is.")],
+        "60 texts are 100 points.", 0.02,
     )  # fmt: skip
     near(
-        error, 100 * (0.8 * 0.2 / 120) ** 0.5, "The standard error",
-        [(100 * 0.8 * 0.2 / 120, "that is the variance, of a share, times 100."),
-         (100 * 0.8 * 0.2 / 120**0.5, "take the root of 0.8 * 0.2, too."),
-         (100 * (0.8 / 120) ** 0.5, "a share p has the variance p (1 - p) / n."),
-         ((0.8 * 0.2 / 120) ** 0.5, "give points, of which 100 are the whole.")],
+        error, 100 * (0.8 * 0.2 / 60) ** 0.5, "The standard error",
+        [(100 * 0.8 * 0.2 / 60, "that is the variance, of a share, times 100."),
+         (100 * 0.8 * 0.2 / 60**0.5, "take the root of 0.8 * 0.2, too."),
+         (100 * (0.8 / 60) ** 0.5, "a share p has the variance p (1 - p) / n."),
+         (100 * (0.8 * 0.2 / 120) ** 0.5, "that is of all 120; 60 choose."),
+         ((0.8 * 0.2 / 60) ** 0.5, "give points, of which 100 are the whole.")],
         "A share p of n texts has the standard error sqrt(p (1 - p) / n).", 0.02,
     )  # fmt: skip
 
