@@ -83,7 +83,7 @@ METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHO
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12611),
     "methods": ([*METHODS.values()], 933),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1346),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1358),
     "meta-learning": ([PACKAGE / "meta.py"], 490),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 696),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),

@@ -177,6 +177,23 @@ def seen(part: Labelled, train: Labelled) -> Tensor:
     return torch.tensor([text.strip() in known for text in part.texts], dtype=torch.bool)
 
 
+def looked_up(part: Labelled, train: Labelled) -> Tensor:
+    """Guess each text of ``part`` by looking it up in ``train``, blanks at its ends aside.
+
+    Returns:
+        int64, shape (n,): the label of the (last) same training text, or the most frequent training
+        label where there is none.
+
+    Example:
+        >>> train = bl.data.pretraining.Labelled(["a", "b", "c"], torch.tensor([1, 0, 0]))
+        >>> bl.data.pretraining.looked_up(train._replace(texts=["a ", "d"]), train)
+        tensor([1, 0])
+    """
+    label = {text.strip(): int(y) for text, y in zip(train.texts, train.y, strict=True)}
+    most = int(train.y.bincount().argmax())
+    return torch.tensor([label.get(text.strip(), most) for text in part.texts])
+
+
 def toy() -> EndTask:
     """The made-up questions of `bilevel_lite.data.wrench.toy` with their true labels.
 

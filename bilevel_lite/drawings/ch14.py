@@ -25,18 +25,20 @@ def two_losses():
     box(ax, 3.0, 1.45, "shared\nlayers $s$", width=1.15, height=1.3, color=0)
     text(ax, 7.25, 0.15, r"weighed by $V_\lambda(m_j)$", color=PALETTE[2])
     arrow(ax, (4.15, 2.72), (3.2, 2.15), color=BACK)
-    text(ax, 5.9, 2.72, r"$b_s=\nabla_s f$: the only way from $f$ to $\lambda$", color=BACK)
+    text(ax, 5.9, 2.72, r"$f$ meets the masked words only here: $v_s$", color=BACK)
     return figure
 
 
 def judges(weights, train, held):
-    """f over the weight of all masked texts, for two judges; each with its slope's sign below."""
+    """f over the weight of all masked texts, for two judges (left), and its slope (right)."""
     figure, (left, right) = plotting.figure(2, height=2.6)
-    for values, name, style in ((train, "training texts", "--"), (held, "held-out texts", "-")):
+    for values, name, style, color in (
+        (train, "L and penalty, training texts", "--", "corrupted"),
+        (held, "f on held-out texts", "-", "clean"),
+    ):
         loss, slope = np.array(values).T
-        color = COLORS["corrupted" if name[0] == "t" else "clean"]
-        left.plot(weights, loss, style, marker="o", color=color, label=f"f on {name}")
-        right.plot(weights, slope, style, marker="o", color=color, label=f"f on {name}")
+        left.plot(weights, loss, style, marker="o", color=COLORS[color], label=name)
+        right.plot(weights, slope, style, marker="o", color=COLORS[color], label=name)
     right.axhline(0, color="black", lw=0.8)
     left.set(xlabel="weight c of the masked texts", ylabel="f at the solved inner problem")
     right.set(xlabel="weight c of the masked texts", ylabel="df/dc")

@@ -27,7 +27,7 @@ def check_sign(answer):
     near(
         sign, 1, "The sign",
         [(-1, "two minus signs: that of b = -c grad M, and that of the hypergradient."),
-         (0, "the texts do not matter: a^T H^-1 a is positive whatever a is.")],
+         (0, "the texts do not matter: H^-1 is positive definite, whatever grad M is.")],
         "Put b = -c grad M into - grad M^T H^-1 b.", 1e-9,
     )  # fmt: skip
 
@@ -103,34 +103,41 @@ def check_cosines(task_weights):
 
 @exercise("14.3")
 def check_own_judge(own_judge):
-    """On quadratics, whose solution is known: by differences of Phi."""
+    """L, M and a penalty are quadratic, so the solution is known: by differences of Phi."""
     generator = torch.Generator().manual_seed(143)
-    for d, c in ((3, 0.7), (5, 2.0)):
+    for d, c, l2 in ((3, 0.7, 0.4), (5, 2.0, 0.2)):
         A, B = (draw(generator, d, d) for _ in range(2))
         A, B = A @ A.T + torch.eye(d), B @ B.T + torch.eye(d)
         p, q = draw(generator, d), draw(generator, d)
 
-        # f = (theta - p)^T A (theta - p) / 2,  M = (theta - q)^T B (theta - q) / 2
-        def at(c, A=A, B=B, p=p, q=q):
-            return torch.linalg.solve(A + c * B, A @ p + c * B @ q)
+        # L = (theta - p)^T A (theta - p) / 2,  M = (theta - q)^T B (theta - q) / 2
+        def at(c, A=A, B=B, p=p, q=q, l2=l2):
+            return torch.linalg.solve(A + c * B + 2 * l2 * torch.eye(len(p)), A @ p + c * B @ q)
 
         def phi(c, A=A, p=p):
             return 0.5 * (at(c) - p) @ A @ (at(c) - p)
 
-        a, H = B @ (at(c) - q), A + c * B
+        theta = at(c)
+        a, H = B @ (theta - q), A + c * B + 2 * l2 * torch.eye(d)
         eps = 1e-4
         seen = (phi(c + eps) - phi(c - eps)) / (2 * eps)
-        truth = c * a @ torch.linalg.solve(H, a)
-        assert abs(float(seen - truth)) < 1e-5 * abs(float(truth))  # this check's own formula
+        b, v = -c * a - 2 * l2 * theta, torch.linalg.solve(H, a)
+        truth = -v @ b
+        assert abs(float(seen - truth)) < 1e-5 * float(v.norm() * b.norm())  # its own formula
         compare(
-            torch.as_tensor(own_judge(a.clone(), H.clone(), c), dtype=a.dtype), truth,
+            torch.as_tensor(own_judge(a.clone(), H.clone(), c, theta.clone(), l2), dtype=a.dtype),
+            truth,
             [("The sign is turned: there are two minus signs.", -truth),
-             ("b = -c grad M: the factor c is missing.", truth / c),
-             ("b is -c grad M, with c once.", truth * c),
-             ("The solve is missing: H^-1 b, not H b.", c * a @ H @ a),
-             ("H^-1 stands in it once: that is H^-1 a, squared.",
-              c * torch.linalg.solve(H, a).square().sum()),
-             ("H is missing: that is one step, not the solution.", c * a @ a)],
+             ("That is (14.7), whose judge sees the penalty: here b = -c grad M - 2 rho theta.",
+              c * v @ a),
+             ("The penalty's gradient is 2 rho theta.", c * v @ a + l2 * v @ theta),
+             ("The penalty's part has the other sign: it is in g, not in f.",
+              c * v @ a - 2 * l2 * v @ theta),
+             ("grad g = 0: in b the gradient of M comes c times.", v @ (a + 2 * l2 * theta)),
+             ("That is the penalty's part alone: b = -c grad M - 2 rho theta.",
+              2 * l2 * v @ theta),
+             ("The solve is missing: H^-1 b, not H b.", -a @ H @ b),
+             ("H is missing: that is one step, not the solution.", -a @ b)],
             f"At c = {c:g} d Phi / dc", 1e-8,
         )  # fmt: skip
 

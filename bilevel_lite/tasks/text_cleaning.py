@@ -12,9 +12,9 @@ sentence alone and is not told which two (WRENCH's own model is).
 the iterate and the hyperparameters, by the share that is misclassified, f sees the others. The
 weights are fitted to f's texts, so that these flatter whoever fits them hardest. Not by the loss:
 it is lowest at the first of ten looks in nearly every run, with true labels too, where a weight
-has been visited about once, and chooses the same iterate for every method. The price is a coarse measure: YouTube has 120
-validation texts, so that one is 0.8 points (1.7 of a half), SemEval 178 (0.6 and 1.1), TREC 500
-(0.2 and 0.4). Beside the chosen iterate stands the last.
+has been visited about once, and chooses the same iterate for every method. The price is a coarse
+measure: YouTube has 120 validation texts, so that one is 0.8 points (1.7 of a half), SemEval 178
+(0.6 and 1.1), TREC 500 (0.2 and 0.4). Beside the chosen iterate stands the last.
 """
 
 import sys

@@ -44,19 +44,15 @@ def task_weights(lam, grads, b, shared, lr, variant=""):
     return moved if variant == "lam" else moved.softmax(0)
 
 
-def own_judge(a, H, c, variant=""):
-    x = torch.linalg.solve(H, a)
-    if variant == "sign":
-        return -c * a @ x
-    if variant == "no c":
-        return a @ x
-    if variant == "c twice":
-        return c * c * a @ x
+def own_judge(a, H, c, theta, l2, variant=""):
+    b = -c * a - 2 * l2 * theta
+    b = {
+        "no penalty": -c * a, "one l2": -c * a - l2 * theta, "plus": -c * a + 2 * l2 * theta,
+        "no c": -a - 2 * l2 * theta, "alone": -2 * l2 * theta, "sign": -b,
+    }.get(variant, b)  # fmt: skip
     if variant == "H":
-        return c * a @ H @ a
-    if variant == "square":
-        return c * x @ x
-    return c * a @ a if variant == "one step" else c * a @ x
+        return -a @ H @ b
+    return -a @ b if variant == "one step" else -a @ torch.linalg.solve(H, b)
 
 
 def worth(guess, y, i, variant=""):
@@ -110,7 +106,9 @@ WRONG = {
         task_weights, "all", "dots", "first only", "second only", "long", "jacobian", "weights",
         "sign", "lam",
     ),
-    "14.3": variants(own_judge, "sign", "no c", "c twice", "H", "square", "one step"),
+    "14.3": variants(
+        own_judge, "sign", "no penalty", "one l2", "plus", "no c", "alone", "H", "one step"
+    ),
     "14.4": variants(worth, "accuracy", "share", "own", "sum", "alone", "sign"),
     "14.5": variants(memory, "exact", "test only", "zero", "none", "most"),
 }  # fmt: skip
