@@ -596,10 +596,24 @@ def _figures(names: list[str], to: str | None, task: str | None) -> None:
 def _grade(notebooks: list[str], seed: int | None, out: str | None, timeout: float, csv) -> int:
     from bilevel_lite import grading
 
-    result = grading.grade(notebooks, seed, timeout)
-    print(grading.summary(result))
-    grading.write(result, out, csv)
-    return int(any(one["error"] for one in result["submissions"]))
+    files, done = grading.notebooks(notebooks), []
+    grading.writable(files, out=out, csv=csv)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files are in any script
+        sys.stdout.reconfigure(errors="replace")
+
+    def each(result: dict) -> None:
+        done[:] = result["submissions"]
+        grading.write(result, out, csv)
+        lines = grading.summary(result) if len(done) == 1 else grading.said(done[-1])
+        print(lines, flush=True)
+
+    try:
+        grading.grade(files, seed, timeout, each)
+    except KeyboardInterrupt:
+        kept = " and ".join(str(path) for path in (out, csv) if path) or "nowhere but above"
+        print(f"\nstopped: {len(done)} of {len(files)} graded, kept in {kept}", file=sys.stderr)
+        return 130
+    return int(any(one["error"] for one in done))
 
 
 def _settings(option: str, words: list[str] | None) -> dict[str, float] | None:

@@ -224,3 +224,31 @@ def test_a_truth_that_is_zero():
     exercises.compare(torch.tensor([0.0]), torch.tensor(0.0), [("accused", torch.tensor(0.0))], "x")
     with pytest.raises(exercises.Wrong, match="off by"):
         exercises.close(0.1, 0.0)
+
+
+def test_a_function_of_another_edition_is_told_so():
+    def old(v, slope, g, h, theta, l2):
+        return theta
+
+    verdict, why = exercises.judge("13.1", old)
+    assert verdict == "not yet" and "7 arguments are handed over here" in why
+    assert "another edition" in why
+
+    def fails(v, slope, g, hu, theta, u, l2):
+        return theta @ torch.zeros(1)
+
+    assert "Your code raised RuntimeError" in exercises.judge("13.1", fails)[1]
+
+
+def test_numbers_written_as_text():
+    assert exercises.judge("14.B", "+1") == ("correct", "")
+    assert exercises.judge("14.B", "plus")[1] == "The answer should be a number, not text."
+    assert exercises.judge("12.B", ("1.7 points", 5.2))[1] == (
+        "The answer should be 2 numbers, not text."
+    )
+
+
+def test_an_edition_is_that_of_the_checks():
+    names = [exercises.edition(chapter) for chapter in ("0", "1", "9b", "13b")]
+    assert len(set(names)) == 4 and all(len(name) == 8 for name in names)
+    assert exercises.edition("99") == ""

@@ -209,6 +209,75 @@ def test_what_grade_may_not_do(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_answers_of_the_checkout_are_refused(tmp_path):
+    path = "Path(bl.__file__).parents[1] / 'tests' / 'exercise_answers' / 'ch01.py'"
+    steal = f"import runpy\nfrom pathlib import Path\nRIGHT = runpy.run_path({path})['RIGHT']\n"
+    one, rows = graded(
+        notebook(tmp_path / "one.ipynb", steal + 'bl.exercises.check("1.1", RIGHT["1.1"])')
+    )
+    assert one["correct"] == 0 and "read answers" in rows["1.1"]["message"]
+
+
+def test_what_students_do_without_harm(tmp_path):
+    stub = 'def one(lam):\n    raise NotImplementedError\n\n_ = bl.exercises.check("1.1", one)'
+    shell = 'get_ipython().run_line_magic("matplotlib", "inline")\n'
+    share = 'from fractions import Fraction\nbl.exercises.check("13.A", (Fraction(2, 3), 8 / 9))'
+    one, rows = graded(notebook(tmp_path / "one.ipynb", shell + ONE, share))
+    assert rows["1.1"]["verdict"] == rows["13.A"]["verdict"] == "correct"
+    one, rows = graded(notebook(tmp_path / "two.ipynb", ONE, stub))
+    assert rows["1.1"]["verdict"] == "not attempted"
+    assert "An earlier call of this check said correct" in rows["1.1"]["message"]
+
+
+def test_another_edition_is_named(tmp_path):
+    path = notebook(tmp_path / "one.ipynb", ONE)
+    for edition, said in (("0123abcd", True), (exercises.edition("1"), False)):
+        nb = nbformat.read(path, as_version=4)
+        nb.metadata["edition"] = edition
+        nbformat.write(nb, path)
+        assert ("another edition" in graded(path)[0]["note"]) == said
+
+
+def test_nobody_in_a_folder_is_left_out(tmp_path, capsys, monkeypatch):
+    for name in ("Łukasz", "zip only", ".ipynb_checkpoints"):
+        (tmp_path / "class" / name).mkdir(parents=True)
+    folder = tmp_path / "class"
+    notebook(folder / "Łukasz" / "Abgabe 1.IPYNB", ONE)
+    notebook(folder / ".ipynb_checkpoints" / "1.ipynb", ONE)
+    notebook(folder / "second.ipynb", ONE)
+    for name in ("zip only/work.zip", "roster.csv", "late.pdf"):
+        (folder / name).write_bytes(b"x")
+    names = [path.relative_to(folder).as_posix() for path in grading.notebooks([folder])]
+    assert names == ["late.pdf", "second.ipynb", "zip only", "Łukasz/Abgabe 1.IPYNB"]
+    out, table = tmp_path / "marks.json", tmp_path / "marks.csv"
+    real = grading._submission
+
+    def slow(path, *rest):
+        if path.name == "Abgabe 1.IPYNB":
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    words = ["grade", str(folder), "--seed", "5", "--out", str(out), "--csv", str(table)]
+    with monkeypatch.context() as patched:
+        patched.setattr(grading, "_submission", slow)
+        assert main(words) == 130
+    said = capsys.readouterr()
+    assert "stopped: 3 of 4 graded" in said.err and "second.ipynb" in said.out
+    assert [one["error"] == "" for one in json.loads(out.read_text("utf-8"))["submissions"]] == [
+        False, True, False,
+    ]  # fmt: skip
+    assert main(words) == 1  # there are files that are no notebooks
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == grading.COLUMNS
+    marks = [row for row in rows if row["verdict"] == "correct" and row["counts"] == "True"]
+    assert [Path(row["file"]).name for row in marks] == ["second.ipynb", "Abgabe 1.IPYNB"]
+    assert {(row["exercise"], row["chapter"], row["seed"]) for row in marks} == {("1.1", "1", "5")}
+    (tmp_path / "full").mkdir()
+    assert main(["grade", str(folder), "--out", str(tmp_path / "full")]) == 1
+    assert "--out: " in capsys.readouterr().err and not list((tmp_path / "full").iterdir())
+
+
 # every answer that there is, through a record: the verdict is the same
 @pytest.mark.parametrize("number", sorted(ANSWERS))
 def test_a_record_is_judged_like_the_answer(number):

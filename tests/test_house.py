@@ -88,7 +88,7 @@ PARTS = {
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 696),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3651),
-    "grading": ([*(PACKAGE / "grading").glob("*.py")], 663),
+    "grading": ([*(PACKAGE / "grading").glob("*.py")], 747),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1101),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5552),
 }

@@ -14,8 +14,10 @@ import functools
 import hashlib
 import inspect
 import re
+import sys
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,6 +65,21 @@ def known(chapter: str) -> list[str]:
         except ModuleNotFoundError:
             pass
     return [number for number in _CHECKS if number.split(".")[0] == chapter]
+
+
+def edition(chapter: str) -> str:
+    """A short name of a chapter's checks as they are: two editions with one name ask the same.
+
+    Args:
+        chapter: As in its title, for example ``"9b"``.
+    """
+    known(chapter)
+    match = re.fullmatch(r"(\d+)([a-z]?)", chapter)
+    module = sys.modules.get(f"{__name__}.ch{int(match[1]):02d}{match[2]}")
+    if module is None:
+        return ""
+    packed = getattr(module, "EDITION", "")  # in the edition for students
+    return packed or hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:8]
 
 
 def check(number: str, answer) -> bool:
@@ -142,6 +159,8 @@ def _why(error: Exception, answer, given) -> str:
     said = f"{type(error).__name__}: {error}"
     if not callable(answer):
         return f"The check cannot read this answer, of type {type(answer).__name__} ({said})"
+    if error is given.failed and given.unfit:
+        return f"{given.unfit} Is the chapter of another edition, or its first line changed?"
     if error is given.failed:
         return f"Your code raised {said}"
     kind = "nothing" if given.kind is None else f"of type {given.kind.__name__}"
@@ -157,6 +176,7 @@ class _Answer:
     def __init__(self, answer):
         self.answer, self.called, self.single = answer, False, False
         self.failed, self.kind = None, None  # what was raised; of what type the result was
+        self.unfit = ""  # said where the function takes other arguments than it is given
 
     def value(self):
         """The answer itself, where it is no function."""
@@ -181,6 +201,13 @@ class _Answer:
             raise NotAttempted from None
         except Exception as error:
             self.failed = error
+            try:
+                inspect.signature(self.answer).bind(*args, **kwargs)
+            except TypeError:
+                self.unfit = f"{len(args)} arguments are handed over here; your function does "\
+                    "not take them."  # fmt: skip
+            except ValueError:  # no signature is known
+                pass
             raise
         if result is ... or (result is None and _empty(self.answer)):
             raise NotAttempted
@@ -309,11 +336,11 @@ def close(got, expected, what: str = "the result", rtol: float = 1e-6, hint: str
     if not error <= rtol:
         if error <= NEAR:
             raise Wrong(
-                f"{what} is nearly right: off by a relative error of {error:.1e}, where {rtol:.0e} "
+                f"{what}: nearly right, off by a relative error of {error:.1e}, where {rtol:.0e} "
                 "is asked for. Single precision (float32) on the way leaves as much, or a finite "
                 "difference; use float64 and the formula."
             )
-        raise Wrong(f"{what} is off by a relative error of {error:.1e}. {hint}".rstrip())
+        raise Wrong(f"{what}: off by a relative error of {error:.1e}. {hint}".rstrip())
 
 
 def draw(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -327,14 +354,17 @@ def numbers(answer, count: int) -> list[float]:
     Raises:
         Wrong: if it is something else, or has another number of them.
     """
+    wanted = "a number" if count == 1 else f"{count} numbers"
     try:
         if not isinstance(answer, str):
             answer = _tensor(answer, torch.zeros(0, dtype=torch.float64)).flatten()
-        values = [float(value) for value in answer]
+        values = [float(value) for value in ([answer] if isinstance(answer, str) else answer)]
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"The answer should be {count} numbers.") from None
+        parts = answer if isinstance(answer, tuple | list) else [answer]
+        text = ", not text" * any(isinstance(part, str) for part in parts)
+        raise Wrong(f"The answer should be {wanted}{text}.") from None
     if len(values) != count:
-        raise Wrong(f"The answer should be {count} numbers; there are {len(values)}.")
+        raise Wrong(f"The answer should be {wanted}; there are {len(values)}.")
     return values
 
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,12 +32,15 @@ import torch
 from bilevel_lite import __version__, exercises
 from bilevel_lite.grading.transcript import CannotReplay, Replay
 
-__all__ = ["cells", "expected", "grade", "summary", "write"]
+__all__ = ["cells", "expected", "grade", "notebooks", "said", "summary", "writable", "write"]
 
 CALL = re.compile(r"\bcheck\(\s*[\"'](\d+[a-z]?\.(?:\d+|[A-Z]))[\"']")
 TITLE = re.compile(r"^# (\d+[a-z]?)\. ", re.MULTILINE)
 HEADING = re.compile(r"^### Exercise (\d+[a-z]?\.\d+)\b", re.MULTILINE)
+EDITION = re.compile(r'"edition": *"(\w+)"')  # in the metadata of a student's chapter
 LARGEST = 2**28  # bytes that are read of a record
+COLUMNS = ["file", "chapter", "exercise", "counts", "verdict", "message", "seconds", "confirmed",
+           "note", "seed"]  # fmt: skip
 DAY = 86_400.0  # seconds
 
 
@@ -51,6 +55,8 @@ def cells(path: str | Path) -> tuple[list[str], str]:
         raise ValueError("There is no such file.")
     if path.is_dir():
         raise ValueError("This is a folder without notebooks.")
+    if path.suffix.lower() != ".ipynb":
+        raise ValueError("This is no notebook: a name that ends in .ipynb was expected.")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,19 +87,53 @@ def _exists(number: str) -> bool:
     return number in exercises.known(re.match(r"\d+[a-z]?", number)[0])
 
 
-def grade(paths: list[str | Path], seed: int | None = None, timeout: float = 600.0) -> dict:
+OTHERS = (".zip", ".7z", ".rar", ".tar", ".gz", ".pdf", ".html", ".py")  # handed in by mistake
+
+
+def notebooks(paths: list[str | Path]) -> list[Path]:
+    """The submissions: each path, of a folder the notebooks below.
+
+    A folder inside a folder that holds no notebook, and what looks like a submission and is none,
+    are among them, so that nobody is left out in silence.
+
+    Raises:
+        ValueError: if nothing is given.
+    """
+    files = []
+    for path in map(Path, paths):
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        inside = [
+            p for p in inside if not any(x.startswith(".") for x in p.parts[len(path.parts) :])
+        ]
+        found = [p for p in inside if p.suffix.lower() == ".ipynb" and p.is_file()]
+        empty = [p for p in inside if p.parent == path and p.is_dir()
+                 and not any(p in one.parents for one in found)]  # fmt: skip
+        others = [p for p in inside if p.suffix.lower() in OTHERS and p.parent not in empty]
+        files += sorted([*found, *empty, *others]) or [path]
+    if not files:
+        raise ValueError("notebooks: none given")
+    return files
+
+
+def grade(
+    paths: list[str | Path],
+    seed: int | None = None,
+    timeout: float = 600.0,
+    each: Callable[[dict], None] | None = None,
+) -> dict:
     """Grade submissions, one after the other.
 
     Args:
-        paths: Notebooks, or folders: then all notebooks below.
+        paths: Notebooks, or folders: then all `notebooks` below.
         seed: Of the draws, the same for all submissions; drawn if left out. It is in the result.
         timeout: Seconds that a submission may run; one cell may run for a quarter of it.
+        each: Called after each submission, with the result so far.
 
     Returns:
-        ``{"version", "seed", "timeout", "submissions": [{"file", "error", "note", "correct", "of",
-        "exercises": [{"exercise", "verdict", "message", "seconds", "confirmed"}]}]}``. A verdict
-        is "correct", "not yet", "not attempted" or "error"; ``correct`` and ``of`` count exercises,
-        not the stops inside a chapter.
+        ``{"version", "seed", "timeout", "submissions": [{"file", "chapter", "error", "note",
+        "correct", "of", "exercises": [{"exercise", "verdict", "message", "seconds",
+        "confirmed"}]}]}``. A verdict is "correct", "not yet", "not attempted" or "error";
+        ``correct`` and ``of`` count exercises, not the stops inside a chapter.
 
     Raises:
         ValueError: if ``timeout`` is not positive or above a day, or nothing is given.
@@ -101,27 +141,27 @@ def grade(paths: list[str | Path], seed: int | None = None, timeout: float = 600
     if not 0 < timeout <= DAY:
         raise ValueError(f"timeout: got {timeout}, expected seconds above 0 and up to a day")
     seed = secrets.randbelow(2**31) if seed is None else int(seed)
-    files = []
-    for path in map(Path, paths):
-        inside = sorted(path.rglob("*.ipynb")) if path.is_dir() else []
-        files += [p for p in inside if ".ipynb_checkpoints" not in p.parts] or [path]
-    if not files:
-        raise ValueError("notebooks: none given")
+    result = {"version": __version__, "seed": seed, "timeout": timeout, "submissions": []}
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # as in the notebooks
-    try:
-        submissions = [_submission(path, seed, timeout) for path in files]
-    finally:
-        torch.set_default_dtype(usual)
-    return {
-        "version": __version__, "seed": seed, "timeout": timeout, "submissions": submissions,
-    }  # fmt: skip
+    for path in notebooks(paths):
+        torch.set_default_dtype(torch.float64)  # as in the notebooks
+        try:
+            result["submissions"].append(_submission(path, seed, timeout))
+        finally:
+            torch.set_default_dtype(usual)
+        if each is not None:
+            each(result)
+    return result
 
 
 def _submission(path: Path, seed: int, timeout: float) -> dict:
-    out = {"file": str(path), "error": "", "note": "", "correct": 0, "of": 0, "exercises": []}
+    shown = os.fsencode(path).decode("utf-8", "replace")
+    out = {"file": shown, "chapter": "", "error": "", "note": "", "correct": 0, "of": 0,
+           "exercises": []}  # fmt: skip
     try:
         sources, text = cells(path)
+        title = TITLE.search(text)
+        out["chapter"] = title[1] if title else ""
         asked = expected(text)
         if not asked:
             raise ValueError("It is no chapter of the course, and no cell calls a check.")
@@ -130,9 +170,12 @@ def _submission(path: Path, seed: int, timeout: float) -> dict:
     records, end = _run(sources, seed, timeout)
     stopped = {r["cell"]: _clean(r["stopped"]) for r in records if "cell" in r}
     checked = {r["check"]: r for r in records if "check" in r}  # the last call counts
+    before = {r["check"] for r in records if r.get("said", [""])[0] == "correct"}
     for number in asked:
         if number in checked:
             verdict, message, confirmed = _verdict(number, checked[number], seed)
+            if verdict == "not attempted" and number in before:
+                message = "An earlier call of this check said correct; the last one counts, a stub."
         else:
             verdict, message, confirmed = "error", _absent(number, sources, stopped, end), True
         seconds = checked.get(number, {}).get("seconds", 0.0)
@@ -143,6 +186,9 @@ def _submission(path: Path, seed: int, timeout: float) -> dict:
         cell = min(stopped)
         more = f" (and {len(stopped) - 1} more)" if len(stopped) > 1 else ""
         out["note"] = f"Code cell {cell + 1} stopped{more}: {stopped[cell]}"
+    made = EDITION.search(path.read_text("utf-8"))
+    if made and out["chapter"] and made[1] != exercises.edition(out["chapter"]):
+        end = f"{end} It was made with another edition of this chapter; exercises differ.".strip()
     if end:
         out["note"] = f"{end} {out['note']}".strip()
     counted = [row for row in out["exercises"] if not row["exercise"][-1].isalpha()]
@@ -251,44 +297,63 @@ def _clean(text: str) -> str:
 
 def summary(result: dict) -> str:
     """A line for each submission, and one for each of its exercises that is not correct."""
-    lines = [f"seed {result['seed']}"]
-    for one in result["submissions"]:
-        if one["error"]:
-            lines.append(f"{one['file']}: {one['error']}")
-            continue
-        lines.append(f"{one['file']}: {one['correct']} of {one['of']} exercises")
-        lines += [f"  note: {one['note']}"] * bool(one["note"])
-        for row in one["exercises"]:
-            if row["verdict"] != "correct":
-                lines.append(f"  {row['exercise']} {row['verdict']}. {row['message']}".rstrip())
-            elif not row["confirmed"]:
-                lines.append(f"  {row['exercise']} correct, but judged in its own process only")
+    return "\n".join([f"seed {result['seed']}", *map(said, result["submissions"])])
+
+
+def said(one: dict) -> str:
+    """The lines of `summary` for one submission."""
+    if one["error"]:
+        return f"{one['file']}: {one['error']}"
+    lines = [f"{one['file']}: {one['correct']} of {one['of']} exercises"]
+    lines += [f"  note: {one['note']}"] * bool(one["note"])
+    for row in one["exercises"]:
+        if row["verdict"] != "correct":
+            lines.append(f"  {row['exercise']} {row['verdict']}. {row['message']}".rstrip())
+        elif not row["confirmed"]:
+            lines.append(f"  {row['exercise']} correct, but judged in its own process only")
     return "\n".join(lines)
+
+
+def writable(paths: list[Path], **files: str | Path | None) -> None:
+    """Refuse, before any work is done, a file that is a submission or cannot be written.
+
+    Args:
+        paths: The submissions.
+        files: Of `write`, by the names in its messages.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for name, path in ((name, path) for name, path in files.items() if path is not None):
+        if Path(path).resolve() in {one.resolve() for one in paths}:
+            raise ValueError(f"{name}: {path} is a submission, which would be lost; give another")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).open("a").close()
+        except OSError as error:
+            raise ValueError(f"{name}: {path} cannot be written ({error.strerror})") from None
 
 
 def write(result: dict, out: str | Path | None = None, table: str | Path | None = None) -> None:
     """Write a result as JSON to ``out``, and as CSV to ``table``, a line for each exercise.
 
+    Marks are the lines whose verdict is "correct" and that count (the stops do not). The CSV begins
+    with a mark by which spreadsheets know UTF-8.
+
     Raises:
-        ValueError: if a file cannot be written, or is one of the submissions.
+        ValueError: as `writable`.
     """
-    for name, path in (("out", out), ("csv", table)):
-        if path is None:
-            continue
-        if Path(path).resolve() in {Path(one["file"]).resolve() for one in result["submissions"]}:
-            raise ValueError(f"{name}: {path} is a submission, which would be lost; give another")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).open("w", encoding="utf-8", newline="") as file:
-                if name == "out":
-                    json.dump(result, file, indent=1)
-                    continue
-                rows = csv.writer(file)
-                rows.writerow(["file", "exercise", "verdict", "message", "seconds", "confirmed"])
-                for one in result["submissions"]:
-                    if one["error"]:
-                        rows.writerow([one["file"], "", "error", one["error"], 0.0, True])
-                    for row in one["exercises"]:
-                        rows.writerow([one["file"], *row.values()])
-        except OSError as error:
-            raise ValueError(f"{name}: {path} cannot be written ({error.strerror})") from None
+    writable([Path(one["file"]) for one in result["submissions"]], out=out, csv=table)
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if table is not None:
+        with Path(table).open("w", encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictWriter(file, COLUMNS)
+            rows.writeheader()
+            for one in result["submissions"]:
+                shared = {"file": one["file"], "chapter": one["chapter"], "note": one["note"],
+                          "seed": result["seed"]}  # fmt: skip
+                if one["error"]:
+                    rows.writerow({**shared, "verdict": "error", "message": one["error"]})
+                for row in one["exercises"]:
+                    rows.writerow({**shared, **row, "counts": row["exercise"][-1].isdigit()})

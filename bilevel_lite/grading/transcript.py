@@ -10,6 +10,7 @@ that judges computes its own truth and runs no line of the submission.
 import builtins
 import functools
 import types
+from numbers import Real
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class Recorder:
             value = value.item()
         if value is None or type(value) in PLAIN:
             return ("v", value)
+        if isinstance(value, Real):  # a Fraction
+            return ("v", float(value))
         if value is ...:
             return ("...", None)
         try:
@@ -167,7 +170,10 @@ class Replay:
         def call(*args, **kwargs):
             calls, k = self.record["functions"][index], self.next[index]
             if k >= len(calls):
-                raise CannotReplay("the check asks more than was asked")
+                raise CannotReplay(
+                    "what its process wrote down does not fit this check (was the package changed "
+                    "there?)"
+                )
             self.next[index] += 1
             entry = calls[k]
             for path, values in entry["events"]:

@@ -16,6 +16,7 @@ import sys
 import time
 import types
 import warnings
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,6 +25,8 @@ from bilevel_lite import exercises
 from bilevel_lite.grading.transcript import Recorder, TooLong
 
 LARGEST = 64 * 2**20  # bytes of one record
+HOME = Path(__file__).resolve().parents[2]
+ANSWERS = tuple(f"{HOME / name}{os.sep}" for name in ("chapters", "tests"))  # in a checkout
 
 # what no chapter needs: other programs, other processes
 CLOSED = (
@@ -47,14 +50,24 @@ class _Sink(io.TextIOBase):
 
 
 def guard(event: str, args: tuple) -> None:
-    """An audit hook: a submission reads no notebook and starts no program. No sandbox."""
+    """An audit hook: a submission reads no notebook, no answer, starts no program. No sandbox."""
     if event in CLOSED:
         raise PermissionError(f"the grader does not allow {event}")
     if event.partition(".")[0] in ("open", "os", "shutil"):
         for path in args[:2]:
             if isinstance(path, str | bytes | os.PathLike):
-                if os.fsdecode(path).lower().endswith((".ipynb", ".record")):
+                name = os.fsdecode(path)
+                if name.lower().endswith((".ipynb", ".record")):
                     raise PermissionError("the grader does not let a submission touch notebooks")
+                if f"{os.path.realpath(name)}{os.sep}".startswith(ANSWERS):
+                    raise PermissionError("the grader does not let a submission read answers")
+
+
+class _Shell:
+    """In the place of IPython's shell: whatever is asked of it, it does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
 
 
 def plain(source: str) -> str:
@@ -140,7 +153,7 @@ def main() -> None:
     except (ImportError, ValueError, OSError):
         pass
     module = types.ModuleType("__main__")
-    module.__dict__.update(display=lambda *_: None)
+    module.__dict__.update(display=lambda *_: None, get_ipython=_Shell)
     sys.modules["__main__"] = module
     warnings.simplefilter("ignore")
     sys.stdout, sys.stderr, sys.stdin = _Sink(), _Sink(), io.StringIO()
@@ -148,7 +161,7 @@ def main() -> None:
     sys.addaudithook(guard)
     for position, source in enumerate(order["cells"]):
         exercises.check = check  # an earlier cell may have put something else there
-        name = f"<cell {position}>"
+        name = f"<code cell {position + 1}>"
         code = plain(source)
         linecache.cache[name] = (len(code), None, code.splitlines(True), name)
         deadline = time.monotonic() + order["cell"]

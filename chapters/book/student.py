@@ -18,6 +18,8 @@ import form
 import nbformat
 from book import BUILD, dumps
 
+from bilevel_lite import exercises
+
 ROOT = form.ROOT
 FILES = [
     "pyproject.toml", "constraints.txt", "environment.yml", "LICENSE", "LICENSE-text.md",
@@ -35,14 +37,25 @@ The chapters of `bilevel_lite` and the package that they call, without the solut
 
 Python 3.10 or newer and `make` are enough. Each chapter ends in exercises; a cell with
 `bl.exercises.check` says whether an answer is right, on data that it draws itself. Hand in the
-notebook: it is run again from top to bottom, on other draws. [Notation](chapters/NOTATION.md).
+notebook (`.ipynb`): it is run again from top to bottom, on other draws, and of each check the last
+call counts, so fill in the cell that is there. [Notation](chapters/NOTATION.md).
+
+Without `make`: `python -m venv .venv`, then `.venv/bin/pip install -c constraints.txt -e ".[dev]"`
+and `.venv/bin/jupyter lab chapters`. `make lab CPU=1` takes the smaller PyTorch without CUDA. Data
+sets are fetched when a chapter asks for them; a folder that holds them already is named by
+`BILEVEL_LITE_DATA`.
 
 Code is under MIT (LICENSE), text and figures under CC BY 4.0 (LICENSE-text.md).
 """
 
 
 def without_answers(text: str) -> str:
-    """Markdown without the sentences that link to solutions, and without folds but hints."""
+    """Markdown without the sentences and links that lead to solutions, and without folds but hints.
+
+    A badge leads to the whole chapter, which has them.
+    """
+    text = text.replace("; see the solutions)", ")")
+    text = re.sub(r"^\[!\[Open In Colab\].*\n*", "", text, flags=re.MULTILINE)
     text = FOLD.sub(lambda fold: fold[0] if "hint" in fold[1].lower() else "", text)
     lines = []
     for line in text.split("\n"):
@@ -58,6 +71,7 @@ def without_answers(text: str) -> str:
 def chapter(path: Path):
     """A chapter as students get it: its cells, the Markdown `without_answers`."""
     nb = nbformat.read(path, as_version=4)
+    nb.metadata["edition"] = exercises.edition(path.stem.partition("_")[0].lstrip("0") or "0")
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = without_answers(cell.source)
@@ -72,6 +86,7 @@ def packed(path: Path) -> str:
     return (
         f'"""Checks of chapter {chapter}, packed: they hold what the exercises ask for.'
         '"""\n\nimport base64\nimport zlib\n\n'
+        f'EDITION = "{exercises.edition(chapter)}"\n'
         f'_DATA = r"""\n{rows}\n"""\n'
         'exec(zlib.decompress(base64.b85decode("".join(_DATA.split()))).decode("utf-8"))\n'
     )
