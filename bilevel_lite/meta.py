@@ -172,7 +172,7 @@ def maml(
     with _mapped(loss, lam, support, twice=not first_order):
         h, value = grad_and_value(phi)(lam.detach())
     require_finite({"Phi": value, "h": h}, lambda: f"; lower lr ({lr}) or steps ({steps})")
-    return value, h
+    return value.detach(), h.detach()
 
 
 @dataclass
@@ -252,7 +252,8 @@ def imaml(
         return value, tau * v, r.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny), low
 
     with _mapped(loss, lam, support, twice=True):
-        values, h, residual, curvature = vmap(one)(theta.detach(), support, query)
+        found = vmap(one)(theta.detach(), support, query)
+    values, h, residual, curvature = (part.detach() for part in found)
     require_finite({"Phi": values, "h": h, "residual": residual})
     if bad := int((curvature <= 0).sum()):
         warnings.warn(

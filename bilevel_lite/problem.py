@@ -5,13 +5,20 @@ tasks it is a tuple (x, y, index), where ``index`` holds the examples' positions
 set: that is how a weight finds its entry of lam.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import NotFinite, looked_at, require_scalar, require_unwritten, versions
+from bilevel_lite.refuse import (
+    NotFinite,
+    looked_at,
+    require_scalar,
+    require_unwritten,
+    tensors,
+    versions,
+)
 from bilevel_lite.surroundings import nothing_again
 
 __all__ = ["BilevelProblem", "Loss", "NotFinite", "Portion", "evaluate", "examples", "tensors"]
@@ -28,6 +35,8 @@ class BilevelProblem:
 
     Raises:
         TypeError: if one of the two cannot be called.
+        ValueError: if the weights of ``outer_loss`` read the losses (see `WeightedRisk`): its value
+            and its gradient are then of two functions, and Phi is neither.
 
     Example:
         >>> problem = bl.BilevelProblem(
@@ -44,6 +53,13 @@ class BilevelProblem:
                 raise TypeError(
                     f"{name}: got {type(loss).__name__}, expected a function "
                     "(lam, theta, batch) -> scalar"
+                )
+        for risk in getattr(outer_loss, "risks", [outer_loss]):
+            if getattr(risk, "reads_losses", False) is True:
+                raise ValueError(
+                    "outer_loss: its weights read the losses, which come detached, so that its "
+                    "gradient is not that of its value; write it as a function of "
+                    "(lam, theta, batch)"
                 )
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
@@ -93,15 +109,6 @@ class Portion(tuple):
     """
 
     whole: int
-
-
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch: itself, or those of its tuples, lists and dicts, one in another."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, tuple | list | Mapping):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors(part)
 
 
 def examples(batch: Any) -> int | None:

@@ -177,7 +177,8 @@ def require_state(state: Any, *keys: str) -> None:
 def versions(value: Any, contents: bool = False, nested: int = 2) -> Any:
     """How often each tensor was written into, in a tuple, list, mapping or dataclass too.
 
-    Torch's own count. It does not count for tensors of ``inference_mode``, nor what NumPy writes:
+    Torch's own count. It does not count what is written through ``.data``, which nobody sees; nor
+    for tensors of ``inference_mode``, nor what NumPy writes:
     with ``contents`` there is a checksum of such, and objects are entered by their attributes.
 
     Cost: nothing; of a checksum a pass over the bytes.
@@ -292,6 +293,7 @@ def require_batch(name: str, batch: Any, loss: Any = None, sampler: bool = False
 
     Raises:
         TypeError: naming the argument, what came, what was expected and the way out.
+        ValueError: for a tensor in it that requires a gradient.
     """
     draws = callable(getattr(batch, "draw", None)) and not isclass(batch)
     if sampler and draws:
@@ -307,8 +309,22 @@ def require_batch(name: str, batch: Any, loss: Any = None, sampler: bool = False
         raise TypeError(
             f"{name}: got {got}, expected a batch such as (x, y, index){or_sampler}; {reasons[0]}"
         )
+    if any(t.requires_grad for t in tensors(batch)):
+        raise ValueError(
+            f"{name}: holds a tensor that requires a gradient; what it is made of is no part of "
+            "the derivative. Detach it, or let the loss make it of lam (WeightedRisk(inputs=...))"
+        )
     if hasattr(loss, "require_batch"):
         loss.require_batch(batch, name)
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch: itself, or those of its tuples, lists and dicts, one in another."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, tuple | list | Mapping):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors(part)
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:

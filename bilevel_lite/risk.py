@@ -154,13 +154,17 @@ class WeightedRisk:
         H = (1/n) sum_i [ V hess l_i + V'(l_i) grad l_i grad l_i^T ] + 2 l2 I
         J = (1/n) sum_i d_lam V(lam, l_i) grad l_i^T                          (with or without)
 
+    (where lam stands in the inputs, too, J has more parts, V' among them: then the slope is asked
+    for)
+
     and the curvature C in the outputs is V h_i + V' s_i s_i^T. V' needs weights of which each reads
     its own loss only. Weights normalised over the batch, n V_i / sum V, have no potential, and a
     curvature that is not symmetric: they are refused with ``weight_slope=True``, and fine without.
 
     The value of g is (1/n) sum_i V(lam, l_i) l_i + l2 ||theta||^2 either way, not the potential. So
     grad_theta g, H and J are the potential's, but grad_lam g is not: what reads it (the penalty
-    methods BOME and F2SA, say) needs the potential written out as a loss.
+    methods BOME and F2SA, and SAMA's difference) needs the potential written out as a loss. For the
+    same reason it is no outer loss: `BilevelProblem` refuses it there.
 
     **lam in the inputs.** ``inputs(lam, batch)`` returns the batch that the model sees: another
     tuple (x, y, ...), whose x may depend on lam and which may have more rows (data poisoning).
@@ -189,7 +193,8 @@ class WeightedRisk:
 
     Raises:
         ValueError: for an unknown loss, a negative ``l2``, a weight whose parameters cannot be told
-            or ``weight_slope`` without a weight that reads the losses.
+            ``weight_slope`` without a weight that reads the losses, or such a weight and ``inputs``
+            without ``weight_slope``.
         TypeError: for a hook that cannot be called, or a subclass that defines an argument's name.
 
     Example:
@@ -236,10 +241,23 @@ class WeightedRisk:
         self.model, self.loss, self.l2 = model, loss, l2
         self.weight, self.weight_slope = weight, weight_slope
         self.inputs, self.ignore_index, self.mask = inputs, ignore_index, mask
+        self._require_slope()
         if weight_slope and not self.reads_losses:
             raise ValueError(
                 "weight_slope: is True, but the weight does not read the losses; give "
                 "weight(lam, batch, losses)"
+            )
+
+    def _require_slope(self) -> None:
+        """Refuse inputs and weights that both depend on lam through the losses, without V'.
+
+        Moving the inputs moves the losses, and with them the weights: J then has a part with V'.
+        """
+        if self.inputs is not None and self.reads_losses and not self.weight_slope:
+            raise ValueError(
+                "weight_slope: is False, but with inputs(lam, batch) and a weight that reads the "
+                "losses J needs the weight's slope; give weight_slope=True (weights normalised "
+                "over the batch have none: let them not read the losses, or leave inputs out)"
             )
 
     # -- the batch
@@ -275,6 +293,7 @@ class WeightedRisk:
 
     def terms(self, lam: Tensor, batch: Any) -> list[Term]:
         """Return the means that the risk is a sum of: one."""
+        self._require_slope()  # weight and inputs may have been set since
         return [Term(self, self.seen(lam, batch))]
 
     def unpadded(self, batch: Any) -> Tensor | None:

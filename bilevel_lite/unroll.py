@@ -104,6 +104,10 @@ def unrolled_hypergradient(
     training mode), the way back evaluates it with the same numbers. Afterwards the generators are
     where the descent and f left them.
 
+    Weights that read the losses (`WeightedRisk`) come detached, and H is that of weights that stand
+    still unless they have ``weight_slope=True``: without it, of T > 1 steps another descent is
+    differentiated than was done. A buffer that is filled anew through ``.data`` is not noticed.
+
     Args:
         problem: The two losses.
         lam: Outer variable, any shape.

@@ -26,8 +26,15 @@ Rate = float | Callable[[Tensor, int], Any]
 
 
 def _rate(expected: str, fits: Callable[[float], bool], default: Any = options.MISSING) -> Any:
-    """A number that fits, or a function (lam, t) -> number."""
-    return option(f"{expected}, or a function (lam, t)", lambda v: callable(v) or fits(v), default)
+    """A number that fits, or a function (lam, t) -> number.
+
+    A tensor that asks for a gradient is made of lam, perhaps, and would be taken for a constant.
+    """
+
+    def right(value: Any) -> bool:
+        return callable(value) or (not getattr(value, "requires_grad", False) and fits(value))
+
+    return option(f"{expected}, or a function (lam, t) of what it depends on", right, default)
 
 
 class Update:

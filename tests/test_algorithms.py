@@ -1666,3 +1666,44 @@ def test_a_batch_without_examples_or_without_rows():
         outer_batch=number,
     )  # fmt: skip
     assert method.step().gradients == 2 + 1 + 2 + 2  # CG is done after one product
+
+
+def test_nhgd_counts_the_rows_that_the_inputs_make():
+    """F is the empirical Fisher of what the model sees: six rows, each twice, as the twelve."""
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(3)).double()
+    y, model, found = x.sum(1, keepdim=True), torch.nn.Linear(2, 1).double(), []
+    twice = (x.repeat(2, 1), y.repeat(2, 1))
+    for batch, inputs in (
+        (twice, None),
+        ((x, y), lambda lam, b: tuple(part.repeat(2, 1) for part in b)),
+    ):
+        risk = bl.WeightedRisk(model, "mse", weight=lambda lam, b: lam.expand(12), inputs=inputs)
+        problem = bl.BilevelProblem(risk, bl.WeightedRisk(model, "mse"))
+        method = bl.NHGD(
+            problem,
+            torch.ones(1).double(),
+            bl.flatten(model),
+            inner_lr=0.1,
+            outer_lr=0.1,
+            inner_batch=batch,
+            outer_batch=(x, y),
+        )
+        method.step()
+        found.append(method.m)
+    assert torch.allclose(*found, rtol=1e-12)
+
+
+def test_bome_copies_with_the_present_rate():
+    problem = bl.BilevelProblem(
+        lambda lam, theta, _: ((theta - lam) ** 2).sum(), lambda lam, theta, _: (theta**2).sum()
+    )
+    ends = []
+    for copy_lr in (None, 0.01):
+        theta = torch.ones(2)
+        method = bl.BOME(
+            problem, torch.zeros(2), theta, inner_lr=0.1, outer_lr=0.1, copy_lr=copy_lr
+        )
+        method.inner_optimizer.param_groups[0]["lr"] = 0.01  # as a scheduler does
+        method.step()
+        ends.append(method.theta.clone())
+    assert torch.equal(*ends)

@@ -579,3 +579,18 @@ def test_a_generator_and_a_label_for_each_example_are_required():
     one_hot = torch.nn.functional.one_hot(y)
     with pytest.raises(ValueError, match=r"data: y has shape \(6, 2\), expected \(6,\)"):
         meta.few_shot((x, one_hot), [0, 1], draws, 2, 2, 1, 1)
+
+
+def test_what_comes_back_holds_no_graph():
+    """Also where the loss is made of something that asks for a gradient."""
+    net = torch.ones(1, requires_grad=True)
+    support = query = torch.zeros(2, 1), torch.tensor([[1.0], [3.0]])
+
+    def loss(theta, batch):
+        return (net * theta - batch[1]).square().sum() / 2
+
+    lam, theta = torch.zeros(1), torch.tensor([[0.5], [1.5]])
+    value, h = meta.maml(loss, lam, support, query, steps=2, lr=0.5)
+    again, g, info = meta.imaml(loss, lam, theta, support, query, tau=1.0, iters=1)
+    for part in (value, h, again, g, info.residual, info.curvature):
+        assert not part.requires_grad

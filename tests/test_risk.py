@@ -848,3 +848,41 @@ def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_curvature():
     assert risk(torch.ones(1), theta, batch) == 0
     for operator in (curvature.GGN, curvature.EmpiricalFisher):
         assert not operator(risk, torch.ones(1), theta, batch).dense().any()
+
+
+def test_inputs_and_weights_that_read_losses_need_the_slope():
+    model, batch = torch.nn.Linear(3, 1).double(), _three_rows()
+
+    def made(**options):
+        inputs = lambda lam, b: (b[0], b[1] + lam * b[0][:, :1])  # noqa: E731
+        weight = lambda lam, b, losses: torch.sigmoid(1 - losses)  # noqa: E731
+        return bl.WeightedRisk(model, "mse", weight, l2=0.3, inputs=inputs, **options)
+
+    with pytest.raises(ValueError, match="weight_slope: is False, but with inputs"):
+        made()
+    risk, eps = made(weight_slope=True), 1e-5
+    lam, theta = torch.tensor(0.4).double(), bl.flatten(model)
+
+    def q(lam):
+        return products.theta_gradient(risk, lam, theta, batch)[1]
+
+    v = torch.linspace(-1, 1, 4).double()
+    truth = (q(lam + eps) - q(lam - eps)) @ v / (2 * eps)
+    assert abs(float(products.cross_vp(risk, lam, theta, batch, v) - truth)) < 1e-8
+    later = bl.WeightedRisk(model, "mse", inputs=lambda lam, b: b)
+    later.weight = lambda lam, b, losses: losses
+    with pytest.raises(ValueError, match="weight_slope: is False"):
+        later(lam, theta, batch)
+
+
+def _three_rows():
+    x = torch.tensor([[1.0, 0.5, -1.0], [0.2, -0.4, 0.3], [-0.7, 1.1, 0.6]]).double()
+    return x, torch.tensor([[1.0], [0.0], [-2.0]]).double()
+
+
+def test_an_outer_loss_has_no_weights_that_read_its_losses():
+    model = torch.nn.Linear(3, 1).double()
+    focal = bl.WeightedRisk(model, "mse", weight=lambda lam, b, losses: 1 - torch.exp(-losses))
+    for outer in (focal, bl.SumOfRisks([bl.WeightedRisk(model, "mse"), focal])):
+        with pytest.raises(ValueError, match="outer_loss: its weights read the losses"):
+            bl.BilevelProblem(focal, outer)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -721,3 +722,41 @@ def test_hidden_words_need_a_generator_and_a_batch():
                 call()
     with pytest.raises(ValueError, match="size: got 0, expected an integer of at least 1"):
         words.fit(hidden.y, 3, draws, size=0)
+
+
+def test_what_is_remembered_goes_stale_aloud():
+    words = text.tiny()
+    ids = words.ids(["Which city ?", "How many bridges has it ?", "Who was it ?"])
+
+    def made():
+        return text.TextClassifier(words, 3, generator=torch.Generator().manual_seed(0))
+
+    one, other = made(), made()
+    with torch.no_grad():
+        for p in other.encoder.parameters():
+            p.add_(0.1)
+    positions = one.remember(ids)
+    for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one)), one.double()):  # noqa: S301
+        assert torch.allclose(same(positions), same(ids), atol=1e-5)
+    one.float().load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="written into since"):
+        one(positions)
+    assert torch.allclose(one(one.remember(ids)), one(ids), atol=1e-5)
+    one.encoder.requires_grad_(True)
+    with pytest.raises(ValueError, match="are trained now"):
+        one(positions)
+    one = made()
+    for wrong, said in ((positions, "got positions"), ([1], "x: got list"), (ids[:0], "no texts")):
+        with pytest.raises(ValueError, match=said):
+            one.remember(wrong)
+    with pytest.raises(ValueError, match="chunk"):
+        one.remember(ids, chunk=0)
+
+
+def test_the_first_token_is_no_padding():
+    words = text.tiny()
+    ids = words.ids(["Which city ?", "How many bridges has it ?"])
+    left = torch.nn.functional.pad(ids, (2, 0), value=words.pad)
+    first = text.TextClassifier(words, 3, pooling="cls", generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="begins with padding"):
+        first(left)

@@ -331,3 +331,25 @@ def test_a_lam_that_reaches_nothing_is_refused(problem, mode):
 def test_bad_rates_are_refused(name, make):
     with pytest.raises(ValueError, match=f"^{name}: got .*or a function"):
         make()
+
+
+def test_what_is_made_of_lam_outside_of_the_loss_is_refused():
+    """Else its derivative would be left out without a word."""
+    lam = torch.tensor(0.3, requires_grad=True)
+    problem = bl.BilevelProblem(
+        lambda lam, theta, b: ((theta - lam) * b).square().sum(),
+        lambda lam, theta, b: (theta * b).sum(),
+    )
+    theta, batch, rate = torch.zeros(2), torch.ones(2), lam.exp() / 10
+    at = problem, lam.detach(), theta, 2
+    with pytest.raises(ValueError, match="lr: got tensor.*a function"):
+        bl.unrolled_hypergradient(*at, inner_batch=batch, outer_batch=batch, lr=rate)
+    for update, name in ((bl.updates.SGD, "momentum"), (bl.updates.Adam, "lr")):
+        with pytest.raises(ValueError, match=f"{name}: got tensor"):
+            update(**{"lr": 0.1, name: rate})
+    for name in ("inner_batch", "outer_batch"):
+        both = {"inner_batch": batch, "outer_batch": batch, name: batch * rate}
+        with pytest.raises(ValueError, match=f"{name}: holds a tensor that requires a gradient"):
+            bl.unrolled_hypergradient(*at, **both, lr=0.1)
+        with pytest.raises(ValueError, match=f"{name}: holds a tensor that requires a gradient"):
+            bl.hypergradient(*at[:3], **both, solver=bl.Direct())

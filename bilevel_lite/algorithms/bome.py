@@ -40,7 +40,9 @@ class BOME(Method):
 
     copy_steps: int = whole(default=10, help="T, steps of the copy's descent")
     copy_lr: float | None = positive(
-        default=None, help="Step of the copy's descent, inner_lr for None", search=(0.02, 1.0)
+        default=None,
+        help="Step of the copy's descent, the present inner_lr for None",
+        search=(0.02, 1.0),
     )
     eta: float = positive(default=0.5, help="Of phi", search=(0.01, 1.0))
     barrier: str = one_of(
@@ -53,14 +55,14 @@ class BOME(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        self.copy_lr = self._lr if self.copy_lr is None else self.copy_lr
         self.multiplier = torch.zeros(())  # the last c, for those who want to look at it
 
     def _direction(self):
         batch, copy = self._draw("inner"), self.theta.clone()
+        lr = self._lr if self.copy_lr is None else self.copy_lr
         with self._same_draws():
             for _ in range(self.copy_steps):
-                copy -= self.copy_lr * self._g_theta(batch, copy)[1]
+                copy -= lr * self._g_theta(batch, copy)[1]
             here = self._g(batch)
             there, there_lam = self._g_lam(batch, copy)
         f = self._f(self._draw("outer"))

@@ -94,9 +94,11 @@ class Method(Resumable):
 
     Used like a torch optimiser: ``info = method.step()`` is one outer iteration; ``method.lam``
     and ``method.theta`` are the current variables; ``state_dict`` and ``load_state_dict`` resume
-    it to the last bit (optimisers, schedules, memory and the samplers' generators included). A step
-    that fails or is interrupted changes nothing: the state is that of the last good step, so that
-    one can lower a step size and go on.
+    it to the last bit (optimisers, schedules, memory and the samplers' generators included; not
+    torch's own generator, which dropout in training mode draws from, nor a sampler that has no
+    ``state_dict``). A step that fails or is interrupted changes nothing: the state is that of the
+    last good step, so that one can lower a step size, in ``inner_optimizer.param_groups`` (a
+    loaded state brings its own), and go on.
 
     A subclass declares its options as fields (`bilevel_lite.options`), sets up its memory in
     ``__post_init__``, after super's, and writes ``_direction()``, which moves theta and returns
@@ -164,7 +166,7 @@ class Method(Resumable):
     inner_lr: float | None = positive(
         default=None,
         expected="a positive step size (or give inner_optimizer)",
-        help="Step size of plain gradient descent on theta",
+        help="Step size of plain gradient descent on theta; not read beside inner_optimizer",
         search=(0.02, 1.0),
     )
     outer_lr: float | None = positive(

@@ -95,6 +95,7 @@ class NHGD(Method):
             return self._preconditioner(batch) if last else self._observe(batch)
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
-        count = (self.scale == "fisher" and examples(batch)) or 1
+        seen = getattr(self.problem.inner_loss, "seen", lambda lam, batch: batch)  # may add rows
+        count = (self.scale == "fisher" and examples(seen(self.lam, batch))) or 1
         self.m = rank_one_inverse(self.m, q.reshape(-1), beta, (1 - beta) * count)
         return lambda b, m=self.m: m.mv(b.reshape(-1)).view_as(b)

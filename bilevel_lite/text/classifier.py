@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_lite.refuse import at_least
 from bilevel_lite.surroundings import differentiating
 from bilevel_lite.text.encoders import Encoder, depth, learned_positions, require_ids
 
@@ -60,11 +61,30 @@ class _Table:
     rows: Tensor
     starts: Tensor
     lengths: Tensor
+    frozen: list[nn.Parameter]  # what made the rows, and how often each had been written into
+    written: list[int]
 
     def move(self, fn: Any) -> None:
         """Follow a module to another device; the precision stays."""
         self.rows = fn(self.rows).to(self.rows.dtype)
         self.starts, self.lengths = fn(self.starts), fn(self.lengths)
+
+    def stamp(self) -> None:
+        """Note that the rows are those of the parameters as they are."""
+        self.written = [p._version for p in self.frozen]
+
+    def require_fresh(self) -> None:
+        """Refuse rows that the frozen layers would not give any more."""
+        if any(p.requires_grad for p in self.frozen):
+            raise ValueError(
+                "x: got positions, but layers that were frozen when their activations were "
+                "remembered are trained now; give ids, or freeze them and call remember(ids) again"
+            )
+        if self.written != [p._version for p in self.frozen]:
+            raise ValueError(
+                "x: got positions, but the frozen layers were written into since their activations "
+                "were remembered; call classifier.remember(ids) again"
+            )
 
 
 def _positions(module: nn.Module, mask: Tensor) -> dict[str, Tensor]:
@@ -307,6 +327,11 @@ class TextClassifier(nn.Module):
                 used = mask.any(0).nonzero()
                 width = int(used[-1]) + 1 if len(used) else 1
                 x, mask = x[:, :width], mask[:, :width]
+            if self.pooling == "cls" and on_cpu and not bool(mask[:, 0].all()):
+                raise ValueError(
+                    "x: a text begins with padding, whose vector pooling='cls' would read; put "
+                    "the padding on the right"
+                )
             require_ids(self.encoder, x, mask)
             return x, mask
         if self._table is None:
@@ -314,6 +339,7 @@ class TextClassifier(nn.Module):
                 "x: got positions, but no activations are remembered; call "
                 "classifier.remember(ids), or give ids of shape (n, L)"
             )
+        self._table.require_fresh()
         known = self._table.lengths
         if on_cpu and not 0 <= int(x.min()) <= int(x.max()) < len(known):
             raise ValueError(
@@ -377,9 +403,12 @@ class TextClassifier(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.float16")
         self._refuse_dropout()
-        ids, mask = self._read(ids) if ids.dim() == 2 else (None, None)
-        if ids is None:
+        at_least("chunk", chunk, 1)
+        if isinstance(ids, Tensor) and ids.dim() == 1:
             raise ValueError("ids: got positions, expected token ids of shape (n, L)")
+        ids, mask = self._read(ids)
+        if not len(ids):
+            raise ValueError("ids: hold no texts")
         device, lengths = self.head.weight.device, mask.sum(1)
         front = torch.arange(mask.shape[1], device=ids.device) < lengths[:, None]
         if not torch.equal(mask, front):
@@ -394,7 +423,9 @@ class TextClassifier(nn.Module):
             hidden = self._below(few, seen)
             at = (starts[part, None] + torch.arange(width, device=ids.device)).to(device)
             rows[at[seen]] = hidden[seen].to(dtype)
-        self._table = _Table(rows, starts.to(device), lengths.to(device))
+        frozen = [p for p in self._halves[0].parameters() if not p.requires_grad]
+        self._table = _Table(rows, starts.to(device), lengths.to(device), frozen, [])
+        self._table.stamp()
         positions = torch.arange(len(ids), device=device)
         self._confirm(positions[:: max(1, len(ids) // 4)], ids.to(device))
         return positions
@@ -445,4 +476,10 @@ class TextClassifier(nn.Module):
         super()._apply(fn, recurse)
         if self._table is not None:
             self._table.move(fn)
+            self._table.stamp()
         return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._table is not None:  # copied or unpickled, with counts of their own
+            self._table.stamp()
