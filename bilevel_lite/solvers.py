@@ -402,8 +402,8 @@ class Neumann(Solver):
 class CG(Solver):
     """Conjugate gradients on (H + damping I) v = b; see `bilevel_lite.linsolve.cg`.
 
-    The GGN is positive semi-definite (but for a ``weight_slope`` that is negative somewhere), so that
-    CG does not break down on it.
+    The GGN is positive semi-definite (but for a ``weight_slope`` that is negative somewhere), so
+    that CG does not break down on it.
 
     Raises:
         ValueError: in `solve`, if a product is not finite, or as the preconditioner says.

@@ -1,7 +1,5 @@
 """NHGD: the inner steps' own gradients, kept as an inverse Fisher matrix, stand for H^-1."""
 
-import torch
-
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.algorithms.rank_one import rank_one_inverse
 from bilevel_lite.kfac import KFAC
@@ -75,9 +73,8 @@ class NHGD(Method):
                 f"theta: has {d} entries, so F would have as many rows; give "
                 "kfac=KFAC(fisher='empirical', ema=...) instead"
             )
-        self.solver, self.updates, self.m = self.kfac, 1, None
-        if self.kfac is None:
-            self.m = (torch.ones_like(self.theta.reshape(-1)) / self.initial).diag()
+        self.solver, self.updates = self.kfac, 1
+        self.m = None if self.kfac else self.theta.new_ones(d).div(self.initial).diag()
 
     def _direction(self):
         for step in range(self.inner_steps):
@@ -95,7 +92,7 @@ class NHGD(Method):
             return self._preconditioner(batch) if last else self._observe(batch)
         self.updates += 1
         beta = self.beta if self.beta is not None else (self.updates - 1) / self.updates
-        seen = getattr(self.problem.inner_loss, "seen", lambda lam, batch: batch)  # may add rows
-        count = (self.scale == "fisher" and examples(seen(self.lam, batch))) or 1
+        rows = getattr(self.problem.inner_loss, "seen", lambda lam, batch: batch)(self.lam, batch)
+        count = (self.scale == "fisher" and examples(rows)) or 1
         self.m = rank_one_inverse(self.m, q.reshape(-1), beta, (1 - beta) * count)
         return lambda b, m=self.m: m.mv(b.reshape(-1)).view_as(b)
