@@ -93,7 +93,17 @@ def test_numbers_of_chapter_11_that_stand_in_the_readme_of_the_figures():
     linear = fresh("hyperclean_mnist_solvers", "hyperclean_mnist_solvers_fresh")
     mlp = fresh("hyperclean_mnist_mlp_solvers", "hyperclean_mnist_mlp_fresh")
     kept = fresh("hyperclean_mnist_refresh", "hyperclean_mnist_refresh_fresh")
-    pairs = memory_pairs(list(fresh("hyperclean_mnist_ema").values()))
+    pairs = memory_pairs(
+        [row for name, row in fresh("hyperclean_mnist_ema").items() if "b1024" in name]
+    )
+    averages = fresh("hyperclean_mnist_ema_wide")
+    pairs |= memory_pairs(list(averages.values()))
+    assert len(pairs) == 5
+    for damping in ("0.1", "1"):  # at points of their own
+        one, none = (averages[f"ema{m}-damping{damping}-b128"] for m in ("0.9", "0"))
+        assert one["chosen"] != none["chosen"]
+        pairs[damping] = difference(one, none)
+        assert abs(pairs[damping][1]) < pairs[damping][2]
     said = [f"{d[1]:+.4f} ± {d[2]:.4f}" for d in pairs.values()]
     said += [
         f"{d[1]:+.4f} ± {d[2]:.4f} ({k})"
@@ -125,7 +135,7 @@ def test_chapter_11_on_the_edges_of_its_boxes():
                     if not 0.1 <= share <= 0.9:
                         edges.setdefault(path.stem.partition("_")[2], set()).add(row["method"])
     assert {name.removeprefix("hyperclean_mnist_") for name in widened} == {
-        "batch", "batch_5000", "ema_equal", "solvers_wide",
+        "batch", "batch_5000", "ema_equal", "ema_wide", "solvers_wide",
     }  # fmt: skip
     of_ema = {f"ema{m}-damping{d}-b128" for m in ("0", "0.9") for d in ("0.1", "1")}
     noisy = {f"cg-3-{kind}-{rate}" for kind in ("uniform", "pair") for rate in (0.2, 0.4, 0.6, 0.8)}
