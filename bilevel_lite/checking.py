@@ -164,7 +164,8 @@ def check(
             hypergradient are given.
 
     Cost: one hypergradient (two calls of a function), one direct solve (d products) where d allows,
-    two J v by other routes, two gradients for each of two residuals, two inner solves per
+    two J v by other routes (`cross_differences`: dear where weights read the losses and lam is
+    long), two gradients for each of two residuals, two inner solves per
     direction.
 
     Example:

@@ -36,7 +36,7 @@ def rescale(lam: Tensor, generator: torch.Generator) -> Tensor:
     """Each entry times 0.8 or 1.2, drawn at random: the mutation of population-based training."""
     require_generator(generator)
     up = torch.randint(2, lam.shape, generator=generator, device=generator.device).to(lam.device)
-    return lam * torch.where(up == 1, 1.2, 0.8).to(lam)
+    return torch.where(up == 1, lam * 1.2, lam * 0.8)
 
 
 class Teacher(nn.Module):
@@ -159,8 +159,6 @@ def evolve(
 
 def _ranked(members: list[Member]) -> list[int]:
     """Their places from the lowest loss to the highest; what is not finite comes last."""
-    losses = torch.nan_to_num(
-        torch.tensor([member.loss for member in members], dtype=torch.float64, device="cpu"),
-        nan=float("inf"),
-    )
+    losses = torch.tensor([member.loss for member in members], dtype=torch.float64, device="cpu")
+    losses[~losses.isfinite()] = float("inf")
     return torch.argsort(losses, stable=True).tolist()

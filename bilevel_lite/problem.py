@@ -35,8 +35,6 @@ class BilevelProblem:
 
     Raises:
         TypeError: if one of the two cannot be called.
-        ValueError: if the weights of ``outer_loss`` read the losses (see `WeightedRisk`): its value
-            and its gradient are then of two functions, and Phi is neither.
 
     Example:
         >>> problem = bl.BilevelProblem(
@@ -53,13 +51,6 @@ class BilevelProblem:
                 raise TypeError(
                     f"{name}: got {type(loss).__name__}, expected a function "
                     "(lam, theta, batch) -> scalar"
-                )
-        for risk in getattr(outer_loss, "risks", [outer_loss]):
-            if getattr(risk, "reads_losses", False) is True:
-                raise ValueError(
-                    "outer_loss: its weights read the losses, which come detached, so that its "
-                    "gradient is not that of its value; write it as a function of "
-                    "(lam, theta, batch)"
                 )
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss

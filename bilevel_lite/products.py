@@ -481,7 +481,7 @@ def cross_differences(loss: Loss, lam: Tensor, theta: Tensor, batch: Any, v: Ten
         batch: Passed on to ``loss``.
         v: Direction, shaped like ``theta``.
 
-    Cost: 2 gradients.
+    Cost: 2 gradients; where weights read the losses, 2 passes for each entry of lam.
     """
     if not v.any():
         return torch.zeros_like(lam)

@@ -108,15 +108,22 @@ def require_finite(named: dict[str, Tensor], why: Callable[[], str] = str) -> No
 
 
 def require_problem(problem: Any) -> None:
-    """Refuse what is no bilevel problem.
+    """Refuse what is no bilevel problem, and an outer loss whose gradient is not of its value.
 
     Raises:
         TypeError: naming the argument.
+        ValueError: if the weights of ``outer_loss`` read its losses, see `WeightedRisk`.
     """
     if not (hasattr(problem, "inner_loss") and hasattr(problem, "outer_loss")):
         raise TypeError(
             f"problem: got {type(problem).__name__}, expected a bilevel_lite.BilevelProblem"
         )
+    for risk in getattr(problem.outer_loss, "risks", [problem.outer_loss]):
+        if getattr(risk, "reads_losses", False) is True:
+            raise ValueError(
+                "outer_loss: its weights read the losses, which come detached, so that its "
+                "gradient is not that of its value; write it as a function of (lam, theta, batch)"
+            )
 
 
 def require_variable(name: str, value: Tensor) -> None:

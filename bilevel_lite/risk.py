@@ -164,7 +164,7 @@ class WeightedRisk:
     The value of g is (1/n) sum_i V(lam, l_i) l_i + l2 ||theta||^2 either way, not the potential. So
     grad_theta g, H and J are the potential's, but grad_lam g is not: what reads it (the penalty
     methods BOME and F2SA, and SAMA's difference) needs the potential written out as a loss. For the
-    same reason it is no outer loss: `BilevelProblem` refuses it there.
+    same reason it is no outer loss: hypergradients and methods refuse it there.
 
     **lam in the inputs.** ``inputs(lam, batch)`` returns the batch that the model sees: another
     tuple (x, y, ...), whose x may depend on lam and which may have more rows (data poisoning).

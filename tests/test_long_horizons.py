@@ -6,7 +6,7 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite.functional import functional_hypergradient, spread, tangents
-from bilevel_lite.population import Member, Teacher, evolve, rescale
+from bilevel_lite.population import Member, Teacher, _ranked, evolve, rescale
 from bilevel_lite.problem import NotFinite
 from bilevel_lite.schedules import SignSteps, forward_schedule
 from bilevel_lite.tasks.rates import Trainings
@@ -535,3 +535,12 @@ def test_the_functional_hypergradient_refuses_what_the_others_do(loss, message):
     functional_hypergradient(pointwise, *at)
     with pytest.raises(ValueError, match=message):
         functional_hypergradient(loss, *at)
+
+
+def test_mutations_are_exact_and_what_is_not_finite_comes_last():
+    lam = torch.ones(40).double()
+    factors = rescale(lam, torch.Generator().manual_seed(0)).unique().tolist()
+    assert factors == [0.8, 1.2]
+    losses = (float("-inf"), 2.0, float("nan"), 1.0)
+    members = [Member(torch.ones(1), loss=loss) for loss in losses]
+    assert _ranked(members)[:2] == [3, 1]

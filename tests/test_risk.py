@@ -884,5 +884,9 @@ def test_an_outer_loss_has_no_weights_that_read_its_losses():
     model = torch.nn.Linear(3, 1).double()
     focal = bl.WeightedRisk(model, "mse", weight=lambda lam, b, losses: 1 - torch.exp(-losses))
     for outer in (focal, bl.SumOfRisks([bl.WeightedRisk(model, "mse"), focal])):
+        problem = bl.BilevelProblem(bl.WeightedRisk(model, "mse", l2=0.1), outer)
+        at = torch.zeros(1).double(), bl.flatten(model)
         with pytest.raises(ValueError, match="outer_loss: its weights read the losses"):
-            bl.BilevelProblem(focal, outer)
+            bl.hypergradient(problem, *at, _three_rows(), _three_rows(), bl.Direct())
+        with pytest.raises(ValueError, match="outer_loss: its weights read the losses"):
+            bl.AID(problem, *at, bl.CG(2), inner_lr=0.1, outer_lr=0.1)

@@ -19,7 +19,8 @@ class SAMA(Method):
 
     One inner step is differentiated (T1-T2), with D in place of step times identity. D carries the
     learning rate for every optimiser, so that outer step sizes transfer between them (released
-    code takes D = I for SGD).
+    code takes D = I for SGD). Where weights read the losses, the difference tends to another J v,
+    that of weights that are not detached ((14.6) in chapter 14).
 
     Args:
         **common: See `bilevel_lite.algorithms.method.Method`; the inner optimiser is SGD (with or

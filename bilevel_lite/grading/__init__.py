@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -169,8 +169,9 @@ def _submission(path: Path, seed: int, timeout: float) -> dict:
         return {**out, "error": str(error)}
     records, end = _run(sources, seed, timeout)
     stopped = {r["cell"]: _clean(r["stopped"]) for r in records if "cell" in r}
-    checked = {r["check"]: r for r in records if "check" in r}  # the last call counts
-    before = {r["check"] for r in records if r.get("said", [""])[0] == "correct"}
+    calls = [r for r in records if isinstance(r.get("check"), str)]
+    checked = {r["check"]: r for r in calls}  # the last call counts
+    before = {r["check"] for r in calls if r.get("said") == ["correct", ""]}
     for number in asked:
         if number in checked:
             verdict, message, confirmed = _verdict(number, checked[number], seed)
@@ -344,16 +345,24 @@ def write(result: dict, out: str | Path | None = None, table: str | Path | None 
         ValueError: as `writable`.
     """
     writable([Path(one["file"]) for one in result["submissions"]], out=out, csv=table)
-    if out is not None:
-        Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
-    if table is not None:
-        with Path(table).open("w", encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictWriter(file, COLUMNS)
-            rows.writeheader()
-            for one in result["submissions"]:
-                shared = {"file": one["file"], "chapter": one["chapter"], "note": one["note"],
-                          "seed": result["seed"]}  # fmt: skip
-                if one["error"]:
-                    rows.writerow({**shared, "verdict": "error", "message": one["error"]})
-                for row in one["exercises"]:
-                    rows.writerow({**shared, **row, "counts": row["exercise"][-1].isdigit()})
+    try:
+        if out is not None:
+            Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if table is not None:
+            with Path(table).open("w", encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictWriter(file, COLUMNS)
+                rows.writeheader()
+                rows.writerows(_rows(result))
+    except OSError as error:
+        raise ValueError(f"out, csv: a file cannot be written ({error.strerror})") from None
+
+
+def _rows(result: dict) -> Iterator[dict]:
+    """The lines of the CSV."""
+    for one in result["submissions"]:
+        shared = {"file": one["file"], "chapter": one["chapter"], "note": one["note"],
+                  "seed": result["seed"]}  # fmt: skip
+        if one["error"]:
+            yield {**shared, "verdict": "error", "message": one["error"]}
+        for row in one["exercises"]:
+            yield {**shared, **row, "counts": row["exercise"][-1].isdigit()}

@@ -61,8 +61,9 @@ class _Table:
     rows: Tensor
     starts: Tensor
     lengths: Tensor
-    frozen: list[nn.Parameter]  # what made the rows, and how often each had been written into
-    written: list[int]
+    frozen: list[nn.Parameter]  # what made the rows
+    written: list[int]  # how often each had been written into
+    sums: list[float]  # of each and of its squares
 
     def move(self, fn: Any) -> None:
         """Follow a module to another device; the precision stays."""
@@ -71,7 +72,11 @@ class _Table:
 
     def stamp(self) -> None:
         """Note that the rows are those of the parameters as they are."""
-        self.written = [p._version for p in self.frozen]
+        self.written, self.sums = [p._version for p in self.frozen], self._sums()
+
+    def _sums(self) -> list[float]:
+        wide = [p.detach().double() for p in self.frozen]
+        return [float(x) for p in wide for x in (p.sum(), p.square().sum())]
 
     def require_fresh(self) -> None:
         """Refuse rows that the frozen layers would not give any more."""
@@ -80,11 +85,14 @@ class _Table:
                 "x: got positions, but layers that were frozen when their activations were "
                 "remembered are trained now; give ids, or freeze them and call remember(ids) again"
             )
-        if self.written != [p._version for p in self.frozen]:
+        if self.written == [p._version for p in self.frozen]:
+            return
+        if self.sums != self._sums():
             raise ValueError(
-                "x: got positions, but the frozen layers were written into since their activations "
-                "were remembered; call classifier.remember(ids) again"
+                "x: got positions, but the frozen layers have changed since their activations were "
+                "remembered; call classifier.remember(ids) again"
             )
+        self.stamp()  # the same values were written
 
 
 def _positions(module: nn.Module, mask: Tensor) -> dict[str, Tensor]:
@@ -424,7 +432,7 @@ class TextClassifier(nn.Module):
             at = (starts[part, None] + torch.arange(width, device=ids.device)).to(device)
             rows[at[seen]] = hidden[seen].to(dtype)
         frozen = [p for p in self._halves[0].parameters() if not p.requires_grad]
-        self._table = _Table(rows, starts.to(device), lengths.to(device), frozen, [])
+        self._table = _Table(rows, starts.to(device), lengths.to(device), frozen, [], [])
         self._table.stamp()
         positions = torch.arange(len(ids), device=device)
         self._confirm(positions[:: max(1, len(ids) // 4)], ids.to(device))

@@ -130,7 +130,7 @@ ALSO = {"13b.3": [stacked(ends)], "13b.4": [stacked(limits)]}
 TOLD = {
     "13b.2": [(looking, "looks at a number"), (writes, "v = v + ...")],
     "13b.3": [
-        (lambda A, c, lr, steps: ends(A, c, lr, 1), "MAML: lam is off"),
+        (lambda A, c, lr, steps: ends(A, c, lr, 1), "MAML: lam: off"),
         (lambda *a: ends(*a, variant="less"), "MAML: count the steps"),
     ],
 }
