@@ -608,7 +608,7 @@ def _grade(notebooks: list[str], seed: int | None, out: str | None, timeout: flo
         print(lines, flush=True)
 
     try:
-        grading.grade(files, seed, timeout, each)
+        grading.grade(notebooks, seed, timeout, each)
     except KeyboardInterrupt:
         kept = " and ".join(str(path) for path in (out, csv) if path) or "nowhere but above"
         print(f"\nstopped: {len(done)} of {len(files)} graded, kept in {kept}", file=sys.stderr)

@@ -117,7 +117,7 @@ def functional_hypergradient(
         within, beyond = (ordinary(predict(batch[0])) for batch in (inner_batch, outer_batch))
         near, far = (ordinary(basis(batch[0])) for batch in (inner_batch, outer_batch))
     for name, b, h in (("inner_batch", near, within), ("outer_batch", far, beyond)):
-        if not len(h):
+        if h.dim() and not len(h):
             raise ValueError(f"{name}: holds no examples")
         if h.dim() != 2 or b.dim() != 3 or b.shape[:2] != h.shape:
             raise ValueError(

@@ -316,13 +316,24 @@ def require_batch(name: str, batch: Any, loss: Any = None, sampler: bool = False
         raise TypeError(
             f"{name}: got {got}, expected a batch such as (x, y, index){or_sampler}; {reasons[0]}"
         )
+    require_constant(name, batch)
+    if hasattr(loss, "require_batch"):
+        loss.require_batch(batch, name)
+
+
+def require_constant(name: str, batch: Any) -> None:
+    """Refuse a batch that is made of something that asks for a gradient: of lam, perhaps.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if is_dataclass(batch) and not isclass(batch):
+        batch = [getattr(batch, field.name, None) for field in fields(batch)]
     if any(t.requires_grad for t in tensors(batch)):
         raise ValueError(
             f"{name}: holds a tensor that requires a gradient; what it is made of is no part of "
             "the derivative. Detach it, or let the loss make it of lam (WeightedRisk(inputs=...))"
         )
-    if hasattr(loss, "require_batch"):
-        loss.require_batch(batch, name)
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

@@ -245,7 +245,7 @@ def test_nobody_in_a_folder_is_left_out(tmp_path, capsys, monkeypatch):
     notebook(folder / "Łukasz" / "Abgabe 1.IPYNB", ONE)
     notebook(folder / ".ipynb_checkpoints" / "1.ipynb", ONE)
     notebook(folder / "second.ipynb", ONE)
-    for name in ("zip only/work.zip", "roster.csv", "late.pdf"):
+    for name in ("zip only/work.zip", "zip only/again.zip", "roster.csv", "late.pdf"):
         (folder / name).write_bytes(b"x")
     names = [path.relative_to(folder).as_posix() for path in grading.notebooks([folder])]
     assert names == ["late.pdf", "second.ipynb", "zip only", "Łukasz/Abgabe 1.IPYNB"]
@@ -263,6 +263,7 @@ def test_nobody_in_a_folder_is_left_out(tmp_path, capsys, monkeypatch):
         assert main(words) == 130
     said = capsys.readouterr()
     assert "stopped: 3 of 4 graded" in said.err and "second.ipynb" in said.out
+    assert "folder without notebooks" in said.out
     assert [one["error"] == "" for one in json.loads(out.read_text("utf-8"))["submissions"]] == [
         False, True, False,
     ]  # fmt: skip

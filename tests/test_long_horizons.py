@@ -533,6 +533,8 @@ def test_the_functional_hypergradient_refuses_what_the_others_do(loss, message):
     basis = spread(lambda x: x, 2)
     at = pointwise, lam, lambda x: x @ w, basis, batch, batch
     functional_hypergradient(pointwise, *at)
+    with pytest.raises(ValueError, match="outer_batch: holds no examples"):
+        functional_hypergradient(pointwise, *at[:5], (x[:0], y[:0]))
     with pytest.raises(ValueError, match=message):
         functional_hypergradient(loss, *at)
 

@@ -1,10 +1,15 @@
 """Unrolling through momentum, Adam, AdamW and a user's own step: each held to torch itself."""
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import bilevel_lite as bl
 from bilevel_lite import updates
+from bilevel_lite.refuse import require_constant
 
 T = 6
 
@@ -353,3 +358,20 @@ def test_what_is_made_of_lam_outside_of_the_loss_is_refused():
             bl.unrolled_hypergradient(*at, **both, lr=0.1)
         with pytest.raises(ValueError, match=f"{name}: holds a tensor that requires a gradient"):
             bl.hypergradient(*at[:3], **both, solver=bl.Direct())
+    with pytest.raises(ValueError, match="inner_batch: holds a tensor that requires a gradient"):
+        bl.unrolled_hypergradient(
+            *at, inner_batch=lambda t: batch * rate, outer_batch=batch, lr=0.1
+        )
+    drawn = SimpleNamespace(draw=lambda: batch * rate)
+    method = bl.AID(problem, lam.detach(), theta, bl.CG(2), inner_lr=0.1, outer_lr=0.1,
+                    inner_batch=drawn, outer_batch=batch)  # fmt: skip
+    with pytest.raises(ValueError, match="inner_batch: holds a tensor that requires a gradient"):
+        method.step()
+
+    @dataclass
+    class Batch:
+        x: torch.Tensor
+
+    for b, says in ((Batch(batch * rate), "holds a tensor"), (Batch(batch), "")):
+        with pytest.raises(ValueError, match=says) if says else nullcontext():
+            require_constant("batch", b)

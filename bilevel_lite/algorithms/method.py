@@ -33,6 +33,7 @@ from bilevel_lite.refuse import (
     every_look,
     looked_at,
     require_batch,
+    require_constant,
     require_finite,
     require_problem,
     require_scalar,
@@ -282,6 +283,7 @@ class Method(Resumable):
         if role in ("curvature", "cross") and self.batches[role] is None:
             role = "inner"
         batch = draw(self.batches[role])
+        require_constant(f"{role}_batch", batch)
         if role == "inner" and self._unit is None:
             self._unit = batch
         return batch

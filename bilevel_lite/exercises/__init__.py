@@ -204,8 +204,8 @@ class _Answer:
             try:
                 inspect.signature(self.answer).bind(*args, **kwargs)
             except TypeError:
-                self.unfit = f"{len(args)} arguments are handed over here; your function does "\
-                    "not take them."  # fmt: skip
+                given = f"{len(args)} arguments are handed over here"
+                self.unfit = f"{given}; your function does not take them."
             except ValueError:  # no signature is known
                 pass
             raise
