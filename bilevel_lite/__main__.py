@@ -650,8 +650,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif rest:
         known.error(f"unrecognized arguments: {' '.join(rest)}")
     command, names = options.pop("command"), set(options)
-    shared = several()
+    shared = False
     try:
+        shared = several()
         if shared and command != "run":
             raise ValueError(
                 f"{command} runs in one process; start it on each machine, with --storage where a "

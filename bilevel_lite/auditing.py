@@ -31,7 +31,7 @@ from torch import Tensor
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.params import norm_of
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.refuse import at_least, require_variable
+from bilevel_lite.refuse import at_least, require_like, require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
 from bilevel_lite.surroundings import differentiating
 
@@ -142,10 +142,11 @@ def audit(
         `AuditReport`.
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is no floating-point tensor, or a solver or a sampler is
-            none.
-        ValueError: if ``solvers`` is empty, ``draws`` is below 1, the truth is zero, or CG cannot
-            solve the system of a problem that is too large for `Direct`.
+        TypeError: if ``lam``, ``theta`` or what ``solve_inner`` returns is no floating-point
+            tensor, or a solver, a sampler or ``solve_inner`` is none.
+        ValueError: if ``solvers`` is empty, ``draws`` is below 1, the truth is zero, theta*(lam)
+            has another shape than ``theta``, or CG cannot solve the system of a problem that is
+            too large for `Direct`.
 
     Cost: d products for each exact solve (one at theta*, one at theta, one for each solver whose
     system is another), the solvers themselves, and ``draws`` minibatch hypergradients each.
@@ -176,6 +177,9 @@ def audit(
                 f"{name}: got {type(sampler).__name__}, expected a sampler with draw(), such as "
                 "bilevel_lite.data.Batches"
             )
+    if solve_inner is not None and not callable(solve_inner):
+        got = type(solve_inner).__name__
+        raise TypeError(f"solve_inner: got {got}, expected a function lam -> theta*(lam)")
     at_least("draws", draws, 1)
 
     def h(solver, theta, inner=inner_batch, outer=outer_batch):
@@ -187,8 +191,11 @@ def audit(
     def exact(solver, theta):
         return h(_exact(solver, theta), theta)[0]
 
-    at_theta = exact(Direct(), theta)
-    truth = at_theta if solve_inner is None else exact(Direct(), solve_inner(lam).detach())
+    at_theta = truth = exact(Direct(), theta)
+    if solve_inner is not None:
+        star = solve_inner(lam)
+        require_like("solve_inner(lam)", star, theta)
+        truth = exact(Direct(), star.detach())
     size = norm_of(truth)
     if size == 0:
         raise ValueError("lam: the true hypergradient is zero here, so no error is relative to it")

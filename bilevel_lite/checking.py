@@ -403,9 +403,10 @@ def finite_difference_hypergradient(
         A tensor like ``lam``, or shape (k,) with ``directions``.
 
     Raises:
-        TypeError: if ``lam`` or what ``solve_inner`` returns is no floating-point tensor.
-        ValueError: if ``eps`` is not positive or too small for lam's float type, or f is not one
-            finite number.
+        TypeError: if ``lam`` or what ``solve_inner`` returns is no floating-point tensor, or
+            ``directions`` is no tensor.
+        ValueError: if ``eps`` is not positive or too small for lam's float type, ``directions`` has
+            rows of another shape than lam's, or f is not one finite number.
 
     Cost: two inner solves per direction.
 
@@ -428,6 +429,8 @@ def finite_difference_hypergradient(
     rows = directions
     if rows is None:
         rows = torch.eye(lam.numel(), dtype=lam.dtype, device=lam.device).view(-1, *lam.shape)
+    elif not isinstance(rows, Tensor):
+        raise TypeError(f"directions: got {type(rows).__name__}, expected a tensor, a row for each")
     elif rows.shape[1:] != lam.shape:
         raise ValueError(
             f"directions: got shape {tuple(rows.shape)}, expected (k, *{tuple(lam.shape)})"

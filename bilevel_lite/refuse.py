@@ -33,6 +33,7 @@ __all__ = [
     "require_batch",
     "require_finite",
     "require_generator",
+    "require_like",
     "require_number",
     "require_problem",
     "require_scalar",
@@ -135,6 +136,18 @@ def require_variable(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
+
+
+def require_like(name: str, value: Any, like: Tensor) -> None:
+    """Refuse what stands for ``like`` and has another shape.
+
+    Raises:
+        TypeError: if ``value`` is not a floating-point tensor.
+        ValueError: naming both shapes.
+    """
+    require_variable(name, value)
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(like.shape)}")
 
 
 def require_generator(generator: Any) -> None:

@@ -338,6 +338,8 @@ class Direct(Solver):
                 f"theta: has {b.numel()} entries, more than max_dim={self.max_dim} that "
                 "Direct will form a matrix for; use CG"
             )
+        if not b.numel():  # a theta without entries: there is nothing to solve
+            return SolveInfo(b, iterations=0, products=0)
         return linsolve.direct(dense(at.matvec, b), b, self.damping)
 
 

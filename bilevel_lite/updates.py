@@ -11,6 +11,7 @@ autograd and q by itself. So lam may be a learning rate, or a schedule of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -74,7 +75,13 @@ class _Known(Update):
     def at(self, name: str, lam: Tensor, t: int) -> Any:
         """Return the hyperparameter ``name`` at step t."""
         value = getattr(self, name)
-        return value(lam, t) if callable(value) else value
+        if not callable(value):
+            return value
+        value = value(lam, t)
+        if not isinstance(value, Real | Tensor):
+            got = type(value).__name__
+            raise TypeError(f"{name}: its function returned {got}, expected a number or a tensor")
+        return value
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,18 @@ def test_minibatch_part():
     assert noisy.rows[0].parts["minibatch"] > 0.1 and "minibatch" in str(noisy)
 
 
+def test_a_solution_that_is_none_is_refused():
+    problem, lam, solve_inner, inner, outer = setting()
+    for wrong, message in (
+        (lambda lam: None, "got NoneType, expected a floating-point tensor"),
+        (lambda lam: solve_inner(lam).numpy(), "got ndarray, expected a floating-point tensor"),
+        (lambda lam: solve_inner(lam)[:2], r"got shape \(2,\), expected"),
+        (solve_inner(lam), "got Tensor, expected a function"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"solve_inner(\(lam\))?: {message}"):
+            bl.audit(problem, lam, solve_inner(lam), inner, outer, [bl.CG(1)], wrong)
+
+
 def test_a_solver_keeps_what_it_remembers():
     problem, lam, solve_inner, inner, outer = setting()
     cg = bl.CG(2, warm_start=True)

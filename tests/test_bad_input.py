@@ -93,6 +93,45 @@ def test_a_loss_that_is_no_number_in_every_method(bad):
                 call()
 
 
+@pytest.mark.parametrize(
+    "solver", [bl.Direct(), bl.CG(2), bl.CGNormal(2), bl.Neumann(2, 0.1), bl.Identity(1.0)]
+)
+def test_a_theta_without_entries_leaves_the_direct_gradient(solver):
+    problem = bl.BilevelProblem(
+        lambda lam, t, b: lam.square().sum() + t.square().sum(),
+        lambda lam, t, b: lam.square().sum() + t.sum(),
+    )
+    h = bl.hypergradient(problem, LAM, THETA[:0], solver=solver)
+    assert torch.equal(h, 2 * LAM)
+
+
+@pytest.mark.parametrize("rate", [None, "0.1", [0.1]])
+def test_a_rate_that_is_no_number_is_refused(rate):
+    problem = bl.BilevelProblem(inner, outer)
+    for update in (bl.updates.SGD(lambda lam, t: rate), bl.updates.Adam(lambda lam, t: rate)):
+        with pytest.raises(TypeError, match="lr: its function returned .*, expected a number or"):
+            bl.unrolled_hypergradient(problem, LAM, THETA, 2, update=update)
+
+
+@pytest.mark.parametrize("level", ["inner", "outer"])
+def test_a_scheduler_that_is_not_returned_is_refused(level):
+    def forgets(optimizer):
+        torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+    with pytest.raises(TypeError, match=f"{level}_scheduler: made NoneType, expected one of"):
+        bl.SOBA(
+            bl.BilevelProblem(inner, outer), LAM, THETA, 0.1, inner_lr=0.1, outer_lr=0.1,
+            **{f"{level}_scheduler": forgets},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [[torch.ones(2)], [[1.0, 0.0]], torch.ones(2, 2).numpy()])
+def test_directions_that_are_no_tensor_are_refused(rows):
+    problem = bl.BilevelProblem(inner, outer)
+    with pytest.raises(TypeError, match="directions: got .*, expected a tensor, a row for each"):
+        bl.finite_difference_hypergradient(problem, LAM, lambda lam: lam, directions=rows)
+
+
 def test_a_joint_dependence_that_is_zero_is_not_an_error():
     separable = bl.BilevelProblem(
         lambda lam, t, b: lam.square().sum() + 0.5 * t.square().sum(),

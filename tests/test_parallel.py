@@ -255,6 +255,11 @@ def test_a_wait_that_is_no_number_is_refused(monkeypatch, capsys, tmp_path):
     assert main([*RUN, "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert "BILEVEL_LITE_WAIT: got 'soon', expected a positive number of seconds" in said
+    for size in ("two", "0", "-1"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert main([*RUN, "--out", str(tmp_path)]) == 1
+        said = capsys.readouterr().err
+        assert f"error: WORLD_SIZE: got '{size}', expected a number of processes" in said
 
 
 @pytest.mark.gpu

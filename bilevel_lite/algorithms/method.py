@@ -224,7 +224,13 @@ class Method(Resumable):
         self.outer_optimizer = self._optimizer("outer", self.lam)
         for level in ("inner", "outer"):
             make, optimizer = (getattr(self, f"{level}_{p}") for p in ("scheduler", "optimizer"))
-            setattr(self, f"{level}_scheduler", make if make is None else make(optimizer))
+            made = make if make is None else make(optimizer)
+            if make is not None and not hasattr(made, "step"):
+                raise TypeError(
+                    f"{level}_scheduler: made {type(made).__name__}, expected one of torch's "
+                    "learning-rate schedulers of the optimiser that it is given"
+                )
+            setattr(self, f"{level}_scheduler", made)
         roles = ("inner", "outer", "curvature", "cross")
         self.batches = {role: getattr(self, f"{role}_batch") for role in roles}
         for role, batch in self.batches.items():

@@ -53,9 +53,15 @@ def processes(device: str | None = None) -> Iterator[tuple[Group | None, str | N
 
 
 def several() -> bool:
-    """Whether this process is one of several, by ``WORLD_SIZE``."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return size.isdigit() and int(size) > 1
+    """Whether this process is one of several, by ``WORLD_SIZE``.
+
+    Raises:
+        ValueError: if that is no number of processes.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdigit() or size == "0":
+        raise ValueError(f"WORLD_SIZE: got {size!r}, expected a number of processes, 1 or more")
+    return int(size) > 1
 
 
 def told(runs: list[dict]) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
