@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,24 @@ def test_remembered_or_not_the_logits_are_the_same():
     assert torch.allclose(words(x), again(x), atol=1e-5)
     assert torch.equal(words.mask((x, None)), again.mask((x, None)))
     assert not any(p is words.decoder for p in words.parameters())  # frozen, and no factor
+
+
+def test_words_belong_to_the_table_that_they_were_made_of():
+    encoder, made, model, words = masked()
+    x = torch.arange(2)
+    copies = copy.deepcopy(words), pickle.loads(pickle.dumps(words))
+    assert all(torch.equal(one(x), words(x)) for one in copies)
+    for first in (0, 4, 100):  # none of them, one later, behind the end
+        with pytest.raises(ValueError, match=f"first: got {first}, but the classifier does not"):
+            text.MaskedWords(model, made, first)
+    bare = text.TextClassifier(encoder, 3, 1)
+    with pytest.raises(ValueError, match="first: got 3, .* call classifier.remember"):
+        text.MaskedWords(bare, made, 3)
+    model.remember(encoder.ids(TEXTS))
+    for call in (lambda: words(x), lambda: words.mask((x, None))):
+        with pytest.raises(ValueError, match="classifier: has remembered other texts since"):
+            call()
+    assert torch.equal(copies[0](x), copies[1](x))  # with tables of their own
 
 
 def test_the_head_learns_and_the_encoder_stays():

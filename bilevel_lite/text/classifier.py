@@ -438,6 +438,21 @@ class TextClassifier(nn.Module):
         self._confirm(positions[:: max(1, len(ids) // 4)], ids.to(device))
         return positions
 
+    def remembered(self, first: int, ids: Tensor) -> _Table:
+        """The table, in which texts of the lengths of these, (n, L), stand from ``first`` on.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        lengths = (ids != self.pad).sum(1)
+        there = None if self._table is None else self._table.lengths[first : first + len(ids)]
+        if there is None or not torch.equal(there.to(lengths.device), lengths):
+            raise ValueError(
+                f"first: got {first!r}, but the classifier does not remember these {len(ids)} "
+                "texts from there on; call classifier.remember(ids) first, with these among them"
+            )
+        return self._table
+
     def _below(self, ids: Tensor, mask: Tensor) -> Tensor:
         try:
             self._run(self._halves[0], mask, input_ids=ids)

@@ -123,6 +123,10 @@ class MaskedWords(nn.Module):
             table, after which they stand in order; None: they go through the whole encoder.
         generator: CPU generator of U (by default torch's own).
 
+    Raises:
+        ValueError: if the copies do not stand at ``first`` in the classifier's table; in `forward`,
+            if that table was replaced.
+
     Example:
         >>> from bilevel_lite import text
         >>> encoder, draws = text.tiny(), torch.Generator().manual_seed(0)
@@ -143,6 +147,7 @@ class MaskedWords(nn.Module):
         super().__init__()
         # the encoder's parameters are shared, the head's are not: so the classifier is no submodule
         self.encoder, self._of, self.first = classifier.encoder, (classifier,), first
+        self._table = None if first is None else classifier.remembered(first, texts.ids)
         embeddings = classifier.encoder.get_input_embeddings().weight.detach()
         width = embeddings.shape[1]
         self.transform = nn.utils.skip_init(nn.Linear, width, width, dtype=embeddings.dtype)
@@ -164,7 +169,14 @@ class MaskedWords(nn.Module):
         return self._of[0]
 
     def _texts(self, x: Tensor) -> Tensor:
-        return self.ids[x] if self.first is None else x + self.first
+        if self.first is None:
+            return self.ids[x]
+        if self.classifier._table is not self._table:
+            raise ValueError(
+                "classifier: has remembered other texts since these words were made of its table; "
+                "make MaskedWords again"
+            )
+        return x + self.first
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, shape (n, M, V), of the copies number x, shape (n,)."""
