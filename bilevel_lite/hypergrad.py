@@ -93,13 +93,14 @@ def hypergradient(
     It is the derivative of Phi only where theta solves the inner problem; elsewhere its error is
     proportional to the distance from theta*.
 
-    Four things are not seen here: a ``torch.autograd.Function`` whose backward leaves autograd (by
+    Five things are not seen here: a ``torch.autograd.Function`` whose backward leaves autograd (by
     NumPy, say) without being marked ``once_differentiable``, so that H and J come out short of a
     part (`check` finds it); what a loss keeps outside of its model from one call to the next; a
-    weight that the model computed and kept in a call before this one, of other parameters; and a
-    loss that stops or turns a gradient on purpose (detach, no_grad, gradient reversal), whose H and
-    J are autograd's, not the derivative of the field that a training would follow (`check` sees it
-    by the solved problem's differences).
+    weight that the model computed and kept in a call before this one, of other parameters; a loss
+    that reads a lam of its own surroundings beside the argument, which is a constant (to `check`,
+    too: take all of lam from the argument); and a loss that stops or turns a gradient on purpose
+    (detach, no_grad, gradient reversal), whose H and J are autograd's, not the derivative of the
+    field that a training would follow (`check` sees it by the solved problem's differences).
 
     Args:
         problem: The two losses.
