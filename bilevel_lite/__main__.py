@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -679,11 +680,14 @@ def main(arguments: list[str] | None = None) -> int:
             print(collect(**options).resolve())
         else:
             _figures(**options)
-    except (DataError, RunError, Unseen, ValueError) as error:
+    except (DataError, RunError, TypeError, ValueError) as error:
+        ours = re.match(r"\w+(\(.*?\))?: ", str(error)) or isinstance(error, Unseen)
+        if isinstance(error, TypeError) and not ours:
+            raise
         name, colon, rest = str(error).partition(": ")
         if colon and name in names:  # as it was typed
             error = f"--{name.replace('_', '-')}: {rest}"
-        where = f"process {os.environ.get('RANK')}: " if shared else ""
+        where = f"process {os.environ.get('RANK')}: " if "RANK" in os.environ else ""
         print(f"{where}error: {error}", file=sys.stderr)
         return 1
     except ProcessLost as lost:

@@ -7,6 +7,10 @@ second order  weight norm (its norms are taken for constants); cross-entropy of 
               can mend, since that gradient is the gradient of nothing; sparse tensors of learned
               values, scan, while_loop (parts are missing); solve, det, slogdet under forward mode
 third order   layer_norm, batch_norm and instance_norm with their own statistics
+at one point  second order again: x^q where q is learned and exactly 0; |x| at exactly 0 within a
+              smooth function, |x|^2, say (mended for real x; a complex one is to be written by its
+              real and imaginary parts; kinks that cancel, as max(x, 0) and |x| do in a logistic
+              loss by hand, cannot be told from kinks that do not)
 
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
 """
@@ -48,7 +52,7 @@ def _told(order: int, loss: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
     mode = _Exactly(order)
     with mode:
         value = loss(*args)
-    if mode.normalises and mode.differentiates:
+    if mode.differentiates and (mode.normalises or mode.special and order == 1):
         with _Exactly(order, written_out=True):
             value = loss(*args)
     if not transforming():
@@ -153,7 +157,7 @@ class _Exactly(TorchFunctionMode):
     def __init__(self, order: int, written_out: bool = False):
         super().__init__()
         self.order, self.written_out = order, written_out
-        self.normalises = self.differentiates = self.replaces = False
+        self.normalises = self.differentiates = self.replaces = self.special = False
         self.level = fwad._current_level
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -169,6 +173,11 @@ class _Exactly(TorchFunctionMode):
             if self.written_out or inside or transforming():
                 self.replaces = True
                 return _NORMALISE[function](*args, **kwargs)
+        elif function in _AT_ONE_POINT:
+            self.special = True
+            inside = fwad._current_level > self.level or transforming()
+            if (self.order > 1 or self.written_out) and not inside:
+                return _AT_ONE_POINT[function](function, *args, **kwargs)
         elif function in _WRONG_OF_FORWARD and (
             fwad._current_level > self.level or _pushing_forward()
         ):
@@ -230,6 +239,47 @@ def _instance_norm(
     return _per_channel(_normalised(input, list(range(2, input.dim())), eps), weight, bias)
 
 
+def _power(function, base, exponent, **kwargs):
+    """base ** exponent; as exp(exponent log base) where a learned exponent is 0."""
+    out = function(base, exponent, **kwargs)
+    if kwargs or not getattr(exponent, "requires_grad", False) or out.is_complex():
+        return out
+    base = torch.as_tensor(base, device=out.device).to(out.dtype)
+    at = (exponent == 0) & (base > 0)
+    return torch.where(at, (exponent * torch.where(at, base, 1).log()).exp().to(out), out)
+
+
+class _Abs(torch.autograd.Function):
+    """|x| with the derivative 1 at x = 0 where what is made of it has slope 0 there, else 0.
+
+    The gradient is torch's; of |x|^2 = x^2 the second derivative is that of x^2.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.sign = None
+        return x.abs()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.sign is None:  # of the gradient; when that is differentiated it stays
+            (x,) = ctx.saved_tensors
+            ctx.sign = torch.where((x == 0) & (g == 0), 1, x.sgn()).detach()
+        return g * ctx.sign
+
+
+def _absolute(function, x, **kwargs):
+    plain = kwargs or not x.requires_grad or not torch.is_grad_enabled() or x.is_complex()
+    return function(x, **kwargs) if plain else _Abs.apply(x)
+
+
+def _l1_loss(function, input, target, *args, reduction="mean", **kwargs):
+    if args or kwargs or reduction != "none" or input.shape != target.shape:
+        return function(input, target, *args, reduction=reduction, **kwargs)
+    return _absolute(torch.abs, input - target)
+
+
 def _low_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
     return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
@@ -246,6 +296,12 @@ _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _OTHER_FORMS = {torch._weight_norm: _weight_norm}
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     _OTHER_FORMS[F.linear_cross_entropy] = _linear_cross_entropy
+_AT_ONE_POINT = {
+    **dict.fromkeys((torch.abs, torch.absolute, Tensor.abs, Tensor.absolute), _absolute),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
+    **dict.fromkeys((torch.float_power, Tensor.float_power), _power),
+    F.l1_loss: _l1_loss,
+}
 _NORMALISE = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,

@@ -74,7 +74,7 @@ class SolveInfo:
         relative_residual: The same divided by ||b||: 0 is solved, 1 is no better than v = 0.
         curvature: (smallest, largest) Rayleigh quotient p^T H p / p^T p met, damping included;
             None for solvers that meet none.
-        negative_curvature: True if a quotient was zero or negative.
+        negative_curvature: True if a quotient was zero, to rounding, or negative.
         converged: True if the tolerance was reached; None for solvers without one.
         gradients: Cost of v in gradient-equivalents.
         solver: Name of the solver.
@@ -231,7 +231,8 @@ def cg(
         ValueError: for a negative damping, fewer than one step, or a product that is not finite.
 
     Warns:
-        NegativeCurvatureWarning: and stops with the last good iterate, if p^T H p <= 0.
+        NegativeCurvatureWarning: and stops with the last good iterate, if p^T H p <= 0, or is lost
+            in the rounding of H p (H is singular, and b has a part that no H v reaches).
 
     Cost: one product per step, plus one with ``x0``. Source: Hestenes and Stiefel (1952).
 
@@ -244,15 +245,17 @@ def cg(
     at_least("iters", iters, 1)
     require_number("tol", tol)
     apply = _Watched(matvec, damping)
-    precondition = precondition or (lambda r: r)
+    precondition, eps = precondition or (lambda r: r), torch.finfo(b.dtype).eps
     v = _start(x0, b)
     r = b.clone() if x0 is None else b - apply(v)
     z = precondition(r)
     p, rz = z.clone(), dot(r, z)
     steps = 0
-    b_norm, residual, pp = _read(b.norm(), r.norm(), dot(p, p))
+    size = [] if x0 is None else [(b - r).norm(), v.norm()]  # ||H x0||, ||x0||
+    b_norm, residual, pp, *size = _read(b.norm(), r.norm(), dot(p, p), *size)
     _require_finite("b: the right-hand side", b_norm)
     _require_finite("b - H x0, or what precondition makes of it,", residual, pp)
+    size = size[0] / size[1] if size and size[1] else 0.0  # of H, at least
     far = residual if residual > b_norm else 0.0  # a start far away, whose rounding r carries
     while steps < iters and residual > tol * b_norm:
         if pp == 0:  # the direction underflowed: nothing is left to solve
@@ -274,6 +277,18 @@ def cg(
                 stacklevel=3,
             )
             break
+        if quotient <= eps * max(size, apply.high):
+            if residual > eps**0.75 * b_norm:  # else all is solved that can be
+                apply.low = min(apply.low, 0.0)
+                warnings.warn(
+                    f"CG stopped at step {steps + 1}: the curvature along its direction is "
+                    f"{quotient:.3g}, nothing beside {max(size, apply.high):.3g}, so H is singular "
+                    "to working precision and H v = b has no solution that CG can find; the "
+                    f"result is the iterate after {steps} step(s). Add damping or an l2 term",
+                    NegativeCurvatureWarning,
+                    stacklevel=3,
+                )
+            break
         alpha = rz / php
         v.addcmul_(alpha, p)
         r.addcmul_(-alpha, hp)
@@ -282,7 +297,7 @@ def cg(
         rz, rz_old = dot(r, z), rz
         p = torch.addcmul(z, rz / rz_old, p)
         residual, pp = _read(r.norm(), dot(p, p))
-        if residual <= tol * b_norm < far * torch.finfo(b.dtype).eps:  # lost in its rounding
+        if residual <= tol * b_norm < far * eps:  # lost in its rounding
             r = b - apply(v)
             z = precondition(r)
             p, rz = z.clone(), dot(r, z)

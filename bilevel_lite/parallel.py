@@ -443,6 +443,7 @@ def shard(batch: Any, group: Group) -> Any:
         group: The R processes.
 
     Raises:
+        TypeError: if a tensor stands in an object of another kind.
         ValueError: if there are fewer rows than processes, or not the same number everywhere.
 
     Example:
@@ -468,7 +469,12 @@ def shard(batch: Any, group: Group) -> Any:
             return {key: own(value) for key, value in part.items()}
         if hasattr(part, "_fields"):  # a namedtuple
             return type(part)(*map(own, part))
-        return type(part)(map(own, part)) if isinstance(part, tuple | list) else part
+        if isinstance(part, tuple | list):
+            return type(part)(map(own, part))
+        if any(True for _ in tensors(part)):
+            kind = type(part).__name__
+            raise TypeError(f"batch: holds tensors in a {kind}; expected tuples, lists and dicts")
+        return part
 
     part = own(batch)
     if type(part) is tuple:
@@ -488,6 +494,9 @@ class Shards:
         sampler: Anything with a ``draw()`` method and a state, such as `bilevel_lite.data.Batches`.
         group: The processes.
 
+    Raises:
+        TypeError: for a sampler without one of the two.
+
     Example:
         >>> from types import SimpleNamespace
         >>> first = SimpleNamespace(rank=0, size=2)  # as a Group would say it
@@ -499,6 +508,11 @@ class Shards:
 
     sampler: Any
     group: Group
+
+    def __post_init__(self):
+        if not (hasattr(self.sampler, "draw") and hasattr(self.sampler, "state_dict")):
+            got = type(self.sampler).__name__
+            raise TypeError(f"sampler: got {got}, expected one with draw() and state_dict()")
 
     def draw(self) -> Any:
         """This process's rows of the next batch."""

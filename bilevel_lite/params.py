@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bilevel_lite.purity import pure
-from bilevel_lite.same_function import note
+from bilevel_lite.same_function import note, stand_in
 from bilevel_lite.surroundings import lock_of_modules, nothing_again
 
 
@@ -106,6 +106,8 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
         (torch.Size([2, 3]), tensor([6., 7.]))
     """
     params = trainable(model)
+    if theta.requires_grad:
+        stand_in(model)
     sizes = [p.numel() for p in params.values()]
     if theta.shape != (sum(sizes),):
         raise ValueError(

@@ -18,7 +18,7 @@ from bilevel_lite.params import dot, norm_of
 from bilevel_lite.problem import Loss, evaluate
 from bilevel_lite.refuse import looked_at
 from bilevel_lite.risk import SumOfRisks, Term, is_structured, only_reads, same_terms
-from bilevel_lite.same_function import SameDraws, back_is_due, same_back, same_twice
+from bilevel_lite.same_function import SameDraws, back_is_due, same_back, same_twice, watching
 from bilevel_lite.slopes import slopes_and_route
 from bilevel_lite.surroundings import (
     differentiating,
@@ -149,9 +149,11 @@ def _first(loss, lam, theta, batch, name):
     of = _alone(loss)
     if only_reads(of):
         return evaluate(loss, lam, theta, batch, name)
-    value = exactly_once(of, evaluate, loss, lam, theta, batch, name)
-    if not is_structured(of) and back_is_due(of):
-        _parameters_behind(value, lam, theta, name)
+    if is_structured(of) or not back_is_due(of):
+        return exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    with watching(every=False) as watch:
+        value = exactly_once(of, evaluate, loss, lam, theta, batch, name)
+    _parameters_behind(value, lam, theta, name, watch)
     return value
 
 
@@ -200,7 +202,7 @@ def _value(loss, lam, theta, batch):
     with same_twice("inner_loss", theta, again, of, every=plain) as watch:
         watch.value = value = exactly(evaluate, loss, lam, theta, batch, "inner_loss")
         if plain:
-            own = _parameters_behind(value, lam, theta, "inner_loss")
+            own = _parameters_behind(value, lam, theta, "inner_loss", watch)
     if own and back_is_due(_alone(loss)):
         watch.evaluate(again, 1)
     if any(p._version != version for p, version in own):  # written into when evaluated again
@@ -215,13 +217,26 @@ _PUT = (
 )
 
 
-def _parameters_behind(value, lam, theta, name):
+_ITSELF = (
+    "{name}: reads parameters of {model} itself, for which theta stands in (a penalty on "
+    "model.parameters(), say, or a call of the model), so they are constants; read them from "
+    "theta: bilevel_lite.unflatten(model, theta) has them by name"
+)
+
+
+def _parameters_behind(value, lam, theta, name, watch):
     """The parameters that a loss reads beside lam and theta, with the count of writes into each."""
     found = [getattr(node, "variable", None) for node in nodes(value)]
     found = [p for p in found if isinstance(p, nn.Parameter) and p is not lam and p is not theta]
     place = theta.untyped_storage().data_ptr()
     if any(p.untyped_storage().data_ptr() == place for p in found):
         raise ValueError(_PUT.format(name=name))
+    read = {id(p) for p in found}
+    for model, before in watch.stood_for:
+        own = [p._version == version for p, version in before if id(p) in read]
+        if own:
+            why = _ITSELF if all(own) else _PUT
+            raise ValueError(why.format(name=name, model=type(model).__name__))
     return [(p, p._version) for p in found]
 
 

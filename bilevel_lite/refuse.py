@@ -16,7 +16,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
@@ -340,8 +340,6 @@ def require_constant(name: str, batch: Any) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    if is_dataclass(batch) and not isclass(batch):
-        batch = [getattr(batch, field.name, None) for field in fields(batch)]
     if any(t.requires_grad for t in tensors(batch)):
         raise ValueError(
             f"{name}: holds a tensor that requires a gradient; what it is made of is no part of "
@@ -349,13 +347,23 @@ def require_constant(name: str, batch: Any) -> None:
         )
 
 
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch: itself, or those of its tuples, lists and dicts, one in another."""
+def tensors(batch: Any, nested: int = 2) -> Iterator[Tensor]:
+    """The tensors of a batch: itself, or those that it holds, one in another.
+
+    Tuples, lists and dicts are entered; dataclasses and other objects, too, ``nested`` deep.
+    """
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, tuple | list | Mapping):
         for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors(part)
+            yield from tensors(part, nested)
+    elif nested and not isinstance(batch, nn.Module):
+        if is_dataclass(batch) and not isclass(batch):
+            parts = [getattr(batch, field.name, None) for field in fields(batch)]
+        else:
+            parts = [*(attributes(batch) or {}).values()]
+        for part in parts:
+            yield from tensors(part, nested - 1)
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +47,15 @@ __all__ = [
 
 LOSSES = ("cross_entropy", "mse")
 IGNORED = -100  # the label of a position without a loss term, where labels have positions
+
+
+# in the words of torch's layers and operations, where an x does not fit
+_OF_SHAPES = (
+    "size of tensor", "sizes of tensors", "size mismatch", "shapes cannot be multiplied",
+    "expected size", "expected input", "invalid for input of size", "given groups",
+    "given normalized_shape", "input.size", "output size is too small", "kernel size can't be",
+    "inconsistent tensor size", "must match the size",
+)  # fmt: skip
 
 
 class Seen(tuple):
@@ -362,13 +372,15 @@ class WeightedRisk:
         except torch.cuda.OutOfMemoryError:
             raise  # its message speaks of sizes, too
         except RuntimeError as error:
+            if fwad._current_level >= 0:
+                raise  # of forward mode, perhaps; without it the pass is made again
             if "same dtype" in str(error):
                 self._require_one_precision()
                 raise ValueError(
                     f"batch: {type(self.model).__name__} cannot take x of {x.dtype} ({error}); "
                     "convert one of them, for example x.to(theta)"
                 ) from error
-            if "shapes cannot be multiplied" in str(error) or "size" in str(error):
+            if any(words in str(error).lower() for words in _OF_SHAPES):
                 raise ValueError(
                     f"batch: {type(self.model).__name__} cannot take x of shape "
                     f"{tuple(x.shape)} ({error})"

@@ -42,7 +42,9 @@ __all__ = [
     "restore_random_state",
     "same_back",
     "same_twice",
+    "stand_in",
     "was_the_same",
+    "watching",
 ]
 
 
@@ -94,7 +96,7 @@ class SameDraws:
         if self.state is not None:
             return self._replayed(lam, theta, batch)
         before = random_state(theta)
-        with _watching(not hasattr(self.loss, "terms")) as watch:
+        with watching(not hasattr(self.loss, "terms")) as watch:
             value = self.loss(lam, theta, batch)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value  # `evaluate` says what is wrong
@@ -130,6 +132,12 @@ _local = threading.local()
 OWN = {*vars(nn.Module()), "_flat_weights"}  # what torch keeps in every module
 
 
+def stand_in(model: nn.Module) -> None:
+    """Tell whoever watches in this thread that a theta stands for the model's parameters."""
+    for watch in getattr(_local, "watches", ()):
+        watch.stood_for.append((model, [(p, p._version) for p in model.parameters()]))
+
+
 def note(model: nn.Module, inputs: Any = None) -> None:
     """Tell whoever watches in this thread that the model is about to be evaluated."""
     for watch in getattr(_local, "watches", ()):
@@ -142,6 +150,7 @@ class _Watch:
     def __init__(self):
         self.models: list[tuple[nn.Module, dict]] = []
         self.seen: set[int] = set()
+        self.stood_for: list[tuple[nn.Module, list[tuple[Tensor, int]]]] = []
         self.value: Tensor | None = None
 
     def see(self, model):
@@ -164,7 +173,7 @@ class _Watch:
 
 
 @contextmanager
-def _watching(every: bool) -> Iterator[_Watch]:
+def watching(every: bool) -> Iterator[_Watch]:
     """Note the models that `predict` evaluates inside; or every module that is called."""
     watches = _local.__dict__.setdefault("watches", [])
     watches.append(watch := _Watch())
@@ -373,7 +382,7 @@ def same_twice(
         return
     known = of is None and not every
     before = random_state(like, known)
-    with _watching(every) as watch:
+    with watching(every) as watch:
         yield watch
     drew = not equal_states(before, random_state(like, known))
     moved = watch.moved()

@@ -1239,9 +1239,9 @@ EVERY_OPTIMIZER = [
 @pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 def test_any_torch_optimiser_and_schedule_moves_either_level(name):
     def optimizer(p):
-        return getattr(torch.optim, name)(p, lr=0.05, weight_decay=0.01) if name != "Rprop" else (
-            torch.optim.Rprop(p, lr=0.05))  # fmt: skip
+        return getattr(torch.optim, name)(p, lr=0.05, **({} if name == "Rprop" else plain))
 
+    plain = {"weight_decay": 0.0}
     method = make(bl.AID, bl.Direct(), 2, inner_optimizer=optimizer, outer_optimizer=optimizer,
                   inner_scheduler=halve, outer_scheduler=cosine,
                   projection=lambda lam: lam.clamp(-0.39, 0.29))  # fmt: skip

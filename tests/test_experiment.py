@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, resumed, refused; the command line; stored results and figures."""
 
+import collections
 import errno
 import io
 import json
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from words import main
@@ -211,7 +213,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_goes_on_afterwards(
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) > 6:
+        if len(calls) > 16:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -407,6 +409,106 @@ def test_a_checkpoint_knows_its_settings(whole, tmp_path, capsys):
     assert "has lost its config.json" in capsys.readouterr().err
     shutil.copy(kept, config)
     assert main(words) == 0 and numbers(copy) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (np.float64(1), r"state\['a'\]\[1\], a numpy.float64,"),
+        (np.ones(2), r"state\['a'\]\[1\], a numpy.ndarray,"),
+        (collections.deque(), r"state\['a'\]\[1\], a collections.deque,"),
+        (len, "something"),
+    ],
+)
+def test_what_a_checkpoint_cannot_give_back_is_not_written(tmp_path, odd, told):
+    with RunFolder(tmp_path, {}) as folder:
+        folder.checkpoint({"a": [torch.ones(2), 1.0, {"b": (None, "c", True)}]})
+        with pytest.raises(RunError, match=f"checkpoint.pt: {told} cannot be kept in a checkpoint"):
+            folder.checkpoint({"a": [1, odd]})
+    with RunFolder(tmp_path, {}) as folder:
+        assert folder.state["a"][2] == {"b": (None, "c", True)}
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(whole, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fails)
+        assert main([*SMALL, "--out", str(copy)]) == 1
+    said = capsys.readouterr().err
+    assert "checkpoint.pt cannot be read: [Errno 5]" in said and "remove" not in said
+    best = next(copy.glob("best-*.pt"))
+    best.unlink()
+    assert main([*SMALL, "--out", str(copy)]) == 1
+    assert f"{best} is missing; remove" in capsys.readouterr().err
+
+
+def test_a_result_stands_without_its_checkpoint(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "checkpoint.pt").write_bytes(b"nonsense")
+    assert main([*SMALL, "--out", str(copy)]) == 0
+    assert "holds the finished run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("method", "iteration"), "x"), (("method", "iteration"), -1), (("best",), {"row": {}}),
+        (("log_bytes",), "a"), (("drawn",), [None, torch.zeros(3)]),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_with_something_else_in_it_is_told(whole, tmp_path, place, value, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    state = inner = torch.load(copy / "checkpoint.pt")
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    torch.save(state, copy / "checkpoint.pt")
+    assert main([*SMALL, "--out", str(copy)]) == 1
+    error = capsys.readouterr().err
+    assert "checkpoint.pt" in error and "anew" in error and error.count("\n") == 1
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    state = torch.load(copy / "checkpoint.pt")
+    there = {**state["places"][-1], "device": "CPU (abacus, 1 threads)"}
+    torch.save({**state, "places": [there]}, copy / "checkpoint.pt")
+    assert main([*SMALL, "--out", str(copy)]) == 0
+    assert "elsewhere (device: CPU (abacus, 1 threads) there, CPU" in capsys.readouterr().out
+    made = json.loads((copy / "result.json").read_text())["provenance"]
+    assert made["before"] == [there] and made["device"] != there["device"]
+    assert numbers(copy) == numbers(whole)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not opened there")
+def test_what_is_written_is_on_the_disk_in_the_order_that_it_is_needed(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def fsync(number):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        real(number)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("nothing tells which file is meant")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with RunFolder(tmp_path / "run", {}) as folder:
+        folder.log({"a": 1})
+        folder.checkpoint({})
+        folder.finish({"a": 1})
+    files = [name for name in synced if name != "run"]
+    assert files == ["config.tmp", "log.jsonl", "checkpoint.tmp", "result.tmp"]
+    assert synced[-1] == "run"
 
 
 def test_a_log_shorter_than_its_checkpoint_is_refused(tmp_path):

@@ -458,7 +458,7 @@ def test_by_its_name_it_is_searched_in_the_range_that_it_declares(heavy, tmp_pat
     [
         ([], "linear_lr: is not given, expected a positive number; "),
         (["--linear-lr", "-1"], "linear_lr: got -1.0, expected a positive number"),
-        (["--linear-lr", "x"], "linear_lr: got 'x', expected float"),
+        (["--linear-lr", "x"], "linear_lr: got 'x', expected a number"),
         (["--linear-lr", "0.1", "--inertia", "1"], "inertia: got 1.0, expected a number from 0"),
         (["--linear-lr", "0.1", "--start", "c"], "start: got 'c', expected 'zero' or 'b'"),
         (

@@ -4,7 +4,9 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import stranger  # registers its task
 import torch
@@ -15,7 +17,7 @@ import bilevel_lite.tasks  # registers those of the book
 from bilevel_lite import plotting
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import RunFolder, job, methods, search
-from bilevel_lite.experiment.task import TASKS, find, owner
+from bilevel_lite.experiment.task import TASKS, Task, find, owner
 
 CPU = torch.device("cpu")
 
@@ -173,7 +175,7 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
         (["run", "nowhere:ridge"], "there is no module 'nowhere' with a task"),
         (["run", "./nowhere:ridge"], "expected MODULE:NAME"),
         (["run", ".nowhere:ridge"], "expected MODULE:NAME"),
-        (["run", "ridge", "--set", "row=3"], "set: got 'row=3', expected NAME=VALUE"),
+        (["run", "ridge", "--set", "row=3"], "row: is no setting here (got 'row=3')"),
         (["run", "ridge", "--inner-lrr", "1"], "; did you mean inner_lr?"),
         (["run", "ridge", "--seed", "1", "--set", "seed=2"], "--seed: is given as an option and"),
         (
@@ -193,7 +195,7 @@ def test_a_search_of_any_task_is_resumed_and_drawn(tmp_path, capsys, monkeypatch
             ],
             "--set: inner_lr is chosen by the search",
         ),
-        (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected int"),
+        (["run", "ridge", "--set", "rows=many"], "rows: got 'many', expected an integer"),
         (["run", "ridge", "--set", "rows=0"], "rows: got 0, expected an integer of at least 1"),
         (
             ["run", "ridge", "--set", "fisher=all"],
@@ -264,7 +266,9 @@ def test_a_look_that_is_not_finite_is_not_the_best(measured, tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [({"loss": 1.0}, "gave NoneType for the criterion 'criterion', expected a number"),
-     ({"criterion": torch.ones(())}, "gave Tensor for the criterion")],
+     ({"criterion": torch.ones(())}, "measure: gave Tensor for 'criterion'"),
+     ({"criterion": 1.0, "a": np.float32(1)}, "measure: gave float32 for 'a'"),
+     (1.0, "measure: gave float, expected a dict")],
 )  # fmt: skip
 def test_a_look_without_a_number_to_judge_by(measured, row, message, tmp_path, capsys):
     measured.append(row)
@@ -273,9 +277,116 @@ def test_a_look_without_a_number_to_judge_by(measured, row, message, tmp_path, c
     assert message in capsys.readouterr().err
 
 
+def test_numbers_of_numpy_are_kept_as_numbers(measured, tmp_path):
+    words = ["run", "measured", "--outer-steps", "4", "--evaluate-every", "1"]
+    words += ["--out", str(tmp_path / "run")]
+    measured += [{"criterion": np.mean([v, v])} for v in (3.0, 2.0)]
+    with pytest.raises(IndexError):  # the third look has nothing to say
+        main(words)
+    measured += [{"criterion": np.float64(v)} for v in (1.0, 4.0)]
+    assert main(words) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert [row["criterion"] for row in result["history"]] == [3.0, 2.0, 1.0, 4.0]
+
+
+class Dropping(Task, name="dropping"):
+    """A network that drops units while it trains: with torch's own generator."""
+
+    defaults = {"outer_steps": 6, "evaluate_every": 2, "method": "sama", "outer_lr": 0.1}
+
+    @classmethod
+    def make(cls, s, device):
+        x, y = torch.randn(60, 5), torch.randint(0, 3, (60,))  # of that generator, too
+        layers = [torch.nn.Linear(5, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)]
+        model = torch.nn.Sequential(*layers).train()
+        risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]].sigmoid())
+        plain = bl.WeightedRisk(torch.nn.Sequential(layers[0], layers[2]))
+        problem = bl.BilevelProblem(risk, plain)
+        sets = (x[:40], y[:40]), (x[40:], y[40:])
+        return cls(problem=problem, lam0=torch.zeros(40), theta0=bl.flatten(model),
+                   train=sets[0], validation=sets[1])  # fmt: skip
+
+    def measure(self, lam, theta):
+        return {"criterion": float(self.problem.outer_loss(lam, theta, self.validation))}
+
+
+def test_dropout_draws_the_same_in_a_resumed_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "dropping", Dropping)
+    words = ["run", "dropping", "--device", "cpu", "--seed", "3"]
+    state = torch.get_rng_state()
+    whole, _ = stopped_and_resumed(words, tmp_path, monkeypatch, capsys, bl.SAMA, 3)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's is left alone
+    torch.manual_seed(5)
+    assert main([*words, "--out", str(tmp_path / "again")]) == 0
+    assert timeless(tmp_path / "again") == whole
+    assert main([*words[:-1], "4", "--out", str(tmp_path / "other")]) == 0
+    assert timeless(tmp_path / "other")["best"] != whole["best"]
+
+
+class Forgetful(stranger.Ridge, name="forgetful"):
+    """Its batches do not know where they are."""
+
+    def batches(self, s):
+        draws = SimpleNamespace(draw=lambda: self.train)
+        return {**super().batches(s), "inner_batch": draws}
+
+
+class Nothing(stranger.Ridge, name="nothing"):
+    """Forgets to return itself."""
+
+    @classmethod
+    def make(cls, s, device):
+        super().make(s, device)
+
+
+class Whole(stranger.Ridge, name="whole"):
+    """Begins at a lam of integers."""
+
+    @classmethod
+    def make(cls, s, device):
+        task = super().make(s, device)
+        task.lam0 = task.lam0.long()
+        return task
+
+
+ODD = {"dropping": Dropping, "forgetful": Forgetful, "nothing": Nothing, "whole": Whole}
+for name in ODD:
+    TASKS.pop(name)  # nobody else's
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("forgetful", "inner_batch: SimpleNamespace has no state_dict(), so a run that is resumed"),
+        ("nothing", "make: returned NoneType, expected the task"),
+        ("whole", "lam: got torch.int64, expected a floating-point tensor"),
+    ],
+)
+def test_tasks_that_a_run_refuses(task, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, task, ODD[task])
+    assert main(["run", task, "--outer-steps", "1", "--out", str(tmp_path / "run")]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_database_that_cannot_be_written_into(tmp_path, monkeypatch, capsys):
+    import optuna
+
+    def full(*_, **__):
+        raise optuna.exceptions.StorageInternalError("too long") from OSError("disk is full")
+
+    words = ["search", "ridge", "--method", "soba", "--over", "inner_lr=0.01:0.1", "--trials", "1",
+             "--seeds", "1", "--search-steps", "2", "--outer-steps", "2"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.study.Study, "add_trial", full)
+        assert main([*words, "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "storage: Optuna cannot write into 'sqlite:" in said and "(disk is full)" in said
+    assert main([*words, "--out", str(tmp_path)]) == 0
+
+
 def test_a_database_that_cannot_be_opened(tmp_path, capsys):
     words = ["search", "ridge", "--method", "soba", "--over", "inner_lr=0.01:0.1", "--trials", "1",
              "--seeds", "1", "--search-steps", "2", "--outer-steps", "2"]  # fmt: skip
     for k, storage in enumerate(("nonsense", "sqlite:////nowhere/x.db")):
         assert main([*words, "--out", str(tmp_path / str(k)), "--storage", storage]) == 1
-        assert "which Optuna cannot open" in capsys.readouterr().err
+        assert "storage: Optuna cannot open" in capsys.readouterr().err

@@ -136,8 +136,8 @@ class Method(Resumable):
             DataLoader, an iterator), an optimiser's factory returns something else, an option is of
             another kind, or an argument is not the method's (a ``solver``, say).
         ValueError: if an option is out of range or a step size missing, an optimiser does not hold
-            the variable that it was given or needs a closure, or batches are given for which the
-            method has no use.
+            the variable that it was given or needs a closure, the inner one has a weight decay
+            (except SAMA's) or maximises, or batches are given for which the method has no use.
 
     A method may be made and stepped where gradients are off (``no_grad``, ``inference_mode``).
     Inner steps may draw random numbers (dropout in training mode); where a method compares values
@@ -192,6 +192,7 @@ class Method(Resumable):
     needs = ("inner", "outer")  # roles that have no default
     step_sizes = ()  # further step sizes, which a message about divergence names
     plain_inner = False  # True where theta moves by plain gradient descent only
+    knows_decay = False  # True where the inner optimiser's own penalty is reckoned with
     solver = None
     # Around the inner steps of AID, AmIGO, StocBiO, BSG1 and SAMA: a place for what shall hold
     # there only, such as BatchNorm in training mode.
@@ -220,6 +221,10 @@ class Method(Resumable):
                 f"inner_optimizer: {type(self).__name__} is defined for plain gradient descent; "
                 "give inner_lr"
             )
+        for level in ("inner", "outer"):
+            for part in ("optimizer", "scheduler"):
+                _require_function(f"{level}_{part}", getattr(self, f"{level}_{part}"))
+        _require_function("projection", self.projection)
         self.inner_optimizer = self._optimizer("inner", self.theta)
         self.outer_optimizer = self._optimizer("outer", self.lam)
         for level in ("inner", "outer"):
@@ -258,6 +263,15 @@ class Method(Resumable):
                 f"{level}_optimizer: LBFGS evaluates the loss by itself (a closure), which a "
                 "bilevel method cannot give it; take another torch.optim.Optimizer"
             )
+        for group in optimizer.param_groups if level == "inner" and not self.knows_decay else ():
+            if group.get("weight_decay"):
+                raise ValueError(
+                    f"inner_optimizer: has weight_decay={group['weight_decay']}, a penalty that g "
+                    "has not, so theta would solve another problem than the one that H and J are "
+                    "of; give weight_decay=0 and put the penalty into g, WeightedRisk(l2=...)"
+                )
+            if group.get("maximize"):
+                raise ValueError("inner_optimizer: has maximize=True, but theta minimises g")
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if len(held) != 1 or held[0] is not variable:
             raise ValueError(
@@ -592,6 +606,11 @@ def _declare(cls: type) -> None:
         build(self, *args, **options)
 
     cls.__init__ = __init__
+
+
+def _require_function(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a function")
 
 
 def _look(name: str, value: Tensor) -> None:

@@ -85,6 +85,8 @@ class Resumable:
                     f"state: {variable} has shape {tuple(there.shape)}, expected "
                     f"{tuple(here.shape)} (and is {there.dtype}, expected {here.dtype})"
                 )
+        if not isinstance(state["iteration"], int) or state["iteration"] < 0:
+            raise ValueError(f"state: iteration is {state['iteration']!r}, expected a number")
         here = {key: _kind(part) for key, part in parts.items()}
         there = state["kinds"]
         for key in sorted(set(here) | set(there)):

@@ -44,6 +44,7 @@ class SAMA(Method):
         default=0.1, help="Length of the finite difference in theta", search=(0.03, 3.0)
     )
 
+    knows_decay = True
     choices = ("inner optimiser's diagonal", "one diagonal product", "double loop")
 
     def __post_init__(self):

@@ -107,7 +107,7 @@ class Batches:
         """Continue from what `state_dict` returned, with the same batches to come.
 
         Raises:
-            ValueError: if it is of a set or batches of another size.
+            ValueError: if it is of a set or batches of another size, or of no place in a pass.
         """
         require_state(state, "generator", "position", "now")
         if (size := [*state.get("size", self._size())]) != self._size():  # older ones do not say it
@@ -115,6 +115,9 @@ class Batches:
                 f"state: is of {size[0]} examples in batches of {size[1]}, expected {len(self.x)} "
                 f"in batches of {self.batch_size}"
             )
+        if not isinstance(state["position"], int) or not 0 <= state["position"] <= len(self.x):
+            got = state["position"]
+            raise ValueError(f"state: position is {got!r}, expected 0 to {len(self.x)}")
         self.generator.set_state(state["generator"].cpu())
         self._start_pass()
         self._position = state["position"]

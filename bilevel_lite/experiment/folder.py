@@ -12,15 +12,19 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +84,12 @@ class RunFolder:
         told = (self.path / "config.json").exists()
         if told:
             self._compare(_read(self.path / "config.json", "use another folder"))
-        self.state = self._read_checkpoint()
+        try:
+            self.state = self._read_checkpoint()
+        except RunError:
+            if not self.finished:
+                raise
+            self.state = None  # the result stands without it
         if self.state and "config" in self.state:  # checkpoints of earlier versions do not tell
             self._compare(self.state["config"])
         elif not told and (self.state or self.finished):
@@ -133,7 +142,13 @@ class RunFolder:
     def _read_checkpoint(self) -> dict | None:
         if not (self.path / "checkpoint.pt").exists():
             return None
-        return self.read_tensors("checkpoint.pt", "log_bytes")
+        state = self.read_tensors("checkpoint.pt", "log_bytes")
+        if not isinstance(state["log_bytes"], int):
+            raise RunError(f"{self.path / 'checkpoint.pt'} is damaged; {self._anew()}")
+        return state
+
+    def _anew(self) -> str:
+        return f"remove {self.path / 'checkpoint.pt'} to start this run anew"
 
     def read_tensors(self, name: str, *parts: str) -> dict:
         """Read what `write_tensors` wrote, onto the CPU.
@@ -143,17 +158,20 @@ class RunFolder:
             parts: What it must hold.
 
         Raises:
-            RunError: if it is missing or damaged.
+            RunError: if it is missing or damaged, or cannot be read.
         """
         path = self.path / name
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
             return {**state, **{part: state[part] for part in parts}}
+        except MemoryError:
+            raise
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing; {self._anew()}") from None
+        except OSError as error:  # it may be whole
+            raise RunError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # whatever a damaged file makes the reader raise
-            raise RunError(
-                f"{path} is damaged ({type(error).__name__}); remove "
-                f"{self.path / 'checkpoint.pt'} to start this run anew"
-            ) from error
+            raise RunError(f"{path} is damaged ({type(error).__name__}); {self._anew()}") from error
 
     def write_tensors(self, name: str, state: dict) -> None:
         """Write a file of tensors; after a crash there is the old one, if any, or the new one.
@@ -163,17 +181,19 @@ class RunFolder:
             state: Tensors, numbers, strings, and lists and dicts of them.
 
         Raises:
-            RunError: if it cannot be written; the previous one is kept.
+            RunError: if it cannot be written, or could not be read back; the previous one is kept.
         """
         content = io.BytesIO()  # first: written by torch itself, a full disk is told in its words
         torch.save(state, content)
-        with self._writing("written"):
-            temporary = self.path / f"{Path(name).stem}.tmp"
-            with open(temporary, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise RunError(
+                f"{self.path / name}: {_odd(state) or 'something'} cannot be kept in a checkpoint; "
+                "expected tensors, numbers, strings, and lists and dicts of them"
+            ) from error
+        self._replace(name, content.getbuffer())
 
     def remove(self, pattern: str, but: str = "") -> None:
         """Remove the files that match, all but one."""
@@ -189,6 +209,7 @@ class RunFolder:
         """
         with self._writing("written"), open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            _settle(file)  # or after a power cut a checkpoint may know more lines than there are
 
     def checkpoint(self, state: dict) -> None:
         """Replace the checkpoint by ``state``; after a crash there is the old one or the new one.
@@ -250,14 +271,47 @@ class RunFolder:
                     path.rmdir()
 
     def _write(self, name: str, text: str):
+        self._replace(name, text.encode())
+
+    def _replace(self, name: str, content: bytes | memoryview):
+        """Write a file; after a crash, or a power cut, there is the old one or the new one."""
         with self._writing("written"):
-            temporary = self.path / f"{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
+            temporary = self.path / f"{Path(name).stem}.tmp"
+            with open(temporary, "wb") as file:
+                file.write(content)
+                _settle(file)
             os.replace(temporary, self.path / name)
+            with suppress(OSError), _opened(self.path) as folder:  # Windows opens no folders
+                os.fsync(folder)
 
     def _writing(self, verb: str):
         kept = "; the last checkpoint is kept, and the same command resumes"
         return writing(self.path, verb, kept)
+
+
+def _settle(file: Any) -> None:
+    """Have a file's content on the disk, and not in the system's memory alone."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _opened(folder: Path):
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
+def _odd(value: Any, at: str = "state") -> str | None:
+    """Where in a state there is something that is neither torch's nor plain Python's."""
+    if type(value) in (dict, OrderedDict, list, tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        found = (_odd(part, f"{at}[{key!r}]") for key, part in parts)
+        return next(filter(None, found), None)
+    plain = isinstance(value, torch.Tensor) or type(value).__module__ in ("builtins", "torch")
+    return None if plain else f"{at}, a {type(value).__module__}.{type(value).__name__},"
 
 
 @contextmanager
@@ -350,20 +404,13 @@ def compact(value: dict) -> str:
     return "{" + ",\n".join([*rest, f'"runs": [\n{runs}\n]']) + "}\n"
 
 
-def provenance(device: torch.device, seed: int, seconds: float) -> dict:
-    """Say where a number comes from: command, commit, device, versions, seed, date, time.
-
-    Args:
-        device: The device that was used.
-        seed: The seed.
-        seconds: As a `Clock` counts them, all parts of an interrupted run added up.
-    """
+def place(device: torch.device) -> dict:
+    """On what numbers are made: commit, device and versions."""
     import numpy
 
     import bilevel_lite
 
     return {
-        "command": shlex.join(["python", "-m", "bilevel_lite", *sys.argv[1:]]),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -371,9 +418,27 @@ def provenance(device: torch.device, seed: int, seconds: float) -> dict:
         "versions": {
             "bilevel_lite": bilevel_lite.__version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "numpy": numpy.__version__,
         },
+    }
+
+
+def provenance(
+    device: torch.device, seed: int, seconds: float, before: Sequence[dict] = ()
+) -> dict:
+    """Say where a number comes from: command, commit, device, versions, seed, date, time.
+
+    Args:
+        device: The device that was used.
+        seed: The seed.
+        seconds: As a `Clock` counts them, all parts of an interrupted run added up.
+        before: The other places on which parts of it were made.
+    """
+    return {
+        "command": shlex.join(["python", "-m", "bilevel_lite", *sys.argv[1:]]),
+        **place(device),
+        **({"before": list(before)} if before else {}),
         "seed": seed,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "seconds": round(seconds, 1),

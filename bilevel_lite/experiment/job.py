@@ -1,5 +1,6 @@
 """One run of any task: baselines, iterations, log, the chosen iterate, a result; resumable."""
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,12 +10,20 @@ from typing import Any
 import torch
 
 from bilevel_lite.experiment import settings as declared
-from bilevel_lite.experiment.folder import Clock, RunError, RunFolder, provenance, writing
+from bilevel_lite.experiment.folder import (
+    Clock,
+    RunError,
+    RunFolder,
+    place,
+    provenance,
+    writing,
+)
 from bilevel_lite.experiment.methods import require_given
 from bilevel_lite.experiment.processes import SharedFolder
 from bilevel_lite.experiment.stopping import Stopped
 from bilevel_lite.experiment.task import Task
 from bilevel_lite.parallel import Group
+from bilevel_lite.same_function import random_state, restore_random_state
 from bilevel_lite.session import no_tf32, pick_device, progress
 
 __all__ = ["float32", "no_memory", "run", "run_job"]
@@ -43,7 +52,7 @@ def run(
         DataError: if the data cannot be had.
         RunError: if the folder cannot be used, or the device is out of memory.
     """
-    place = pick_device(device)
+    device = pick_device(device)
     if group is not None and kind.method is not Task.method:
         raise ValueError(f"task: {kind.name} has iterations of its own, which one process runs")
     require_given(s.method, declared.given(s))
@@ -53,9 +62,12 @@ def run(
             result = folder.read_result()
             print(f"{folder.path} holds the finished run:")
         else:
-            task = kind.make(s, place)
+            with drawing(s.seed, device):
+                task = kind.make(s, device)
+            if not isinstance(task, Task):
+                raise RunError(f"make: returned {type(task).__name__}, expected the task")
             task.group = group
-            result = run_job(s, place, folder, task)
+            result = run_job(s, device, folder, task)
         if s.baselines and (group is None or group.rank == 0):
             _draw(kind, result, folder.path)
     print(kind.table(result))
@@ -72,6 +84,14 @@ def float32():
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device):
+    """Begin torch's own generators, from which dropout draws, at a seed; then put them back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def run_job(
@@ -97,12 +117,30 @@ def run_job(
         ValueError: for a setting out of range.
         RunError: if the folder's checkpoint cannot be resumed, or nothing can be written.
     """
+    with drawing(s.seed, device):
+        return _run_job(s, device, folder, task, stop, trial)
+
+
+def _run_job(s, device, folder, task, stop, trial):
     method = task.method(s)
+    for role, batch in method.batches.items():
+        if callable(getattr(batch, "draw", None)) and not hasattr(batch, "state_dict"):
+            raise RunError(
+                f"{role}_batch: {type(batch).__name__} has no state_dict(), so a run that is "
+                "resumed would go on with other batches; give it one, or take "
+                "bilevel_lite.data.Batches"
+            )
     state = {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
+    places, here = [], place(device)
     try:
         state = {part: (folder.state or state)[part] for part in state}
+        if state["best"] is not None:
+            _judged(task, state["best"]["row"])
         if state["method"] is not None:
             method.load_state_dict(state["method"])
+            places = list(folder.state.get("places", []))  # checkpoints of before have neither
+            if "drawn" in folder.state:
+                restore_random_state(folder.state["drawn"], task.theta0)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(
             f"{folder.path} was left by a version whose checkpoints this one cannot resume "
@@ -111,6 +149,11 @@ def run_job(
         ) from error
     if state["method"] is not None:
         print(f"resuming {folder.path} after iteration {method.iteration}")
+        if places and places[-1] != here:
+            told = [f"{k}: {places[-1].get(k)} there, {v} here" for k, v in here.items()]
+            told = [one for one, k in zip(told, here, strict=True) if places[-1].get(k) != here[k]]
+            print(f"elsewhere ({'; '.join(told)}): the numbers may differ by rounding")
+    places = [*(one for one in places if one != here), here]
     group = task.group
     clock = Clock(state["seconds"], device, waits=group is not None)
     if group is not None:
@@ -119,13 +162,14 @@ def run_job(
     begun = method.iteration
 
     def save():
-        mine = {"seconds": clock.seconds, "method": method.state_dict()}
+        mine = {"seconds": clock.seconds, "method": method.state_dict(), "places": places}
+        mine["drawn"] = random_state(task.theta0, known=True)
         folder.checkpoint({"baselines": state["baselines"], "best": state["best"], **mine})
 
     for name, train in (task.baselines(s) if s.baselines else {}).items():
         if name not in state["baselines"]:
             with no_memory(s, task):
-                state["baselines"][name] = train()
+                state["baselines"][name] = _plain(f"baselines: {name}", train())
             save()
 
     steps = range(method.iteration, s.outer_steps)
@@ -152,7 +196,7 @@ def run_job(
                 "inner_loss": float(info.inner_loss),
                 "outer_loss": float(info.outer_loss),
                 "negative_curvature": info.solve is not None and info.solve.negative_curvature,
-                **task.measure(method.lam, method.theta),
+                **_plain("measure", task.measure(method.lam, method.theta)),
             }
             _judged(task, row)
             if group is not None:  # which iterate is best is decided by one of them, too
@@ -185,9 +229,9 @@ def run_job(
         "source": task.source,
         "baselines": state["baselines"],
         "best": best["row"],
-        **({} if trial else task.result(s, lam, theta)),
+        **({} if trial else _plain("result", task.result(s, lam, theta))),
         "history": folder.rows(),
-        "provenance": provenance(device, s.seed, clock.seconds),
+        "provenance": provenance(device, s.seed, clock.seconds, places[:-1]),
     }
     if group is not None:
         result["processes"] = {
@@ -196,6 +240,22 @@ def run_job(
         }
     folder.finish(result)
     return result
+
+
+def _plain(what: str, value: Any) -> dict:
+    """What a task gave, as JSON has it; NumPy's float64 becomes a float."""
+    if not isinstance(value, dict):
+        raise RunError(f"{what}: gave {type(value).__name__}, expected a dict, name -> number")
+    out = {}
+    for name, part in value.items():
+        try:
+            out[name] = json.loads(json.dumps(part))
+        except TypeError as error:
+            raise RunError(
+                f"{what}: gave {type(part).__name__} for {name!r} ({error}), expected a number, or "
+                "lists and dicts of numbers"
+            ) from error
+    return out
 
 
 def _judged(task: Task, row: dict) -> float:

@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -514,16 +515,23 @@ class _Trials:
         text = json.dumps([declared.written(s), variant.space, length], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:12]  # other settings, another study
         name = f"{kind.label(s)}-{variant.name}-{key}"
-        try:
+        self._storage = storage
+        with self._asking("open"):
             self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        except Exception as error:  # whatever Optuna's database makes of its address
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"storage: got {storage!r}, which Optuna cannot open ({reason}); give a database "
-                "such as sqlite:///trials.db"
-            ) from error
         done = self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
         self.points, self.values = [t.params for t in done], [t.value for t in done]
+
+    @contextmanager
+    def _asking(self, verb: str):
+        """Whatever Optuna's database makes of its address, or of a full disk, as one sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(
+                f"storage: Optuna cannot {verb} {self._storage!r} "
+                f"({str(error.__cause__ or error).splitlines()[0]}); give a database such as "
+                "sqlite:///trials.db, with room on its disk: the same command goes on"
+            ) from error
 
     def tell(self, point: dict[str, float], value: float) -> None:
         """Keep one more."""
@@ -531,7 +539,8 @@ class _Trials:
         from optuna.trial import create_trial
 
         at = {name: FloatDistribution(x, x, log=True) for name, x in point.items()}
-        self._study.add_trial(create_trial(params=point, distributions=at, value=value))
+        with self._asking("write into"):
+            self._study.add_trial(create_trial(params=point, distributions=at, value=value))
         self.points.append(point)
         self.values.append(value)
 
@@ -580,7 +589,8 @@ def _made(kind: type[Task], s: Any, device: torch.device) -> Task:
     key = (kind, *what.items(), device)
     if key not in _tasks:
         _tasks.clear()
-        _tasks[key] = kind.make(kind.Settings(**what), device)
+        with job.drawing(what["seed"], device):
+            _tasks[key] = kind.make(kind.Settings(**what), device)
     return _tasks[key]
 
 

@@ -220,7 +220,8 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
             close = get_close_matches(name, known, 1)
             meant = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"set: got {word!r}, expected NAME=VALUE, NAME one of {sorted(known)}{meant}"
+                f"{name}: is no setting here (got {word!r}), expected NAME=VALUE, NAME one of "
+                f"{sorted(known)}{meant}"
             )
         if name in out:
             raise ValueError(f"{name}: is given twice (again in {word!r}), expected once; give one")
@@ -228,6 +229,7 @@ def read(kind: type, words: list[str]) -> dict[str, Any]:
         try:
             out[name] = {"0": False, "1": True}[text] if to is bool else to(text)
         except (KeyError, ValueError):
-            expected = "0 or 1" if to is bool else to.__name__
+            words_of = {bool: "0 or 1", int: "an integer", float: "a number"}
+            expected = words_of.get(to, to.__name__)
             raise ValueError(f"{name}: got {text!r}, expected {expected}") from None
     return out

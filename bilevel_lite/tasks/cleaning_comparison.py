@@ -105,6 +105,10 @@ def run(
         RunError: if the folder cannot be used, Optuna is missing, or the device is out of memory.
         DataError: if the dataset cannot be had.
     """
+    if "all" in methods:
+        raise ValueError(f"method: got {' '.join(methods)}, expected 'all' alone or names")
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"method: got {' '.join(methods)}, expected different names")
     unknown = sorted(set(methods) - set(SPACES))
     if unknown or not methods:
         raise ValueError(
