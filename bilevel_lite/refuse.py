@@ -32,6 +32,8 @@ __all__ = [
     "require_as_drawn",
     "require_batch",
     "require_finite",
+    "require_fraction",
+    "require_function",
     "require_generator",
     "require_like",
     "require_number",
@@ -367,11 +369,18 @@ def tensors(batch: Any, nested: int = 2) -> Iterator[Tensor]:
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:
-    """Refuse labels outside 0..num_classes-1.
+    """Refuse labels that are no integers, or outside 0..num_classes-1.
 
     Raises:
+        TypeError: if ``y`` is no tensor of integers.
         ValueError: naming the offending label.
     """
+    tensor = isinstance(y, Tensor)
+    if not tensor or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        got = y.dtype if tensor else type(y).__name__
+        raise TypeError(
+            f"labels: got {got}, expected a tensor of integers from 0 to {num_classes - 1}"
+        )
     low, high = torch.aminmax(y)
     if low < 0 or high >= num_classes:
         bad = int(low) if low < 0 else int(high)
@@ -388,6 +397,26 @@ def require_number(name: str, value: Any, positive: bool = False, way_out: str =
     if not number or not 0 <= value < math.inf or (positive and value == 0):
         expected = "a positive number" if positive else "a number that is zero or positive"
         raise ValueError(f"{name}: got {value!r}, expected {expected}{way_out}")
+
+
+def require_fraction(name: str, value: Any, most: float = 1.0) -> None:
+    """Refuse what is no number from 0 to ``most``.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{name}: got {value!r}, expected a number from 0 to {most:g}")
+
+
+def require_function(name: str, value: Any, form: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: naming the argument, and the form of the function that was expected.
+    """
+    if not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a function {form}")
 
 
 def at_least(name: str, value: int, least: int) -> None:

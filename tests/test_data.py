@@ -8,6 +8,7 @@ import struct
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,3 +241,85 @@ def test_a_resumed_sampler_draws_the_same_batches(drawn):
     second.load_state_dict(first.state_dict())
     for _ in range(8):
         assert torch.equal(first.draw()[2], second.draw()[2])
+
+
+def draws():
+    return torch.Generator().manual_seed(0)
+
+
+HALF, IMAGES = torch.tensor([0.5, 1.0]), torch.rand(2, 1, 4, 4)
+LABELS, FLIPS = torch.tensor([0, 1, 1]), torch.tensor([[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: data.load("digits", torch.int64), TypeError, "dtype: got torch.int64, expected a"),
+        (lambda: data.load("mnist", torch.bool), TypeError, "dtype: got torch.bool, expected a fl"),
+        (lambda: data.load("digits", "float32"), TypeError, "dtype: got 'float32', expected a flo"),
+        (lambda: data.load("trec", False), TypeError, "dtype: got False, expected a floating one"),
+        (lambda: data.load(["mnist"]), TypeError, r"dataset: got \['mnist'\], expected a name"),
+        (lambda: data.load(None), TypeError, "dataset: got None, expected a name, one of"),
+        (lambda: data.available("digits", "nope"), ValueError, "fallback: got 'nope', expected on"),
+        (lambda: data.available("digits", None), TypeError, "fallback: got None, expected a name"),
+        (lambda: data.available("nope"), ValueError, "dataset: got 'nope', expected one of"),
+        (lambda: data.split(10, 5, draws()), TypeError, "sizes: got 5, expected whole numbers"),
+        (lambda: data.split(10, None, draws()), TypeError, "sizes: got None, expected whole num"),
+        (lambda: data.split(10, (2.5,), draws()), TypeError, r"sizes: got \(2.5,\), expected whol"),
+        (lambda: data.split(10, (), draws()), ValueError, "sizes: is empty, expected at least one"),
+        (lambda: data.split("a", (1,), draws()), ValueError, "n: got 'a', expected an integer of"),
+        (lambda: noisy(HALF), TypeError, "labels: got torch.float64, expected a tensor of int"),
+        (lambda: noisy(LABELS == 1), TypeError, "labels: got torch.bool, expected a tensor of int"),
+        (lambda: noisy([0, 1]), TypeError, "labels: got list, expected a tensor of integers from"),
+        (lambda: noisy(rate="0.5"), ValueError, "rate: got '0.5', expected a number from 0 to 1"),
+        (lambda: noisy(rate=True), ValueError, "rate: got True, expected a number from 0 to 1"),
+        (lambda: noisy(num_classes=None), ValueError, "num_classes: got None, expected an integer"),
+        (lambda: noisy(transition=FLIPS.tolist()), TypeError, "transition: got list, expected a f"),
+        (lambda: noisy(transition=FLIPS.numpy()), TypeError, "transition: got ndarray, expected"),
+        (lambda: noisy(transition=FLIPS), TypeError, "transition: got torch.int64, expected a fl"),
+        (lambda: data.pair_flips(None), ValueError, "num_classes: got None, expected an integer"),
+        (lambda: data.pair_flips(2.5), ValueError, "num_classes: got 2.5, expected an integer of"),
+        (lambda: of_two(torch.tensor([0, 0.5, 1, 1])), TypeError, "labels: got torch.float64, exp"),
+        (lambda: of_two(torch.ones(4) > 0), TypeError, "labels: got torch.bool, expected a tensor"),
+        (lambda: cropped(None), TypeError, "x: got NoneType, expected a tensor of images"),
+        (lambda: cropped(IMAGES.tolist()), TypeError, "x: got list, expected a tensor of images"),
+        (lambda: cropped(flip="a"), ValueError, "flip: got 'a', expected a number from 0 to 1"),
+        (lambda: cropped(flip=None), ValueError, "flip: got None, expected a number from 0 to 1"),
+        (lambda: cropped(padding=True), ValueError, "padding: got True, expected a whole number"),
+        (lambda: data.jpeg(IMAGES.numpy(), 9), TypeError, "x: got ndarray, expected a tensor of"),
+        (lambda: data.jpeg(IMAGES, True), ValueError, "quality: got True, expected a whole number"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_refused_in_a_sentence(call, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        call()
+
+
+def noisy(y=LABELS, rate=0.5, num_classes=2, transition=None):
+    return data.corrupt_labels(y, rate, num_classes, draws(), transition)
+
+
+def of_two(y):
+    return data.Batches(torch.ones(4, 1), y, 2, draws(), num_classes=2)
+
+
+def cropped(x=IMAGES, padding=2, flip=0.5):
+    return data.crop_and_flip(x, draws(), padding, flip)
+
+
+def test_numbers_of_numpy_are_numbers():
+    whole, half = np.int64(2), np.float32(0.5)
+    assert [len(part) for part in data.split(np.int64(9), np.array([4, 2]), draws())] == [4, 2]
+    assert torch.equal(noisy(rate=half, num_classes=whole)[0], noisy()[0])
+    given = {"padding": whole, "flip": half}
+    assert torch.equal(cropped(**given), cropped(padding=2))
+    assert torch.equal(data.jpeg(IMAGES, np.int64(90)), data.jpeg(IMAGES, 90))
+    assert data.load("digits", torch.float16).x.dtype == torch.float16
+    assert of_two(torch.ones(4, dtype=torch.uint8)).y.dtype == torch.uint8
+
+
+def test_a_matrix_that_is_refused_leaves_the_generator_as_it_was():
+    generator = draws()
+    with pytest.raises(TypeError):
+        data.corrupt_labels(LABELS, 0.5, 2, generator, FLIPS)
+    assert torch.equal(generator.get_state(), draws().get_state())

@@ -281,7 +281,7 @@ def test_crop_and_flip_is_a_crop_of_the_padded_image():
         ({"padding": 6}, "padding: got 6, expected a whole number from 0 to 5 for images of 8 x 6"),
         ({"padding": -1}, "padding: got -1"),
         ({"padding": 1.5}, "padding: got 1.5"),
-        ({"flip": 1.5}, "flip: got 1.5, expected a probability, 0 to 1"),
+        ({"flip": 1.5}, "flip: got 1.5, expected a number from 0 to 1"),
     ],
 )
 def test_crops_that_cannot_be(given, message):

@@ -1,7 +1,9 @@
 """Datasets, splits, label noise, and batches that live on the device.
 
 `load` looks first in the folder named by BILEVEL_LITE_DATA, then in the download cache, then on
-the network. Every file is checked against a SHA-256 before it is read; nothing is unpickled.
+the network. What is found there is compared with a known SHA-256 before it is returned: the files'
+own bytes, or of WRENCH's and the pretraining texts what they say. The digits are as scikit-learn
+has them. Nothing is unpickled.
 
 Example:
     >>> bl.data.load("digits").image_shape
@@ -62,6 +64,7 @@ def load(name, dtype=None, download=True):
         `Dataset`, on the CPU; of texts `WeakTexts`, which has no dtype.
 
     Raises:
+        TypeError: if ``name`` is no string, or ``dtype`` no floating torch dtype.
         ValueError: for an unknown name.
         DataError: if a file cannot be had, or is corrupted or truncated.
 
@@ -70,16 +73,12 @@ def load(name, dtype=None, download=True):
         >>> digits.x.shape, digits.y.shape, digits.num_classes
         (torch.Size([1437, 64]), torch.Size([1437]), 10)
     """
-    loaders = {
-        "mnist": mnist.load, "cifar10": cifar10.load, "cifar100": cifar10.load_100,
-        "digits": _load_digits,
-    }  # fmt: skip
+    _require_known("dataset", name)
+    if not (dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating one such as torch.float32")
     if name in wrench.NAMES:
         return wrench.load(name, download)
-    if name not in loaders:
-        known = sorted([*loaders, *wrench.NAMES])
-        raise ValueError(f"dataset: got {name!r}, expected one of {known}")
-    return loaders[name](dtype or torch.get_default_dtype(), download)
+    return _LOADERS[name](dtype or torch.get_default_dtype(), download)
 
 
 def available(name: str, fallback: str = "digits") -> str:
@@ -87,10 +86,14 @@ def available(name: str, fallback: str = "digits") -> str:
 
     For notebooks: nothing fails and nothing hangs on a machine without network or local data.
 
+    Raises:
+        TypeError, ValueError: if one of the two is no dataset's name.
+
     Example:
         >>> bl.data.available("digits")
         'digits'
     """
+    _require_known("fallback", fallback)
     try:
         load(name)
     except DataError as error:
@@ -107,3 +110,17 @@ def _load_digits(dtype, download):
     x = torch.as_tensor(pixels / 16.0, dtype=dtype)[order]
     y = torch.as_tensor(labels, dtype=torch.int64)[order]
     return Dataset("digits", x[:1437], y[:1437], x[1437:], y[1437:], 10, (8, 8))
+
+
+_LOADERS = {
+    "mnist": mnist.load, "cifar10": cifar10.load, "cifar100": cifar10.load_100,
+    "digits": _load_digits,
+}  # fmt: skip
+
+
+def _require_known(argument: str, name: str) -> None:
+    known = sorted([*_LOADERS, *wrench.NAMES])
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: got {name!r}, expected a name, one of {known}")
+    if name not in known:
+        raise ValueError(f"{argument}: got {name!r}, expected one of {known}")

@@ -1,12 +1,14 @@
 """Random crops and flips of batches that live on a device; images compressed and read back."""
 
 import io
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel_lite.refuse import require_generator
+from bilevel_lite.refuse import require_fraction, require_generator
 
 __all__ = ["crop_and_flip", "jpeg"]
 
@@ -30,6 +32,7 @@ def crop_and_flip(
         Images like ``x``.
 
     Raises:
+        TypeError: if ``x`` is no tensor, or the generator none.
         ValueError: if ``x`` are no images, ``padding`` is not from 0 to H - 1 and W - 1 or ``flip``
             not from 0 to 1.
 
@@ -41,17 +44,15 @@ def crop_and_flip(
         >>> bl.data.crop_and_flip(x, torch.Generator().manual_seed(0), padding=0, flip=1.0)
         tensor([[[[3., 2., 1., 0.]]]])
     """
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected images, (n, C, H, W)")
+    _require_images(x)
     require_generator(generator)
     n, _, height, width = x.shape
-    if not (isinstance(padding, int) and 0 <= padding < min(height, width)):
+    if not _whole(padding, 0, min(height, width) - 1):
         raise ValueError(
             f"padding: got {padding!r}, expected a whole number from 0 to {min(height, width) - 1} "
             f"for images of {height} x {width}"
         )
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip: got {flip}, expected a probability, 0 to 1")
+    require_fraction("flip", flip)
     how = {"generator": generator, "device": generator.device}
     shifts = torch.randint(-padding, padding + 1, (2, n), **how)
     mirrored = torch.rand(n, **how) < flip
@@ -78,6 +79,7 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
         Images like ``x``, of 8 bits a pixel.
 
     Raises:
+        TypeError: if ``x`` is no tensor.
         ValueError: if ``x`` are no such images, or ``quality`` is out of range.
 
     Example:
@@ -87,11 +89,8 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     """
     from PIL import Image  # comes with matplotlib
 
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, expected images, (n, C, H, W) with C = 1 or 3"
-        )
-    if not (isinstance(quality, int) and 1 <= quality <= 95):
+    _require_images(x, (1, 3))
+    if not _whole(quality, 1, 95):
         raise ValueError(f"quality: got {quality!r}, expected a whole number from 1 to 95")
     if len(x) and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise ValueError(
@@ -102,7 +101,20 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     for row, image in zip(out, pixels, strict=True):
         file = io.BytesIO()
         Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
-            file, "JPEG", quality=quality
+            file, "JPEG", quality=int(quality)
         )
         row[:] = np.asarray(Image.open(file)).reshape(row.shape)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous().to(x) / 255
+
+
+def _require_images(x: Any, colours: tuple[int, ...] = ()) -> None:
+    expected = "images, (n, C, H, W)" + " with C = 1 or 3" * bool(colours)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor of {expected}")
+    if x.dim() != 4 or colours and x.shape[1] not in colours:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
+
+
+def _whole(value: Any, least: int, most: int) -> bool:
+    """True for a whole number in this range."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most

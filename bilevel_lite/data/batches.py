@@ -28,7 +28,8 @@ class Batches:
             `bilevel_lite.data.crop_and_flip`; it draws from the same generator.
 
     Raises:
-        TypeError: if x or y is no tensor, or the generator none.
+        TypeError: if x or y is no tensor, the generator none, or with ``num_classes`` y not of
+            integers.
         ValueError: if the lengths differ, the batch size does not fit, x is not finite, or a
             label is out of range.
 

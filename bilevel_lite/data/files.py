@@ -56,9 +56,10 @@ class File(NamedTuple):
 def find(
     folder: str, name: str, sha256: str | None, hosts: tuple[str, ...], download: bool
 ) -> Path:
-    """Return where a file lies: local folder, then cache, then network (checked by its sha256).
+    """Return where a file lies: local folder, then cache, then network.
 
-    Without one the caller must check what the file says.
+    A download is checked by its sha256, if there is one. What lies in a folder is returned as it
+    is: the caller must check what the file says.
 
     Raises:
         DataError: if it is in none of them.

@@ -1,10 +1,18 @@
 """Random splits, redrawn labels, standardised inputs."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 
 from bilevel_lite.data.files import Dataset
-from bilevel_lite.refuse import check_labels, require_generator
+from bilevel_lite.refuse import (
+    at_least,
+    check_labels,
+    require_fraction,
+    require_generator,
+    require_variable,
+)
 
 __all__ = ["corrupt_labels", "pair_flips", "split", "standardise"]
 
@@ -21,7 +29,8 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
         One int64 tensor per size, shape (size,).
 
     Raises:
-        ValueError: if the sizes are negative or do not fit.
+        TypeError: if the generator is none, or ``sizes`` are no whole numbers.
+        ValueError: if there is no size, or the sizes are negative or do not fit.
 
     Example:
         >>> train, tuning = bl.data.split(10, (7, 2), torch.Generator().manual_seed(0))
@@ -29,10 +38,17 @@ def split(n: int, sizes: tuple[int, ...], generator: torch.Generator) -> list[Te
         (7, 2, set())
     """
     require_generator(generator)
-    if min(sizes) < 0 or sum(sizes) > n:
-        raise ValueError(f"sizes: {sizes} need {sum(sizes)} examples, but there are {n}")
+    at_least("n", n, 0)
+    try:
+        counts = [index(size) for size in sizes]
+    except TypeError:
+        raise TypeError(f"sizes: got {sizes!r}, expected whole numbers, as (60, 40)") from None
+    if not counts:
+        raise ValueError("sizes: is empty, expected at least one size, as (60, 40)")
+    if min(counts) < 0 or sum(counts) > n:
+        raise ValueError(f"sizes: {sizes} need {sum(counts)} examples, but there are {n}")
     order = torch.randperm(n, generator=generator, device=generator.device)
-    return list(order[: sum(sizes)].split(list(sizes)))
+    return list(order[: sum(counts)].split(counts))
 
 
 def corrupt_labels(
@@ -59,6 +75,8 @@ def corrupt_labels(
         The noisy labels, shape (n,), and a mask of those that are now *wrong*, shape (n,), bool.
 
     Raises:
+        TypeError: if ``y`` is no tensor of integers, ``transition`` no floating-point tensor, or
+            the generator none.
         ValueError: if the rate or a label is out of range, or ``transition`` has another shape,
             negative entries, or rows that do not add up to 1.
 
@@ -69,16 +87,17 @@ def corrupt_labels(
         (0.5, True)
     """
     require_generator(generator)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate: got {rate}, expected a number from 0 to 1")
+    require_fraction("rate", rate)
+    at_least("num_classes", num_classes, 1)
     check_labels(y, num_classes)
+    if transition is not None:
+        _check_transition(transition, num_classes)
     how = {"generator": generator, "device": generator.device}
     chosen = torch.randperm(len(y), **how)[: round(rate * len(y))].to(y.device)
     noisy = y.clone()
     if transition is None:
         drawn = torch.randint(num_classes, (len(chosen),), **how)
     else:
-        _check_transition(transition, num_classes)
         rows = transition.detach().cpu()[y[chosen].cpu()]
         # the class where the cumulated probabilities pass a uniform number
         uniform = torch.rand(len(chosen), 1, **how, dtype=rows.dtype)
@@ -90,16 +109,21 @@ def corrupt_labels(
 def pair_flips(num_classes: int) -> Tensor:
     """Return the transition matrix that turns every label c into the next one, (c + 1) mod C.
 
+    Raises:
+        ValueError: if ``num_classes`` is no integer of at least 1.
+
     Example:
         >>> bl.data.pair_flips(3)
         tensor([[0., 1., 0.],
                 [0., 0., 1.],
                 [1., 0., 0.]])
     """
+    at_least("num_classes", num_classes, 1)
     return torch.eye(num_classes).roll(1, 1)
 
 
 def _check_transition(transition: Tensor, num_classes: int) -> None:
+    require_variable("transition", transition)
     if tuple(transition.shape) != (num_classes, num_classes):
         raise ValueError(
             f"transition: got shape {tuple(transition.shape)}, expected "
