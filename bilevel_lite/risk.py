@@ -202,9 +202,9 @@ class WeightedRisk:
             gradients there are zero.)
 
     Raises:
-        ValueError: for an unknown loss, a negative ``l2``, a weight whose parameters cannot be told
-            ``weight_slope`` without a weight that reads the losses, or such a weight and ``inputs``
-            without ``weight_slope``.
+        ValueError: for an unknown loss, a negative ``l2``, a weight whose parameters cannot be
+            told, ``weight_slope`` without a weight that reads the losses, or such a weight and
+            ``inputs`` without ``weight_slope``.
         TypeError: for a hook that cannot be called, or a subclass that defines an argument's name.
 
     Example:
