@@ -21,17 +21,18 @@ The parts are vectors and add up exactly; their lengths do not, for parts may ca
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel_lite.checking import short
 from bilevel_lite.hypergrad import hypergradient
 from bilevel_lite.params import norm_of
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.refuse import at_least, require_like, require_variable
+from bilevel_lite.refuse import at_least, require_function, require_like, require_variable
 from bilevel_lite.solvers import CG, Direct, Solver
 from bilevel_lite.surroundings import differentiating
 
@@ -88,9 +89,9 @@ class AuditReport:
         lines = [head + " ".join(f"{part:>9}" for part in parts) + f"  | {'gradients':>9}"]
         for row in self.rows:
             lines.append(
-                f"{row.name:<{width}}  {_short(row.relative_error):>8} {row.cosine:7.3f} "
+                f"{row.name:<{width}}  {_digits(row.relative_error):>8} {row.cosine:7.3f} "
                 f"{row.length:7.3f}  | "
-                + " ".join(f"{_short(row.parts[part]):>9}" for part in parts)
+                + " ".join(f"{_digits(row.parts[part]):>9}" for part in parts)
                 + f"  | {row.gradients:9g}"
             )
         return "\n".join(lines)
@@ -100,11 +101,6 @@ class AuditReport:
         from bilevel_lite.plotting import draw_audit
 
         return draw_audit(self)
-
-
-def _short(value: float) -> str:
-    """Three digits, and zero for what is rounding."""
-    return "0" if value < 1e-9 else f"{value:.3g}"
 
 
 @differentiating
@@ -143,7 +139,7 @@ def audit(
 
     Raises:
         TypeError: if ``lam``, ``theta`` or what ``solve_inner`` returns is no floating-point
-            tensor, or a solver, a sampler or ``solve_inner`` is none.
+            tensor, a solver, a sampler or ``solve_inner`` is none, or a solver's name no string.
         ValueError: if ``solvers`` is empty, ``draws`` is below 1, the truth is zero, theta*(lam)
             has another shape than ``theta``, or CG cannot solve the system of a problem that is
             too large for `Direct`.
@@ -164,22 +160,15 @@ def audit(
     """
     require_variable("lam", lam)
     require_variable("theta", theta)
-    solvers = [solvers] if isinstance(solvers, Solver) else solvers
-    named = solvers if isinstance(solvers, dict) else _names(solvers)
-    if not named:
-        raise ValueError("solvers: is empty, expected at least one solver")
-    for solver in named.values():
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
+    named = _named(solvers)
     for name, sampler in (("inner_sampler", inner_sampler), ("outer_sampler", outer_sampler)):
         if sampler is not None and not callable(getattr(sampler, "draw", None)):
             raise TypeError(
                 f"{name}: got {type(sampler).__name__}, expected a sampler with draw(), such as "
                 "bilevel_lite.data.Batches"
             )
-    if solve_inner is not None and not callable(solve_inner):
-        got = type(solve_inner).__name__
-        raise TypeError(f"solve_inner: got {got}, expected a function lam -> theta*(lam)")
+    if solve_inner is not None:
+        require_function("solve_inner", solve_inner, "lam -> theta*(lam)")
     at_least("draws", draws, 1)
 
     def h(solver, theta, inner=inner_batch, outer=outer_batch):
@@ -259,7 +248,21 @@ class _Thorough(CG):
         return done
 
 
-def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
+def _named(solvers: Any) -> dict[str, Solver]:
+    """Name -> solver, all of them checked."""
+    several = solvers if isinstance(solvers, Iterable) else [solvers]
+    named = several if isinstance(several, dict) else _names(several)
+    if not named:
+        raise ValueError("solvers: is empty, expected at least one solver")
+    for name, solver in named.items():
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solvers: got {solver!r}, expected solvers such as bilevel_lite.CG(3)")
+        if not isinstance(name, str):
+            raise TypeError(f"solvers: got {name!r} as a name, expected strings")
+    return named
+
+
+def _names(solvers: Iterable[Solver]) -> dict[str, Solver]:
     named: dict[str, Solver] = {}
     for solver in solvers:
         name, number = type(solver).__name__, 1
@@ -268,6 +271,10 @@ def _names(solvers: Sequence[Solver]) -> dict[str, Solver]:
             name = f"{type(solver).__name__} ({number})"
         named[name] = solver
     return named
+
+
+def _digits(value: float) -> str:
+    return short(value, ".3g", "0")
 
 
 def _root_mean_square(vectors: Tensor) -> float:

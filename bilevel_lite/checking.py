@@ -32,7 +32,9 @@ from bilevel_lite.products import (
 from bilevel_lite.refuse import (
     at_least,
     require_batch,
+    require_function,
     require_generator,
+    require_like,
     require_number,
     require_problem,
     require_variable,
@@ -40,7 +42,7 @@ from bilevel_lite.refuse import (
 from bilevel_lite.solvers import Direct, Solver
 from bilevel_lite.surroundings import differentiating, ordinary
 
-__all__ = ["CheckReport", "check", "finite_difference_hypergradient"]
+__all__ = ["CheckReport", "check", "finite_difference_hypergradient", "short"]
 
 
 @dataclass
@@ -88,9 +90,9 @@ class CheckReport:
             ("differences", self.relative_error_differences, self.cosine_differences),
         ):
             if error is not None:
-                lines.append(f"{name:<18} {_short(error):>14}   {cosine:.6f}")
+                lines.append(f"{name:<18} {short(error):>14}   {cosine:.6f}")
         if self.relative_error_cross is not None:
-            lines.append(f"{'J v, other route':<18} {_short(self.relative_error_cross):>14}")
+            lines.append(f"{'J v, other route':<18} {short(self.relative_error_cross):>14}")
         if self.info is not None:
             solve = self.info.solve
             by = f"{solve.solver}, {solve.products} products, relative residual {self.residual:.1e}"
@@ -102,7 +104,7 @@ class CheckReport:
                 *parts, (_, rest) = self.shares.items()
                 made = "".join(f"{share if abs(share) > 1e-6 else 0:.3g} {name}, "
                                for name, share in parts)  # fmt: skip
-                lines.append(f"{'made of':<18} {made}rest {_short(rest)}")
+                lines.append(f"{'made of':<18} {made}rest {short(rest)}")
         verdict = "agrees" if self.passed else "DOES NOT AGREE"
         lines.append(f"{verdict} to {self.rtol:.0e} ({by})")
         return "\n".join([*lines, *self.faults])
@@ -157,16 +159,18 @@ def check(
         `CheckReport`.
 
     Raises:
-        TypeError: if ``lam`` or ``theta`` is no floating-point tensor, ``hypergradient`` is, or
-            returns, no tensor, ``solve_inner`` is no function or ``generator`` none.
-        ValueError: if a number is out of range, there is nothing to compare with (theta is too
-            large for an exact solve and no ``solve_inner`` is given), or a solver and a
-            hypergradient are given.
+        TypeError: if ``lam``, ``theta`` or what ``solve_inner`` returns is no floating-point
+            tensor, ``hypergradient`` is, or returns, no tensor, ``solve_inner`` is no function or
+            ``generator`` none.
+        ValueError: if a number is out of range, theta*(lam) has another shape than ``theta``, there
+            is nothing to compare with (theta is too large for an exact solve and no ``solve_inner``
+            is given), or a solver and a hypergradient are given.
 
-    Cost: one hypergradient (two calls of a function), one direct solve (d products) where d allows,
-    two J v by other routes (`cross_differences`: dear where weights read the losses and lam is
-    long), two gradients for each of two residuals, two inner solves per
-    direction.
+    Cost: two gradients, to see whether g is one function; where d allows, a direct solve (d
+    products), a J v by another route (`cross_differences`: dear where weights read the losses and
+    lam is long) and two gradients for its residual; two inner solves per direction. Of a solver one
+    hypergradient, one more such J v and one more residual; of a given hypergradient a gradient of
+    f, and two calls if it is a function.
 
     Example:
         >>> problem = bl.BilevelProblem(
@@ -198,10 +202,8 @@ def check(
         at_least("num_directions", num_directions, 1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     require_generator(generator)
-    if not (solve_inner is None or callable(solve_inner)):
-        raise TypeError(
-            f"solve_inner: got {type(solve_inner).__name__}, expected a function lam -> theta*(lam)"
-        )
+    if solve_inner is not None:
+        require_function("solve_inner", solve_inner, "lam -> theta*(lam)")
     tiny = max(torch.finfo(t.dtype).eps for t in (lam, theta))
     rtol = (1e-4 if tiny < 1e-12 else 1e-2) if rtol is None else rtol
     eps = tiny ** (1 / 3) if eps is None else eps
@@ -255,7 +257,13 @@ def check(
             rows = (rows / rows.norm(dim=1, keepdim=True)).to(lam.device)
             projected = rows @ h.reshape(-1)
             rows = rows.view(-1, *lam.shape)
-        slopes = finite_difference_hypergradient(problem, lam, solve_inner, eps, outer_batch, rows)
+
+        def solved(point):
+            star = solve_inner(point)
+            require_like("solve_inner(lam)", star, theta)
+            return star
+
+        slopes = finite_difference_hypergradient(problem, lam, solved, eps, outer_batch, rows)
         differences = _compare(projected, slopes)
     if exact is None and differences is None:
         raise ValueError(
@@ -357,9 +365,9 @@ def _residual(loss, lam, theta, batch, b, v) -> float:
     return residual / unit if unit else residual
 
 
-def _short(error: float) -> str:
-    """Two digits; what is only rounding, or the error of differences, has none worth printing."""
-    return "below 1e-9" if error < 1e-9 else f"{error:.1e}"
+def short(error: float, digits: str = ".1e", rounding: str = "below 1e-9") -> str:
+    """Its digits; what is only rounding, or the error of differences, has none worth printing."""
+    return rounding if error < 1e-9 else f"{error:{digits}}"
 
 
 def _compare(h: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -403,8 +411,8 @@ def finite_difference_hypergradient(
         A tensor like ``lam``, or shape (k,) with ``directions``.
 
     Raises:
-        TypeError: if ``lam`` or what ``solve_inner`` returns is no floating-point tensor, or
-            ``directions`` is no tensor.
+        TypeError: if ``lam`` or what ``solve_inner`` returns is no floating-point tensor,
+            ``solve_inner`` is no function, or ``directions`` is no tensor.
         ValueError: if ``eps`` is not positive or too small for lam's float type, ``directions`` has
             rows of another shape than lam's, or f is not one finite number.
 
@@ -423,6 +431,7 @@ def finite_difference_hypergradient(
     require_problem(problem)
     require_variable("lam", lam)
     require_batch("outer_batch", outer_batch, problem.outer_loss)
+    require_function("solve_inner", solve_inner, "lam -> theta*(lam)")
     eps = torch.finfo(lam.dtype).eps ** (1 / 3) if eps is None else eps
     require_number("eps", eps, positive=True)
     lam, outer_batch = ordinary(lam.detach()), ordinary(outer_batch)

@@ -98,6 +98,7 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
         Name to view of ``theta`` with the parameter's shape; gradients flow back to ``theta``.
 
     Raises:
+        TypeError: if ``model`` is no module, or ``theta`` no tensor.
         ValueError: if ``theta`` does not have exactly as many entries as the module.
 
     Example:
@@ -109,6 +110,10 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
     if theta.requires_grad:
         stand_in(model)
     sizes = [p.numel() for p in params.values()]
+    if not isinstance(theta, Tensor):
+        raise TypeError(
+            f"theta: got {type(theta).__name__}, expected a tensor of shape ({sum(sizes)},)"
+        )
     if theta.shape != (sum(sizes),):
         raise ValueError(
             f"theta: got shape {tuple(theta.shape)}, expected ({sum(sizes)},), "
@@ -129,6 +134,7 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name.
 
     Raises:
+        TypeError: as `unflatten`.
         ValueError: if theta does not fit the model, or the model is seen to compute from something
             else, too (see `bilevel_lite.purity`).
 

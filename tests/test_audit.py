@@ -222,8 +222,16 @@ def test_bad_input():
     theta = solve_inner(lam)
     with pytest.raises(ValueError, match="solvers: is empty"):
         bl.audit(problem, lam, theta, inner, outer)
-    with pytest.raises(TypeError, match="solvers: got 3, expected solvers such as"):
-        bl.audit(problem, lam, theta, inner, outer, [3])
+    for solvers, message in (
+        ([3], "got 3, expected solvers such as"),
+        (5, "got 5, expected solvers such as"),
+        (None, "got None, expected solvers such as"),
+        ({1: bl.CG(2)}, "got 1 as a name, expected strings"),
+    ):
+        with pytest.raises(TypeError, match=f"^solvers: {message}"):
+            bl.audit(problem, lam, theta, inner, outer, solvers)
+    report = bl.audit(problem, lam, theta, inner, outer, (bl.CG(k) for k in (1, 2)))
+    assert [row.name for row in report.rows] == ["CG", "CG (2)"]
     with pytest.raises(ValueError, match="draws: got 0"):
         bl.audit(problem, lam, theta, inner, outer, [bl.CG(1)], draws=0)
     flat = bl.BilevelProblem(problem.inner_loss, lambda lam, t, _: (t * 0).sum())

@@ -753,6 +753,12 @@ def test_other_kinds_of_arguments():
         (lambda: bl.WeightedRisk(None), "model: got NoneType, expected a torch.nn.Module"),
         (lambda: bl.flatten([THETA]), "model: got list, expected a torch.nn.Module"),
         (lambda: bl.unflatten(THETA, torch.nn.Linear(1, 1)), "model: got Tensor, expected a torch"),
+        (lambda: bl.unflatten(torch.nn.Linear(1, 1), None), "theta: got NoneType, expected a ten"),
+        (lambda: bl.unflatten(torch.nn.Linear(1, 1), 2.0), "theta: got float, expected a tensor"),
+        (
+            lambda: bl.params.predict(torch.nn.Linear(1, 1), [1.0, 2.0], torch.ones(1)),
+            r"theta: got list, expected a tensor of shape \(2,\)",
+        ),
     ],
 )
 def test_one_thing_for_another(call, message):

@@ -465,6 +465,34 @@ def test_what_is_refused_of_a_given_one():
         bl.check("problem", c.lam, theta, hypergradient=h)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, "solve_inner: got NoneType, expected a function lam -> theta"),
+        (torch.zeros(2), "solve_inner: got Tensor, expected a function lam -> theta"),
+        (lambda lam: None, r"solve_inner\(lam\): got NoneType, expected a floating-point tensor"),
+        (lambda lam: lam[:1], r"solve_inner\(lam\): got shape \(1,\), expected \(2,\)"),
+    ],
+)
+def test_an_inner_solution_that_is_none_is_refused_by_all_three(wrong, message):
+    problem = bl.BilevelProblem(
+        lambda lam, theta, _: ((theta - lam) ** 2).sum(),
+        lambda lam, theta, _: ((theta - 1) ** 2).sum(),
+    )
+    lam = theta = torch.zeros(2)
+    for name, call in {
+        "check": lambda: bl.check(problem, lam, theta, solve_inner=wrong, verbose=False),
+        "audit": lambda: bl.audit(problem, lam, theta, solvers=bl.CG(1), solve_inner=wrong),
+        "differences": lambda: bl.finite_difference_hypergradient(problem, lam, wrong),
+    }.items():
+        if wrong is None and name != "differences":
+            continue  # there it stands for none
+        if "shape" in message and name == "differences":
+            continue  # they know of no theta
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            call()
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0])
 def test_a_hypergradient_of_tiny_size_in_float32_is_judged_all_the_same(scale):
     """The squares of its entries underflow: everything was zero, and so was every error."""

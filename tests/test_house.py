@@ -81,9 +81,9 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12704),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12756),
     "methods": ([*METHODS.values()], 934),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1358),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1414),
     "meta-learning": ([PACKAGE / "meta.py"], 491),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 710),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
