@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,13 +42,14 @@ from bilevel_lite.linsolve import NegativeCurvatureWarning
 from bilevel_lite.refuse import (
     at_least,
     require_finite,
+    require_function,
     require_generator,
     require_number,
     require_variable,
 )
 from bilevel_lite.same_function import due, random_state, restore_random_state, was_the_same
 from bilevel_lite.surroundings import differentiating, ordinary, second_order, transforming, way_out
-from bilevel_lite.trust import tolerance
+from bilevel_lite.trust import tolerance, wave
 
 __all__ = ["ImplicitInfo", "adapt", "few_shot", "imaml", "maml", "sinusoids"]
 
@@ -83,7 +85,8 @@ def adapt(
         theta_T of each task, shape (tasks, d).
 
     Raises:
-        TypeError: if ``lam`` is not a floating-point tensor.
+        TypeError: if ``lam`` is not a floating-point tensor, ``support`` no pair of tensors with a
+            first dimension, or ``loss`` no function.
         ValueError: if ``lam`` is not flat, ``steps`` below 1, ``lr`` not positive, ``tau``
             negative, ``theta`` of another shape, or x and y not of equally many tasks; if the loss
             cannot be mapped over tasks, is another function when it is, or is refused as by
@@ -100,7 +103,7 @@ def adapt(
         tensor([[0.5000],
                 [1.5000]])
     """
-    tasks = _require(lam, support)
+    tasks = _require(loss, lam, support)
     at_least("steps", steps, 1)
     require_number("lr", lr, positive=True)
     require_number("tau", tau)
@@ -161,7 +164,7 @@ def maml(
         >>> meta.maml(loss, torch.zeros(1), support, query, steps=2, lr=0.5)[1]  # -2 / 2^4
         tensor([-0.1250])
     """
-    _require(lam, support, query)
+    _require(loss, lam, support, query)
 
     def phi(lam):
         theta = adapt(loss, lam, support, steps, lr, tau)
@@ -238,7 +241,7 @@ def imaml(
         >>> meta.imaml(loss, torch.zeros(1), theta, support, query, tau=1.0, iters=1)[1]
         tensor([-0.5000])
     """
-    tasks = _require(lam, support, query)
+    tasks = _require(loss, lam, support, query)
     require_number("tau", tau, positive=True, way_out="; without an anchor use maml")
     at_least("iters", iters, 1)
     _require_theta(theta, tasks, lam)
@@ -349,7 +352,8 @@ def few_shot(
         (support, query): x of shape (tasks, ways * points, ...), y of (tasks, ways * points).
 
     Raises:
-        TypeError: if the generator is none.
+        TypeError: if the generator is none, ``data`` no pair of tensors with a first dimension, or
+            ``classes`` no whole numbers.
         ValueError: if a number is below 1, y holds no label for each example, there are fewer than
             ``ways`` classes, or a class has fewer than ``shots + query`` examples.
 
@@ -365,10 +369,15 @@ def few_shot(
     require_generator(generator)
     for name, value in (("tasks", tasks), ("ways", ways), ("shots", shots), ("query", query)):
         at_least(name, value, 1)
+    _require_pair("data", data)
     (x, y), each, place = data, shots + query, generator.device
     if y.shape != (len(x),):
         raise ValueError(f"data: y has shape {tuple(y.shape)}, expected ({len(x)},), a label each")
-    members = {int(c): (y.to(place) == c).nonzero().flatten() for c in classes}
+    try:
+        wanted = [index(c) for c in classes]
+    except TypeError:
+        raise TypeError(f"classes: got {classes!r}, expected whole numbers, as (0, 1)") from None
+    members = {c: (y.to(place) == c).nonzero().flatten() for c in wanted}
     if len(members) < ways:
         raise ValueError(f"ways: got {ways}, but there are {len(members)} classes to draw from")
     for c, found in members.items():
@@ -392,9 +401,24 @@ def few_shot(
     return sets[0], sets[1]
 
 
-def _require(lam: Tensor, *sets: Batch) -> int:
-    """Refuse what is no start, and sets of unequally many tasks; return their number."""
+def _require_pair(name: str, batch: Any) -> None:
+    """Refuse what is no pair of tensors with a first dimension."""
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    if not pair or not all(isinstance(part, Tensor) and part.dim() for part in batch):
+        parts = batch if isinstance(batch, tuple | list) else ()
+        kinds = [f"{type(p).__name__}{[*p.shape] if isinstance(p, Tensor) else ''}" for p in parts]
+        got = type(batch).__name__ + f" of {', '.join(kinds)}" * bool(kinds)
+        raise TypeError(
+            f"{name}: got {got}, expected a pair (x, y) of tensors with a first dimension"
+        )
+
+
+def _require(loss: Loss, lam: Tensor, *sets: Batch) -> int:
+    """Refuse what is no loss or start, and sets of unequally many tasks; return their number."""
+    require_function("loss", loss, "(theta, batch) -> scalar")
     require_variable("lam", lam)
+    for name, batch in zip(("support", "query"), sets, strict=False):
+        _require_pair(name, batch)
     if lam.dim() != 1:
         raise ValueError(f"lam: got shape {tuple(lam.shape)}, expected a flat vector (d,)")
     counts = [len(part) for batch in sets for part in batch]
@@ -482,7 +506,7 @@ def _require_alike(loss: Loss, lam: Tensor, tasks: Batch, twice: bool) -> None:
     allowed = [tolerance(lam) * float(a.norm()) for a in alone]
     if all(not o > most for o, most in zip(off, allowed, strict=True)):
         return
-    far = _first_mapped(loss, lam / 2 + _wave(lam) / 10, tasks, twice)
+    far = _first_mapped(loss, lam / 2 + wave(lam) / 10, tasks, twice)
     for name, o, most, size in zip(_PARTS, off, allowed, far, strict=False):
         rounding = 1e3 * torch.finfo(lam.dtype).eps * float(size.norm())  # of terms that cancel
         if o > most + (rounding if math.isfinite(rounding) else 0.0):
@@ -504,7 +528,7 @@ def _alone(loss: Loss, lam: Tensor, tasks: Batch, twice: bool) -> list[Tensor]:
 
     try:
         value, _, slope = products.gradient(lone, lam, lam, batch)
-        along = [_wave(lam)] if twice else []
+        along = [wave(lam)] if twice else []
         return [value, slope, *(products.hvp(lone, lam, lam, batch, v) for v in along)]
     except ValueError as error:
         if not (said := str(error)).startswith("inner_loss"):
@@ -524,7 +548,7 @@ def _first_mapped(loss: Loss, theta: Tensor, tasks: Batch, twice: bool) -> list[
         if not twice:
             return value, slope
         back = vjp(lambda theta: grad(right)(theta, batch), theta)[1]
-        return value, slope, back(_wave(theta))[0]
+        return value, slope, back(wave(theta))[0]
 
     batch = tree_map(lambda part: part[None], _first(tasks))
     return [part[0].detach() for part in vmap(one)(theta.detach()[None], batch)]
@@ -532,8 +556,3 @@ def _first_mapped(loss: Loss, theta: Tensor, tasks: Batch, twice: bool) -> list[
 
 def _first(tasks: Batch) -> Batch:
     return tree_map(lambda part: ordinary(part[0]), tasks)
-
-
-def _wave(like: Tensor) -> Tensor:
-    """A direction along which nothing is zero, none of it drawn."""
-    return torch.arange(like.numel(), device=like.device).cos().to(like.dtype)

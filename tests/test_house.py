@@ -84,7 +84,7 @@ PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12756),
     "methods": ([*METHODS.values()], 934),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1414),
-    "meta-learning": ([PACKAGE / "meta.py"], 491),
+    "meta-learning": ([PACKAGE / "meta.py"], 510),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 710),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3657),

@@ -340,6 +340,64 @@ def test_what_is_refused(tasks, call, message):
         call(*tasks)
 
 
+PAIR = r"expected a pair \(x, y\) of tensors with a first dimension"
+NO_PAIRS = {
+    "None": (lambda x, y: None, "NoneType"),
+    "dict": (lambda x, y: {"x": x, "y": y}, "dict"),
+    "generator": (lambda x, y: iter((x, y)), "tuple_iterator"),
+    "tensor": (lambda x, y: x, "Tensor"),
+    "three": (lambda x, y: (x, y, y), r"tuple of Tensor\[.*\], Tensor\[.*\], Tensor\[.*\]"),
+    "none": (lambda x, y: (), "tuple"),
+    "lists": (lambda x, y: (x.tolist(), y.tolist()), "tuple of list, list"),
+    "arrays": (lambda x, y: [x.numpy(), y.numpy()], "list of ndarray, ndarray"),
+    "0-d": (lambda x, y: (x, torch.tensor(1.0)), r"tuple of Tensor\[.*\], Tensor\[\]"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NO_PAIRS))
+def test_what_is_no_pair_of_tensors_is_refused(tasks, kind):
+    (lam, support, query), (make, got) = tasks, NO_PAIRS[kind]
+    at, data = lam.expand(5, -1), (torch.randn(6, 2), torch.arange(6) % 2)
+    for name, call in (
+        ("support", lambda: meta.adapt(loss, lam, make(*support), 1, 0.1)),
+        ("support", lambda: meta.maml(loss, lam, make(*support), query, 1, 0.1)),
+        ("query", lambda: meta.maml(loss, lam, support, make(*query), 1, 0.1)),
+        ("query", lambda: meta.imaml(loss, lam, at, support, make(*query), 1.0, 1)),
+        ("data", lambda: meta.few_shot(make(*data), [0, 1], gen(), 2, 2, 1, 1)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: got {got}, {PAIR}$"):
+            call()
+
+
+def test_a_list_of_two_tensors_is_a_pair(tasks):
+    lam, support, query = tasks
+    both = [meta.maml(loss, lam, kind(support), kind(query), 1, 0.1)[1] for kind in (list, tuple)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("classes", [3, None, [0, 1.5], "01"])
+def test_classes_that_are_no_whole_numbers_are_refused(classes):
+    data = torch.randn(6, 2), torch.arange(6) % 2
+    with pytest.raises(TypeError, match="^classes: got .*, expected whole numbers, as"):
+        meta.few_shot(data, classes, gen(), 2, 2, 1, 1)
+    one, other = (
+        meta.few_shot(data, some, gen(), 2, 2, 1, 1)[0][0] for some in ([0, 1], data[1].unique())
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, torch.ones(D)])
+def test_a_loss_that_is_no_function_is_refused(tasks, wrong):
+    lam, support, query = tasks
+    for call in (
+        lambda: meta.adapt(wrong, lam, support, 1, 0.1),
+        lambda: meta.maml(wrong, lam, support, query, 1, 0.1),
+        lambda: meta.imaml(wrong, lam, lam.expand(5, -1), support, query, 1.0, 1),
+    ):
+        with pytest.raises(TypeError, match=r"^loss: got .*, expected a function \(theta, batch\)"):
+            call()
+
+
 def test_a_start_of_whole_numbers_is_refused(tasks):
     _, support, query = tasks
     with pytest.raises(TypeError, match=re.escape("lam: got torch.int64")):
