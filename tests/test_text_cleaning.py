@@ -182,8 +182,8 @@ def test_what_cannot_be_voted_on_is_refused(weak, more, message):
 # ---------------------------------------------------------------- files
 
 
-def entry(label=0, text="what is it ?", weak=(0, -1)):
-    return {"label": label, "data": {"text": text}, "weak_labels": list(weak)}
+def entry(label=0, text="what is it ?", weak=(0, -1), **spans):
+    return {"label": label, "data": {"text": text, **spans}, "weak_labels": list(weak)}
 
 
 def folder(path, **parts):
@@ -202,6 +202,12 @@ def test_a_folder_of_ones_own(tmp_path):
     assert d.train.y.tolist() == [0, 1] and d.train.weak.tolist() == [[0, -1], [1, 1]]
 
 
+def test_spans_are_read(tmp_path):
+    rows = {"a": entry(span1=[0, 4], span2=[5, 7]), "b": entry(span1=[8, 10], span2=[0, 4])}
+    d = wrench.read(folder(tmp_path / "mine", train=rows))
+    assert d.train.spans == [((0, 4), (5, 7)), ((8, 10), (0, 4))] and d.test.spans == []
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -214,6 +220,29 @@ def test_a_folder_of_ones_own(tmp_path):
         ),
         ({"train": {"a": entry(weak=(0,))}}, r"train, valid and test have \[1, 2, 2\] labelling"),
         ({"train": {"a": {"text": "x"}}}, "entry 'a' is not of the form"),
+        ({"train": {"a": entry(True)}}, "entry 'a' has label True, expected 0 to 1"),
+        ({"train": {"a": entry(weak=(0.0, 1))}}, "entry 'a' has the weak label 0.0, expected -1"),
+        ({"train": {"a": entry(weak=(0, False))}}, "entry 'a' has the weak label False, expect"),
+        ({"train": {"a": entry(weak=(0, [1]))}}, r"entry 'a' has the weak label \[1\], expected"),
+        ({"label": {"0": 1, "1": 2}}, "label.json: names a class 1, expected a string"),
+        (
+            {"train": {"a": entry(span1=[0, 4])}},
+            r"'a' has the spans \[0, 4\] and None, expected two",
+        ),
+        (
+            {"train": {"a": entry(span2=[0, 4])}},
+            r"'a' has the spans None and \[0, 4\], expected two",
+        ),
+        ({"train": {"a": entry(span1=[0], span2=[0, 4])}}, r"'a' has the spans \[0\] and \[0, 4\]"),
+        ({"train": {"a": entry(span1=3, span2=[0, 4])}}, r"'a' has the spans 3 and \[0, 4\], exp"),
+        (
+            {"train": {"a": entry(span1=[0, 4], span2=[0, 99])}},
+            r"and \[0, 99\], expected two pairs",
+        ),
+        (
+            {"train": {"a": entry(), "b": entry(span1=[0, 4], span2=[5, 7])}},
+            "train.json: up to entry 'b' some have spans and some have none; give all or none",
+        ),
         ({"train": "{"}, "train.json is damaged: not JSON"),
         ({"train": "[1]"}, "train.json: expected a dictionary of entries, got list"),
     ],

@@ -9,7 +9,7 @@ makes one label of them. True labels are there as well, so that one can see what
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def read(folder: str | Path, name: str = "") -> WeakTexts:
 
     Args:
         folder: With ``train.json``, ``valid.json``, ``test.json`` (id -> ``{"label": 0, "data":
-            {"text": "..."}, "weak_labels": [0, -1]}``) and ``label.json`` (number -> class name).
+            {"text": "..."}, "weak_labels": [0, -1]}``; in ``data`` all or none with ``"span1": [0,
+            3]`` and ``"span2"``) and ``label.json`` (number -> class name).
         name: Of the set; the folder's by default.
 
     Raises:
@@ -127,6 +128,8 @@ def read(folder: str | Path, name: str = "") -> WeakTexts:
             f"{folder / 'label.json'}: names the classes {', '.join(names)}, expected 0 to "
             f"{len(names) - 1}"
         )
+    if odd := [name for name in names.values() if not isinstance(name, str)]:
+        raise DataError(f"{folder / 'label.json'}: names a class {odd[0]!r}, expected a string")
     classes = [names[str(number)] for number in range(len(names))]
     splits = [_split(folder / file, entries, len(classes)) for file, entries in parts.items()]
     widths = [split.weak.shape[1] for split in splits]
@@ -148,7 +151,7 @@ def _split(path: Path, entries: dict, classes: int) -> Texts:
             ) from None
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{path}: the text of entry {key!r} is empty; leave the entry out")
-        if not isinstance(label, int) or label not in range(classes):
+        if not _whole(label, 0, classes):
             raise DataError(
                 f"{path}: entry {key!r} has label {label!r}, expected 0 to {classes - 1}, the "
                 "classes of label.json"
@@ -162,7 +165,7 @@ def _split(path: Path, entries: dict, classes: int) -> Texts:
             raise DataError(
                 f"{path}: entry {key!r} has {len(votes)} weak labels, the first has {len(weak[0])}"
             )
-        if bad := [vote for vote in votes if vote not in range(-1, classes)]:
+        if bad := [vote for vote in votes if not _whole(vote, -1, classes)]:
             raise DataError(
                 f"{path}: entry {key!r} has the weak label {bad[0]!r}, expected -1 (abstains) to "
                 f"{classes - 1}"
@@ -170,11 +173,35 @@ def _split(path: Path, entries: dict, classes: int) -> Texts:
         texts.append(text)
         y.append(label)
         weak.append(votes)
-        if "span1" in entry["data"]:
-            spans.append((tuple(entry["data"]["span1"]), tuple(entry["data"]["span2"])))
+        if found := _spans(f"{path}: entry {key!r}", entry["data"]):
+            spans.append(found)
+        if len(spans) not in (0, len(texts)):
+            raise DataError(
+                f"{path}: up to entry {key!r} some have spans and some have none; give all or none"
+            )
     if not texts:
         raise DataError(f"{path}: holds no text")
     return Texts(texts, torch.tensor(y), torch.tensor(weak), spans)
+
+
+def _whole(value: Any, least: int, end: int) -> bool:
+    """True for an integer of JSON, neither 1.0 nor true, from ``least`` to below ``end``."""
+    return type(value) is int and least <= value < end
+
+
+def _spans(where: str, data: dict) -> tuple | None:
+    """Where the two entities of a text stand; None if it does not say so."""
+    spans = [data.get(name) for name in ("span1", "span2")]
+    if spans == [None, None]:
+        return None
+    for span in spans:
+        pair = isinstance(span, list) and len(span) == 2
+        if not pair or not all(_whole(place, 0, len(data["text"]) + 1) for place in span):
+            raise DataError(
+                f"{where} has the spans {spans[0]!r} and {spans[1]!r}, expected two pairs [start, "
+                "end] of characters of its text"
+            )
+    return tuple(spans[0]), tuple(spans[1])
 
 
 def majority(
