@@ -4,7 +4,7 @@ What is after Tao et al. (NeurIPS 2020), who combine population-based training w
 they published no code, so the form of the teacher here is from memory: a method like theirs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_lite.refuse import at_least, require_finite, require_generator
+from bilevel_lite.refuse import (
+    at_least,
+    require_finite,
+    require_fraction,
+    require_function,
+    require_generator,
+)
 
 __all__ = ["Member", "Teacher", "evolve", "rescale"]
 
@@ -111,7 +117,8 @@ def evolve(
         The members after the last round, the best first, and each round's losses.
 
     Raises:
-        TypeError: if the generator is none.
+        TypeError: if the generator is none, ``members`` is no list of them, ``step`` or ``mutate``
+            no function, or what one of these returns no member or no tensor.
         ValueError: if there are fewer than 2 members, more than half are to be replaced, or an
             option is out of range.
         NotFinite: if no member has a finite loss.
@@ -132,8 +139,13 @@ def evolve(
     require_generator(generator)
     at_least("rounds", rounds, 1)
     at_least("every", every, 1)
-    if not 0 <= truncation <= 0.5:
-        raise ValueError(f"truncation: got {truncation}, expected a number from 0 to 0.5")
+    require_fraction("truncation", truncation, 0.5)
+    require_function("step", step, "member -> member")
+    if mutate is not None:
+        require_function("mutate", mutate, "(lam, generator) -> lam")
+    if not isinstance(members, list | tuple):
+        raise TypeError(f"members: got {type(members).__name__}, expected a list of Member")
+    _require_members("members: got", members)
     worst = max(1, round(truncation * len(members))) if truncation > 0 else 0
     if len(members) < 2 or 2 * worst > len(members):
         raise ValueError(
@@ -143,6 +155,7 @@ def evolve(
     members, history = deepcopy(members), []
     for r in range(rounds):
         members = [step(member) for member in members]
+        _require_members("step: returned", members)
         history.append([member.loss for member in members])
         if (r + 1) % every == 0 and r + 1 < rounds and worst:
             order = _ranked(members)
@@ -150,11 +163,24 @@ def evolve(
                 draw = torch.randint(worst, (), generator=generator, device=generator.device)
                 chosen = int(draw)
                 new = deepcopy(members[order[chosen]])
-                new.lam = new.lam if mutate is None else mutate(new.lam, generator).detach()
+                new.lam = new.lam if mutate is None else _mutated(mutate, new.lam, generator)
                 members[order[-1 - k]] = new
     members = [members[k] for k in _ranked(members)]
     require_finite({"loss of the best member": torch.tensor(members[0].loss, device="cpu")})
     return members, history
+
+
+def _require_members(what: str, members: Sequence[Any]) -> None:
+    for member in members:
+        if not isinstance(member, Member):
+            raise TypeError(f"{what} {type(member).__name__}, expected a Member")
+
+
+def _mutated(mutate: Callable[..., Tensor], lam: Tensor, generator: torch.Generator) -> Tensor:
+    made = mutate(lam, generator)
+    if not isinstance(made, Tensor):
+        raise TypeError(f"mutate: returned {type(made).__name__}, expected a tensor like lam")
+    return made.detach()
 
 
 def _ranked(members: list[Member]) -> list[int]:

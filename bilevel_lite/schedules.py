@@ -8,6 +8,7 @@ its steps; it also hides what they want apart.
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -114,6 +115,20 @@ def _windowed(first: int, values: int, steps: int):
 BOUNDS = {"lr": (0.0, float("inf")), "momentum": (0.0, 0.999), "weight_decay": (0.0, float("inf"))}
 
 
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real or isinstance(value, Tensor) and value.dim() == 0
+
+
+def _require_bounds(name: str, pair: Any) -> None:
+    two = isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_number, pair))
+    if not two or not pair[0] <= pair[1]:
+        raise ValueError(
+            f"bounds: got {pair!r} for {name}, expected (least, most), two numbers in order; "
+            "infinite ones for no bound"
+        )
+
+
 @dataclass
 class SignSteps:
     r"""Outer steps by signs alone: what is left of a derivative whose size spans many decades.
@@ -128,8 +143,9 @@ class SignSteps:
             0.999. Public code has no bounds, so that a rate may become negative.
 
     Raises:
-        TypeError: if a value is no floating-point tensor.
-        ValueError: if a size is not finite and positive, or names differ.
+        TypeError: if a value is no floating-point tensor, or one of the three no dict.
+        ValueError: if a size is not finite and positive, bounds are not two numbers in order, or
+            names differ.
 
     Cost: none. Source: Micaelli and Storkey (2021), arXiv 2007.07869; the bounds are ours.
 
@@ -147,6 +163,9 @@ class SignSteps:
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: dict(BOUNDS))
 
     def __post_init__(self):
+        for part in ("values", "sizes", "bounds"):
+            if not isinstance(given := getattr(self, part), dict):
+                raise TypeError(f"{part}: got {type(given).__name__}, expected a dict by name")
         for name, value in self.values.items():
             require_variable(name, value)
         self.values = {name: value.detach() for name, value in self.values.items()}
@@ -155,11 +174,12 @@ class SignSteps:
                 f"sizes: got {sorted(self.sizes)}, expected {sorted(self.values)}, each with bounds"
             )
         for name, size in self.sizes.items():
-            number = isinstance(size, int | float) or isinstance(size, Tensor) and size.dim() == 0
-            if not number or isinstance(size, bool) or not 0 < size < math.inf:
+            if not _is_number(size) or not 0 < size < math.inf:
                 raise ValueError(
                     f"sizes: got {size!r} for {name}, expected a finite positive number"
                 )
+        for name in self.values:
+            _require_bounds(name, self.bounds[name])
         self.size = {k: torch.full_like(v, float(self.sizes[k])) for k, v in self.values.items()}
         self.sign = {k: torch.zeros_like(v) for k, v in self.values.items()}
 
@@ -178,7 +198,8 @@ class SignSteps:
             size = self.size[name]
             self.size[name] = torch.where(sign * self.sign[name] < 0, size / 2, size)
             self.sign[name] = torch.where(sign == 0, self.sign[name], sign)
-            self.values[name] = (value - self.size[name] * sign).clamp(*self.bounds[name])
+            least, most = map(float, self.bounds[name])
+            self.values[name] = (value - self.size[name] * sign).clamp(least, most)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that the next step depends on."""

@@ -83,9 +83,9 @@ METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHO
 PARTS = {
     "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12756),
     "methods": ([*METHODS.values()], 934),
-    "data": ([*(PACKAGE / "data").glob("*.py")], 1414),
+    "data": ([*(PACKAGE / "data").glob("*.py")], 1441),
     "meta-learning": ([PACKAGE / "meta.py"], 510),
-    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 710),
+    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 756),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3657),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 756),

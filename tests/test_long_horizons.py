@@ -1,6 +1,9 @@
 """Schedules, populations and functional hypergradients: each against another way to its number."""
 
+import math
+
 import kinds
+import numpy as np
 import pytest
 import torch
 
@@ -197,6 +200,29 @@ def test_a_state_of_sign_steps_is_a_copy_and_is_checked_before_it_is_taken():
 def test_bad_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="^sizes: got"):
         SignSteps({"lr": torch.ones(1)}, sizes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"values": None}, "values: got NoneType, expected a dict by name"),
+        ({"values": torch.ones(1)}, "values: got Tensor, expected a dict by name"),
+        ({"sizes": 0.1}, "sizes: got float, expected a dict by name"),
+        ({"bounds": None}, "bounds: got NoneType, expected a dict by name"),
+        ({"bounds": {"lr": (1, 0)}}, r"bounds: got \(1, 0\) for lr, expected \(least, most\)"),
+        ({"bounds": {"lr": (float("nan"), 1)}}, r"bounds: got \(nan, 1\) for lr, expected"),
+        ({"bounds": {"lr": (None, 1)}}, r"bounds: got \(None, 1\) for lr, .* for no bound"),
+        ({"bounds": {"lr": 1.0}}, "bounds: got 1.0 for lr, expected"),
+        ({"bounds": {"lr": (0, 1, 2)}}, r"bounds: got \(0, 1, 2\) for lr, expected"),
+    ],
+)
+def test_what_sign_steps_cannot_be_made_of(given, message):
+    good = {"values": {"lr": torch.ones(1)}, "sizes": {"lr": 0.1}, "bounds": {"lr": (0, 1)}}
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        SignSteps(**{**good, **given})
+    for bounds in ([np.float64(0), torch.tensor(2.0)], (1, 1), (-math.inf, math.inf)):
+        outer = SignSteps(**{**good, "sizes": {"lr": np.float32(0.1)}, "bounds": {"lr": bounds}})
+        outer.step({"lr": torch.ones(1)})
 
 
 # ------------------------------------------------------------------ functional
@@ -441,12 +467,23 @@ def test_the_teacher_descends_on_the_loss_of_its_mutant():
         (4, {"truncation": 1.0}, "truncation: got 1.0"),
         (4, {"rounds": 0}, "rounds: got 0"),
         (4, {"every": 0}, "every: got 0"),
+        (4, {"truncation": "a"}, "truncation: got 'a', expected a number from 0 to 0.5"),
+        (4, {"members": None}, "members: got NoneType, expected a list of Member"),
+        (4, {"members": iter([])}, "members: got list_iterator, expected a list of Member"),
+        (4, {"members": [torch.ones(1)] * 2}, "members: got Tensor, expected a Member"),
+        (4, {"step": None}, "step: got NoneType, expected a function member -> member"),
+        (4, {"step": lambda member: None}, "step: returned NoneType, expected a Member"),
+        (4, {"mutate": 3}, r"mutate: got int, expected a function \(lam, generator\) -> lam"),
+        (4, {"mutate": lambda *_: None}, "mutate: returned NoneType, expected a tensor like lam"),
     ],
 )
 def test_bad_populations_are_refused(count, change, message):
-    starts = [Member(torch.tensor(1.0), 0)] * count
-    with pytest.raises(ValueError, match=message):
-        evolve(starts, student, **{"rounds": 3, "generator": torch.Generator(), **change})
+    given = {
+        "members": [Member(torch.tensor(1.0), 0)] * count, "step": student, "rounds": 3,
+        "generator": torch.Generator(),
+    }  # fmt: skip
+    with pytest.raises((TypeError, ValueError), match=message):
+        evolve(**{**given, **change})
 
 
 def test_a_population_without_a_finite_loss_is_refused():
