@@ -209,6 +209,19 @@ def test_what_grade_may_not_do(tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(("name", "option"), [("out", "out"), ("csv", "table")])
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch, name, option):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(csv, "DictWriter", full)
+    result = {"submissions": [], "seed": 0}
+    message = rf"^{name}: .*marks cannot be written \(No space left on device\)"
+    with pytest.raises(ValueError, match=message):
+        grading.write(result, **{option: tmp_path / "marks"})
+
+
 def test_answers_of_the_checkout_are_refused(tmp_path):
     path = "Path(bl.__file__).parents[1] / 'tests' / 'exercise_answers' / 'ch01.py'"
     steal = f"import runpy\nfrom pathlib import Path\nRIGHT = runpy.run_path({path})['RIGHT']\n"

@@ -85,10 +85,10 @@ PARTS = {
     "methods": ([*METHODS.values()], 934),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1441),
     "meta-learning": ([PACKAGE / "meta.py"], 510),
-    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 756),
+    "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 757),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 705),
     "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3657),
-    "grading": ([*(PACKAGE / "grading").glob("*.py")], 756),
+    "grading": ([*(PACKAGE / "grading").glob("*.py")], 764),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1173),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5552),
 }

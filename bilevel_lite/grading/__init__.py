@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -328,11 +329,17 @@ def writable(paths: list[Path], **files: str | Path | None) -> None:
     for name, path in ((name, path) for name, path in files.items() if path is not None):
         if Path(path).resolve() in {one.resolve() for one in paths}:
             raise ValueError(f"{name}: {path} is a submission, which would be lost; give another")
-        try:
+        with _writing(name, path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).open("a").close()
-        except OSError as error:
-            raise ValueError(f"{name}: {path} cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def _writing(name: str, path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be written ({error.strerror})") from None
 
 
 def write(result: dict, out: str | Path | None = None, table: str | Path | None = None) -> None:
@@ -345,16 +352,17 @@ def write(result: dict, out: str | Path | None = None, table: str | Path | None 
         ValueError: as `writable`.
     """
     writable([Path(one["file"]) for one in result["submissions"]], out=out, csv=table)
-    try:
-        if out is not None:
+    if out is not None:
+        with _writing("out", out):
             Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        if table is not None:
-            with Path(table).open("w", encoding="utf-8-sig", newline="") as file:
-                rows = csv.DictWriter(file, COLUMNS)
-                rows.writeheader()
-                rows.writerows(_rows(result))
-    except OSError as error:
-        raise ValueError(f"out, csv: a file cannot be written ({error.strerror})") from None
+    if table is not None:
+        with (
+            _writing("csv", table),
+            Path(table).open("w", encoding="utf-8-sig", newline="") as file,
+        ):
+            rows = csv.DictWriter(file, COLUMNS)
+            rows.writeheader()
+            rows.writerows(_rows(result))
 
 
 def _rows(result: dict) -> Iterator[dict]:
