@@ -275,7 +275,8 @@ def _absolute(function, x, **kwargs):
 
 
 def _l1_loss(function, input, target, *args, reduction="mean", **kwargs):
-    if args or kwargs or reduction != "none" or input.shape != target.shape:
+    other = args or any(value is not None for value in kwargs.values())
+    if other or reduction != "none" or input.shape != target.shape:
         return function(input, target, *args, reduction=reduction, **kwargs)
     return _absolute(torch.abs, input - target)
 

@@ -261,12 +261,25 @@ def cg(
         if pp == 0:  # the direction underflowed: nothing is left to solve
             break
         hp = apply(p)
-        (php,) = _read(dot(p, hp))
+        php, along = _read(dot(p, hp), hp.norm())
         if not math.isfinite(php):
             raise NotFinite(f"matvec: p^T H p is {php} at CG step {steps + 1}: H v is not finite")
         if php <= 0 and _vanishes(pp, b):
             break
         quotient = apply.along(php, pp)
+        size = max(size, along / math.sqrt(pp) if math.isfinite(along) else 0.0)
+        if abs(quotient) <= eps * size > 0:
+            if residual > eps**0.75 * b_norm:  # else all is solved that can be
+                apply.low = min(apply.low, 0.0)
+                warnings.warn(
+                    f"CG stopped at step {steps + 1}: the curvature along its direction is "
+                    f"{quotient:.3g}, nothing beside {size:.3g}, so H is singular to working "
+                    "precision and H v = b has no solution that CG can find; the result is the "
+                    f"iterate after {steps} step(s). Add damping or an l2 term",
+                    NegativeCurvatureWarning,
+                    stacklevel=3,
+                )
+            break
         if quotient <= 0:
             warnings.warn(
                 f"CG stopped at step {steps + 1}: the curvature along its direction is "
@@ -276,18 +289,6 @@ def cg(
                 NegativeCurvatureWarning,
                 stacklevel=3,
             )
-            break
-        if quotient <= eps * max(size, apply.high):
-            if residual > eps**0.75 * b_norm:  # else all is solved that can be
-                apply.low = min(apply.low, 0.0)
-                warnings.warn(
-                    f"CG stopped at step {steps + 1}: the curvature along its direction is "
-                    f"{quotient:.3g}, nothing beside {max(size, apply.high):.3g}, so H is singular "
-                    "to working precision and H v = b has no solution that CG can find; the "
-                    f"result is the iterate after {steps} step(s). Add damping or an l2 term",
-                    NegativeCurvatureWarning,
-                    stacklevel=3,
-                )
             break
         alpha = rz / php
         v.addcmul_(alpha, p)

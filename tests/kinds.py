@@ -370,6 +370,7 @@ class Centring(Pair):
 
 legacy = nn.utils.weight_norm
 add("weight norm, old", lambda: mlp(first=legacy(nn.Linear(5, 4))), normal(5))
+add("weight norm, old, one length", lambda: mlp(first=legacy(nn.Linear(5, 4), dim=None)), normal(5))
 add("weight norm, new", lambda: mlp(first=parametrizations.weight_norm(nn.Linear(5, 4))), normal(5))
 add(
     "spectral norm, old",

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -1264,6 +1265,37 @@ def test_any_torch_optimiser_and_schedule_moves_either_level(name):
     close(method.lam, lam, 1e-8)
     close(method.theta, theta, 1e-8)
     assert float((method.lam - LAM).norm()) > 1e-4
+
+
+EVERY = [bl.AID, bl.AmIGO, bl.BOME, bl.BSG1, bl.NBO, bl.NHGD, bl.SOBA, bl.StocBiO]
+ARGUMENTS = {
+    bl.AID: [bl.CG(2)], bl.NBO: ["gd", 2, 0.2], bl.SOBA: [0.2], bl.StocBiO: [2, 2, 0.2],
+    bl.AmIGO: [2, 2, 0.2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_an_inner_optimiser_with_a_penalty_of_its_own_is_refused(kind):
+    """theta would solve another problem than the one whose H is taken; J v was off by 44 %."""
+    made = partial(make, kind, *ARGUMENTS.get(kind, []))
+    for wrong, told in (
+        (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.5), "has weight_decay=0.5, a penalty"),
+        (lambda p: torch.optim.AdamW(p, 0.1), "has weight_decay=0.01, a penalty that g has not"),
+        (lambda p: torch.optim.SGD(p, 0.1, maximize=True), "has maximize=True, but theta min"),
+    ):
+        with pytest.raises(ValueError, match=f"inner_optimizer: {told}"):
+            made(inner_optimizer=wrong)
+    made(inner_optimizer=lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.0),
+         outer_optimizer=lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.5))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{at}_{what}" for at in ("inner", "outer") for what in ("optimizer", "scheduler")),
+             "projection"],
+)  # fmt: skip
+def test_what_is_no_function_is_refused_at_once(name):
+    with pytest.raises(TypeError, match=f"{name}: got int, expected a function"):
+        make(bl.SOBA, 0.2, **{name: 5})
 
 
 def test_a_schedule_that_watches_the_loss():

@@ -2,8 +2,10 @@
 
 import math
 from collections import namedtuple
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import bilevel_lite as bl
 from bilevel_lite import data, linsolve, products
+from bilevel_lite import problem as problem_module
 from bilevel_lite.session import pick_device
 
 LAM, THETA = torch.tensor([0.1, 0.2]), torch.tensor([1.0, -1.0])
@@ -111,6 +114,29 @@ def test_a_rate_that_is_no_number_is_refused(rate):
     for update in (bl.updates.SGD(lambda lam, t: rate), bl.updates.Adam(lambda lam, t: rate)):
         with pytest.raises(TypeError, match="lr: its function returned .*, expected a number or"):
             bl.unrolled_hypergradient(problem, LAM, THETA, 2, update=update)
+
+
+@dataclass
+class Held:
+    x: Any
+    y: Any = None
+
+
+class Carried:
+    def __init__(self, x):
+        self.x = x
+
+
+@pytest.mark.parametrize(
+    "wrap", [Held, Carried, lambda x: [Held(x)], lambda x: (1, {"a": Carried(x)}), Carried,
+             lambda x: Held(Carried(x))],
+)  # fmt: skip
+def test_a_batch_made_of_lam_is_refused_wherever_it_is_held(wrap):
+    problem, lam = bl.BilevelProblem(inner, outer), LAM.clone().requires_grad_()
+    for name in ("inner_batch", "outer_batch"):
+        with pytest.raises(ValueError, match=f"{name}: holds a tensor that requires a gradient"):
+            bl.hypergradient(problem, LAM, THETA, **{name: wrap(2 * lam)})
+    assert problem_module.examples(wrap(torch.ones(7, 2))) == 7
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])

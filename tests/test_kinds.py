@@ -916,6 +916,87 @@ def test_all_derivatives_of_a_loss_that_holds_one(loss, d):
     assert error((cross_vp(loss, lam, theta, batch, e) * w).sum(), truth) < ROUGH
 
 
+def across_points(loss, lam, theta):
+    """H e and J e against differences of the gradient, which is right at these points."""
+    e, w, h = torch.linspace(0.5, 1.5, len(theta)), torch.randn_like(lam), 1e-6
+
+    def slope(t, s=0.0):
+        return theta_gradient(loss, lam + s * w, theta + t * e, None)[1]
+
+    truth = (slope(h) - slope(-h)) / (2 * h), (slope(0, h) - slope(0, -h)) @ e / (2 * h)
+    got = hvp(loss, lam, theta, None, e), (cross_vp(loss, lam, theta, None, e) * w).sum()
+    return [error(one, other) for one, other in zip(got, truth, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "power",
+    [torch.pow, Tensor.pow, torch.float_power, lambda a, b: a**b,
+     lambda a, b: torch.cat([a[:, :1] ** b[0], a[:, 1:] ** b[1:]], 1)],
+)  # fmt: skip
+def test_a_learned_exponent_of_exactly_zero(power):
+    """A focal loss begins there. With torch's own forms J v was off by half."""
+    x, y = torch.randn(N, 4), torch.randn(N, 3)
+
+    def loss(lam, theta, _):
+        p = torch.sigmoid(x @ theta.view(4, 3))
+        return (power(1 - p, lam) * (p - y).square()).sum()
+
+    for lam in (torch.zeros(3), torch.tensor([0.0, 1.0, 2.0])):
+        assert max(across_points(loss, lam, torch.randn(12))) < ROUGH
+
+
+@pytest.mark.parametrize(
+    "square",
+    [
+        lambda d: torch.abs(d) ** 2, lambda d: d.abs().square(), lambda d: d.abs() * d.abs(),
+        lambda d: d.absolute() ** 2, lambda d: abs(d).pow(2.0),
+        lambda d: F.l1_loss(d, torch.zeros_like(d), reduction="none") ** 2,
+    ],
+)  # fmt: skip
+def test_the_square_of_an_absolute_value_at_zero(square):
+    """At the start of a proximal term all of it is zero, and torch's H and J of it were, too."""
+    x, lam = torch.randn(N, 4), torch.randn(4)
+    theta = lam + torch.tensor([0.0, 0.0, 0.3, -0.2])
+
+    def loss(lam, theta, _):
+        return (x @ theta).tanh().sum() + square(theta - lam).sum()
+
+    assert max(across_points(loss, lam, theta)) < ROUGH
+    problem = bl.BilevelProblem(loss, lambda lam, theta, _: (theta - 1).square().sum())
+    plain = bl.BilevelProblem(
+        lambda lam, theta, _: (x @ theta).tanh().sum() + (theta - lam).square().sum(),
+        problem.outer_loss,
+    )
+    for mode in ("reverse", "forward"):
+        ends = [bl.unrolled_hypergradient(p, lam, lam, 3, 0.1, mode) for p in (problem, plain)]
+        assert error(*ends) < TOLERANCE
+
+
+def test_the_square_of_an_absolute_value_within_a_loss_that_holds_a_derivative():
+    x, e = torch.zeros(N, 4), torch.linspace(0.5, 1.5, 12)
+
+    def penalty(square):
+        def loss(lam, theta, _):
+            at = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(
+                square(at @ theta.view(4, 3)).sum(), at, create_graph=True
+            )
+            return ((slope + 1) * (at + 1)).square().sum() + theta.square().sum() + lam
+
+        return loss
+
+    at = torch.ones(()), torch.randn(12), None
+    one, other = penalty(torch.square), penalty(lambda z: z.abs() ** 2)
+    assert error(theta_gradient(other, *at)[1] @ e, theta_gradient(one, *at)[1] @ e) < TOLERANCE
+
+
+def test_the_gradient_of_an_absolute_value_is_torchs():
+    at = torch.ones(()), torch.tensor([0.0, -2.0, 0.5]), None
+    loss = lambda lam, theta, _: lam * theta.abs().sum() + theta.relu().abs().sum()  # noqa: E731
+    assert theta_gradient(loss, *at)[1].tolist() == [0.0, -1.0, 2.0]
+    assert hvp(loss, *at, torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
+
+
 def unnamed(how):
     """Weight norm by a name that is not torch's own function's."""
 

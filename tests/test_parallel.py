@@ -16,7 +16,7 @@ import bilevel_lite as bl
 from bilevel_lite.__main__ import main
 from bilevel_lite.experiment import job
 from bilevel_lite.experiment.task import find
-from bilevel_lite.parallel import Group, Sharded, dealt, shard
+from bilevel_lite.parallel import Group, Sharded, Shards, dealt, shard
 from bilevel_lite.products import theta_gradient
 from bilevel_lite.workers import environments
 
@@ -247,6 +247,14 @@ def test_what_one_process_must_run_is_refused(group, monkeypatch, capsys, tmp_pa
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "solvers", "--out", str(tmp_path / "c")]) == 1
     assert "error: study runs in one process" in capsys.readouterr().err
+
+
+def test_what_cannot_be_shared_is_refused():
+    held = SimpleNamespace(x=torch.ones(4))
+    with pytest.raises(TypeError, match="batch: holds tensors in a SimpleNamespace; expected tup"):
+        shard((torch.ones(4), held), SimpleNamespace(rank=0, size=2))
+    with pytest.raises(TypeError, match="sampler: got SimpleNamespace, expected one with draw"):
+        Shards(SimpleNamespace(draw=lambda: None), SimpleNamespace(rank=0, size=2))
 
 
 def test_a_wait_that_is_no_number_is_refused(monkeypatch, capsys, tmp_path):

@@ -226,6 +226,58 @@ def test_a_global_hook_on_the_way_back_makes_code_unknown():
     assert float((got - torch.stack(truth)).norm()) < 1e-9 * float(got.norm())
 
 
+PENALTIES = {
+    "a weight": lambda model, x: model.weight.square().sum(),
+    "all parameters": lambda model, x: sum(p.norm() ** 2 for p in model.parameters()),
+    "a call": lambda model, x: model(x).square().mean(),
+}
+
+
+@pytest.mark.parametrize("by", ["predict", "functional_call"])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_penalty_on_the_models_own_parameters_is_refused(penalty, by):
+    """The line of every training loop; theta stands in for them, so its slope was zero."""
+    model = nn.Linear(5, 3)
+
+    def fit(theta, batch):
+        if by == "predict":
+            out = bl.params.predict(model, theta, batch[0])
+        else:
+            named = bl.unflatten(model, theta)
+            out = torch.func.functional_call(model, named, (batch[0],))
+        return F.cross_entropy(out, batch[1])
+
+    def penalised(lam, theta, batch):
+        own = lam.exp().sum() * PENALTIES[penalty](model, batch[0])
+        return fit(theta, batch) + own + theta @ theta
+
+    def plain(lam, theta, batch):
+        return fit(theta, batch) + lam.exp().sum() * theta @ theta
+
+    lam, theta = torch.zeros(2), bl.flatten(model)
+    batch = numbers(1, 6, 5), torch.arange(6) % 3
+    told = "reads parameters of Linear itself, for which theta stands in"
+    for one, other, name in ((penalised, plain, "inner_loss"), (plain, penalised, "outer_loss")):
+        at = bl.BilevelProblem(one, other), lam, theta
+        for call in (
+            lambda at=at: bl.hypergradient(*at, batch, batch, bl.CG(2)),
+            lambda at=at: bl.unrolled_hypergradient(
+                *at, 2, 0.1, inner_batch=batch, outer_batch=batch
+            ),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: {told}"):
+                call()
+    teacher = nn.Linear(5, 3)  # another model may be called
+
+    def taught(lam, theta, batch):
+        return (
+            plain(lam, theta, batch)
+            + (teacher(batch[0]).softmax(1)[:, 0] * lam[0]).sum() * theta[0]
+        )
+
+    bl.hypergradient(bl.BilevelProblem(taught, plain), lam, theta, batch, batch, bl.CG(2))
+
+
 @pytest.mark.parametrize("put", ["vector_to_parameters", "load_state_dict", "copy_"])
 def test_a_loss_that_puts_theta_into_a_module_is_refused(put):
     """With a penalty on theta, H and J were those of the penalty alone."""

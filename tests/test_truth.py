@@ -368,6 +368,40 @@ def test_cg_on_an_indefinite_matrix_says_so_and_keeps_its_last_iterate():
     assert error(done.solution, b / (h.diagonal() + 1.5)) < 1e-12
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cg_on_a_singular_matrix_stops_before_it_explodes(dtype, preconditioned):
+    """Least squares with more parameters than examples: b has a part that no H v reaches."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 12, generator=draws, dtype=dtype)
+    h, b = x.T @ x / 4, torch.randn(12, generator=draws, dtype=dtype)
+    m = (lambda r: r / (h.diagonal() + 0.1)) if preconditioned else None
+    size = torch.linalg.norm(torch.linalg.pinv(h.double(), rtol=1e-5) @ b.double())
+    with pytest.warns(bl.NegativeCurvatureWarning, match="H is singular to working precision"):
+        done = linsolve.cg(lambda v: h @ v, b, iters=40, precondition=m)
+    assert done.negative_curvature and not done.converged and done.iterations <= 12
+    assert done.solution.norm() < 1e6 * size
+    start = torch.linalg.pinv(h.double(), rtol=1e-5).to(dtype) @ b
+    with pytest.warns(bl.NegativeCurvatureWarning):  # all that is left is that part
+        done = linsolve.cg(lambda v: h @ v, b, iters=40, x0=start, precondition=m)
+    assert done.solution.norm() < 1e6 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cg_on_a_singular_matrix_solves_what_has_a_solution_and_says_nothing(dtype):
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 12, generator=draws, dtype=dtype)
+    h = x.T @ x / 4
+    truth = x.T @ torch.randn(4, generator=draws, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        done = linsolve.cg(lambda v: h @ v, h @ truth, iters=40)
+    assert error(done.solution, truth) < (1e-8 if dtype == torch.float64 else 1e-2)
+    wide = torch.tensor([1.0, 1e-3, 1e-5], dtype=dtype)  # ill-conditioned is not singular
+    done = linsolve.cg(lambda v: wide * v, torch.ones(3, dtype=dtype), iters=30)
+    assert error(done.solution, 1 / wide) < 1e-3
+
+
 def test_neumann_error_per_eigenvalue():
     mu = torch.tensor([0.01, 0.3, 1.0, 1.9])
     b = torch.ones(4)

@@ -35,6 +35,7 @@ from bilevel_lite.refuse import (
     require_batch,
     require_constant,
     require_finite,
+    require_function,
     require_problem,
     require_scalar,
     require_variable,
@@ -221,10 +222,10 @@ class Method(Resumable):
                 f"inner_optimizer: {type(self).__name__} is defined for plain gradient descent; "
                 "give inner_lr"
             )
-        for level in ("inner", "outer"):
-            for part in ("optimizer", "scheduler"):
-                _require_function(f"{level}_{part}", getattr(self, f"{level}_{part}"))
-        _require_function("projection", self.projection)
+        parts = [f"{level}_{p}" for level in ("inner", "outer") for p in ("optimizer", "scheduler")]
+        for name in (*parts, "projection"):
+            if (part := getattr(self, name)) is not None:
+                require_function(name, part, "that makes it" if name in parts else "lam -> lam")
         self.inner_optimizer = self._optimizer("inner", self.theta)
         self.outer_optimizer = self._optimizer("outer", self.lam)
         for level in ("inner", "outer"):
@@ -606,11 +607,6 @@ def _declare(cls: type) -> None:
         build(self, *args, **options)
 
     cls.__init__ = __init__
-
-
-def _require_function(name: str, value: Any) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a function")
 
 
 def _look(name: str, value: Tensor) -> None:
