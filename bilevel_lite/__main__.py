@@ -140,15 +140,8 @@ def _same(group: Any) -> None:
         )  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser; every setting of a task is an option with its default shown."""
-    script = Path(sys.argv[0]).stem == "bilevel-lite"
-    prog = "bilevel-lite" if script else "python -m bilevel_lite"
-    about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
-    top = argparse.ArgumentParser(prog=prog, description=about)
-    top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, parser_class=Command)
-
+def _add_hyperclean(commands: Any) -> None:
+    """Add ``hyperclean``: one run, or a comparison of methods."""
     run = commands.add_parser(
         "hyperclean",
         help="learn one weight per training example from a small clean set",
@@ -197,6 +190,9 @@ def parser() -> argparse.ArgumentParser:
         compared.add_argument(f"--{name}", type=kind, metavar=letter, help=meaning + usual)
     compared.add_argument("--storage", metavar="URL", help=STORAGE)
 
+
+def _add_study(commands: Any) -> None:
+    """Add ``study``."""
     study = commands.add_parser(
         "study",
         help="one study: a search for each variant, then some seeds",
@@ -241,6 +237,9 @@ def parser() -> argparse.ArgumentParser:
     )
     _same(same)
 
+
+def _add_tasks(commands: Any) -> None:
+    """Add ``run``, ``search`` and ``tasks``, which serve any task."""
     known = "; ".join(f"{name}: {first_line(task)}" for name, task in TASKS.items())
     for name, asks in (("run", "run a task"), ("search", "search for the settings of a task")):
         one = commands.add_parser(
@@ -292,6 +291,9 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("tasks", help="list the tasks, or the settings of one")
     listing.add_argument("task", nargs="?", help="its name, or MODULE:NAME for one of your own")
 
+
+def _add_bench(commands: Any) -> None:
+    """Add ``bench``."""
     speed = commands.add_parser(
         "bench",
         help="what each hypergradient costs, in multiples of one gradient, beside curvlinops",
@@ -323,6 +325,9 @@ def parser() -> argparse.ArgumentParser:
         help="make it the book's record, in the checkout's figures; all models of the record",
     )
 
+
+def _add_figures(commands: Any) -> None:
+    """Add ``figures``, ``collect`` and ``grade``."""
     figures = commands.add_parser(
         "figures",
         help="draw figures/*.svg from figures/data/*.json",
@@ -361,6 +366,18 @@ def parser() -> argparse.ArgumentParser:
     marks.add_argument(
         "--timeout", type=float, metavar="S", default=600.0, help="seconds for one notebook"
     )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser; every setting of a task is an option with its default shown."""
+    script = Path(sys.argv[0]).stem == "bilevel-lite"
+    prog = "bilevel-lite" if script else "python -m bilevel_lite"
+    about = "Tasks, among them hypercleaning and its studies; the benchmark; the figures."
+    top = argparse.ArgumentParser(prog=prog, description=about)
+    top.add_argument("--version", action="version", version=f"bilevel-lite {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Command)
+    for add in (_add_hyperclean, _add_study, _add_tasks, _add_bench, _add_figures):
+        add(commands)
     return top
 
 

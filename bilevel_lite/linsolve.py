@@ -16,7 +16,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from bilevel_lite.products import COST, dot
+from bilevel_lite.params import dot
+from bilevel_lite.products import COST
 from bilevel_lite.refuse import NotFinite, at_least, looked_at, require_number
 
 __all__ = [

@@ -107,8 +107,6 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
         (torch.Size([2, 3]), tensor([6., 7.]))
     """
     params = trainable(model)
-    if theta.requires_grad:
-        stand_in(model)
     sizes = [p.numel() for p in params.values()]
     if not isinstance(theta, Tensor):
         raise TypeError(
@@ -119,6 +117,8 @@ def unflatten(model: nn.Module, theta: Tensor) -> dict[str, Tensor]:
             f"theta: got shape {tuple(theta.shape)}, expected ({sum(sizes)},), "
             f"the trainable parameters of {type(model).__name__}"
         )
+    if theta.requires_grad:
+        stand_in(model)
     chunks = theta.split(sizes)
     return {
         name: chunk.view(p.shape) for (name, p), chunk in zip(params.items(), chunks, strict=True)
@@ -134,7 +134,7 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
     """Evaluate ``model(*inputs)`` with the parameters in ``theta``, shape (d,), or by name.
 
     Raises:
-        TypeError: as `unflatten`.
+        TypeError: as `unflatten`, or if the model is scripted or traced.
         ValueError: if theta does not fit the model, or the model is seen to compute from something
             else, too (see `bilevel_lite.purity`).
 
@@ -144,6 +144,11 @@ def predict(model: nn.Module, theta: Tensor | dict[str, Tensor], *inputs: Tensor
         tensor([[1.5000],
                 [2.5000]])
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: is a scripted or traced module, for whose parameters no theta can stand in; "
+            "give the module that it was made of"
+        )
     named = theta if isinstance(theta, dict) else unflatten(model, theta)
     note(model)
 

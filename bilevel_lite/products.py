@@ -38,7 +38,6 @@ __all__ = [
     "cross_from_slopes",
     "cross_vp",
     "dense",
-    "dot",
     "first_and_second",
     "gradient",
     "hessian",

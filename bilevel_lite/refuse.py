@@ -133,11 +133,14 @@ def require_variable(name: str, value: Tensor) -> None:
     """Refuse a lam or theta that cannot be differentiated.
 
     Raises:
-        TypeError: if ``value`` is not a floating-point tensor.
+        TypeError: if ``value`` is not a dense floating-point tensor.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        got = "a meta tensor" if value.is_meta else f"layout {value.layout}"
+        raise TypeError(f"{name}: got {got}, expected a dense tensor of numbers")
 
 
 def require_like(name: str, value: Any, like: Tensor) -> None:

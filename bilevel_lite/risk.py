@@ -84,7 +84,7 @@ class Term:
     risk: "WeightedRisk"
     batch: Any
     coefficient: float = 1.0
-    part: "Part | None" = None
+    part: "PartOfTheta | None" = None
 
     def read(self, theta: Tensor) -> Tensor:
         """What theta, or a direction, holds for ``risk.model``; differentiable."""
@@ -92,7 +92,7 @@ class Term:
 
 
 @dataclass
-class Part:
+class PartOfTheta:
     """Some of a module's parameters, as positions in its list and in its flat vector."""
 
     picks: list[int]
@@ -731,7 +731,7 @@ def _value(risk: WeightedRisk | SumOfRisks, lam: Tensor, theta: Tensor, batch: A
     return value + risk.l2 * theta.square().sum() if risk.l2 else value
 
 
-def _part(model: nn.Module, whole: nn.Module, term: int) -> Part:
+def _part(model: nn.Module, whole: nn.Module, term: int) -> PartOfTheta:
     """Where the parameters of a term's model stand among those of the sum's, by identity."""
     params = trainable(whole)
     place = {id(p): i for i, p in enumerate(params.values())}
@@ -742,7 +742,7 @@ def _part(model: nn.Module, whole: nn.Module, term: int) -> Part:
                 "not a copy, and freeze parameters before the sum is made"
             )
     picks = [place[id(p)] for p in trainable(model).values()]
-    return Part(picks, [p.numel() for p in params.values()])
+    return PartOfTheta(picks, [p.numel() for p in params.values()])
 
 
 # ------------------------------------------------------------------ what may be read

@@ -8,8 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from bilevel_lite.params import dot
 from bilevel_lite.problem import BilevelProblem
-from bilevel_lite.products import COST, dot, gradient, theta_gradient, update_graph, update_operator
+from bilevel_lite.products import COST, gradient, theta_gradient, update_graph, update_operator
 from bilevel_lite.refuse import (
     at_least,
     looked_at,

@@ -859,3 +859,10 @@ def test_a_named_tuple_keeps_its_names_and_a_bad_index_is_no_fault_of_lams():
         floats(torch.ones(4), theta, (*batch[:2], batch.index.double()))
     with pytest.raises(ValueError, match="lam: has 3 entries, too few"):
         floats(torch.ones(3), theta, tuple(batch))
+
+
+def test_a_scripted_module_is_refused():
+    net = torch.jit.trace(torch.nn.Linear(2, 3), torch.ones(1, 2))
+    risk, batch = bl.WeightedRisk(net), (torch.ones(2, 2), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="model: is a scripted or traced module, for whose param"):
+        risk.losses(torch.ones(9), batch)

@@ -13,7 +13,7 @@ from torch import nn
 
 import bilevel_lite as bl
 from bilevel_lite import curvature, products
-from bilevel_lite.risk import Part, is_structured, overridden
+from bilevel_lite.risk import PartOfTheta, is_structured, overridden
 
 L2 = 0.05
 
@@ -515,7 +515,7 @@ def test_a_sum_reads_each_part_of_theta_by_identity():
     assert error(torch.tensor(c.risk.l2), torch.tensor(L2)) < 1e-14
     with pytest.raises(ValueError, match=r"theta: got shape \(3,\), expected \(24,\)"):
         clean.read(torch.zeros(3))
-    assert Part([1], [2, 3])(torch.arange(5.0)).tolist() == [2, 3, 4]
+    assert PartOfTheta([1], [2, 3])(torch.arange(5.0)).tolist() == [2, 3, 4]
 
 
 def test_a_sum_of_one_risk_is_that_risk():

@@ -4,7 +4,7 @@ import torch
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import one_of, positive, whole
-from bilevel_lite.products import dot
+from bilevel_lite.params import dot
 
 __all__ = ["BOME"]
 

@@ -2,7 +2,7 @@
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import not_negative, whole
-from bilevel_lite.products import dot
+from bilevel_lite.params import dot
 
 __all__ = ["BSG1"]
 

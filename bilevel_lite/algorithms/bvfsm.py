@@ -6,7 +6,7 @@ import torch
 
 from bilevel_lite.algorithms.method import Method
 from bilevel_lite.options import not_negative, positive, whole
-from bilevel_lite.products import dot
+from bilevel_lite.params import dot
 from bilevel_lite.refuse import NotFinite
 
 __all__ = ["BVFSM"]

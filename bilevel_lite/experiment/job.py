@@ -123,37 +123,7 @@ def run_job(
 
 def _run_job(s, device, folder, task, stop, trial):
     method = task.method(s)
-    for role, batch in method.batches.items():
-        if callable(getattr(batch, "draw", None)) and not hasattr(batch, "state_dict"):
-            raise RunError(
-                f"{role}_batch: {type(batch).__name__} has no state_dict(), so a run that is "
-                "resumed would go on with other batches; give it one, or take "
-                "bilevel_lite.data.Batches"
-            )
-    state = {"baselines": {}, "best": None, "seconds": 0.0, "method": None}
-    places, here = [], place(device)
-    try:
-        state = {part: (folder.state or state)[part] for part in state}
-        if state["best"] is not None:
-            _judged(task, state["best"]["row"])
-        if state["method"] is not None:
-            method.load_state_dict(state["method"])
-            places = list(folder.state.get("places", []))  # checkpoints of before have neither
-            if "drawn" in folder.state:
-                restore_random_state(folder.state["drawn"], task.theta0)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{folder.path} was left by a version whose checkpoints this one cannot resume "
-            f"({type(error).__name__}: {error}); use another folder, or remove its "
-            "checkpoint.pt to start anew"
-        ) from error
-    if state["method"] is not None:
-        print(f"resuming {folder.path} after iteration {method.iteration}")
-        if places and places[-1] != here:
-            told = [f"{k}: {places[-1].get(k)} there, {v} here" for k, v in here.items()]
-            told = [one for one, k in zip(told, here, strict=True) if places[-1].get(k) != here[k]]
-            print(f"elsewhere ({'; '.join(told)}): the numbers may differ by rounding")
-    places = [*(one for one in places if one != here), here]
+    state, places = _resumed(folder, task, method, place(device))
     group = task.group
     clock = Clock(state["seconds"], device, waits=group is not None)
     if group is not None:
@@ -218,21 +188,8 @@ def _run_job(s, device, folder, task, stop, trial):
 
     for line in method.recorded.lines:  # on a GPU: what ran kernel by kernel, and why
         print(line)
-    best = state["best"]
-    chosen = best if "theta" in best else folder.read_tensors(_chosen(state), "lam", "theta")
-    lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
-    if not trial:
-        task.refresh(theta)
-    result = {
-        "kind": task.name,
-        "settings": declared.written(s),
-        "source": task.source,
-        "baselines": state["baselines"],
-        "best": best["row"],
-        **({} if trial else _plain("result", task.result(s, lam, theta))),
-        "history": folder.rows(),
-        "provenance": provenance(device, s.seed, clock.seconds, places[:-1]),
-    }
+    made = provenance(device, s.seed, clock.seconds, places[:-1])
+    result = _result(s, folder, task, state, trial) | {"history": folder.rows(), "provenance": made}
     if group is not None:
         result["processes"] = {
             "number": group.size,
@@ -240,6 +197,56 @@ def _run_job(s, device, folder, task, stop, trial):
         }
     folder.finish(result)
     return result
+
+
+def _resumed(folder: RunFolder, task: Task, method: Any, here: dict) -> tuple[dict, list[dict]]:
+    """Where the run stands, with the method and torch's generator there; and all its places."""
+    for role, batch in method.batches.items():
+        if callable(getattr(batch, "draw", None)) and not hasattr(batch, "state_dict"):
+            raise RunError(
+                f"{role}_batch: {type(batch).__name__} has no state_dict(), so a run that is "
+                "resumed would go on with other batches; give it one, or take "
+                "bilevel_lite.data.Batches"
+            )
+    state, there = {"baselines": {}, "best": None, "seconds": 0.0, "method": None}, folder.state
+    if there is None:
+        return state, [here]
+    try:
+        state = {part: there[part] for part in state}
+        if state["best"] is not None:
+            _judged(task, state["best"]["row"])
+        method.load_state_dict(state["method"])
+        places = list(there.get("places", []))  # checkpoints of before have neither
+        if "drawn" in there:
+            restore_random_state(there["drawn"], task.theta0)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder.path} was left by a version whose checkpoints this one cannot resume "
+            f"({type(error).__name__}: {error}); use another folder, or remove its "
+            "checkpoint.pt to start anew"
+        ) from error
+    print(f"resuming {folder.path} after iteration {method.iteration}")
+    if places and (last := places[-1]) != here:
+        told = [f"{k}: {last.get(k)} there, {v} here" for k, v in here.items() if last.get(k) != v]
+        print(f"elsewhere ({'; '.join(told)}): the numbers may differ by rounding")
+    return state, [*(one for one in places if one != here), here]
+
+
+def _result(s: Any, folder: RunFolder, task: Task, state: dict, trial: bool) -> dict:
+    """What came out, at the chosen iterate."""
+    best = state["best"]
+    chosen = best if "theta" in best else folder.read_tensors(_chosen(state), "lam", "theta")
+    lam, theta = chosen["lam"].to(task.lam0), chosen["theta"].to(task.theta0)
+    if not trial:
+        task.refresh(theta)
+    return {
+        "kind": task.name,
+        "settings": declared.written(s),
+        "source": task.source,
+        "baselines": state["baselines"],
+        "best": best["row"],
+        **({} if trial else _plain("result", task.result(s, lam, theta))),
+    }
 
 
 def _plain(what: str, value: Any) -> dict:
