@@ -81,13 +81,13 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12893),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12902),
     "methods": ([*METHODS.values()], 935),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1444),
     "meta-learning": ([PACKAGE / "meta.py"], 510),
     "long horizons": ([PACKAGE / f"{name}.py" for name in LONG], 757),
     "several processes": ([PACKAGE / f"{name}.py" for name in SEVERAL], 719),
-    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3794),
+    "experiment": ([*(PACKAGE / "experiment").glob("*.py")], 3802),
     "grading": ([*(PACKAGE / "grading").glob("*.py")], 764),
     "text": ([*(PACKAGE / "text").glob("*.py")], 1173),
     "tasks": ([*(PACKAGE / "tasks").glob("*.py")], 5556),

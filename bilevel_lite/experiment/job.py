@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bilevel_lite.algorithms.method import Method
 from bilevel_lite.experiment import settings as declared
 from bilevel_lite.experiment.folder import (
     Clock,
@@ -201,7 +202,7 @@ def _run_job(s, device, folder, task, stop, trial):
 
 def _resumed(folder: RunFolder, task: Task, method: Any, here: dict) -> tuple[dict, list[dict]]:
     """Where the run stands, with the method and torch's generator there; and all its places."""
-    for role, batch in method.batches.items():
+    for role, batch in (method.batches if isinstance(method, Method) else {}).items():
         if callable(getattr(batch, "draw", None)) and not hasattr(batch, "state_dict"):
             raise RunError(
                 f"{role}_batch: {type(batch).__name__} has no state_dict(), so a run that is "
