@@ -385,6 +385,13 @@ def test_chapter_12_on_the_study_of_semeval():
         ("validation", "noisy", (-0.139, 0.074), (-0.146, 0.095)),
         ("kfac-mc", "sama", (-0.003, 0.037), (-0.006, 0.031)),
         ("sama", "noisy", (0.031, 0.051), (0.019, 0.025)),
+        ("ggn-exact", "noisy", (0.0211, 0.0313), (0.0189, 0.0187)),
+        ("ggn-exact", "kfac-mc", (-0.006, 0.029), (0.005, 0.050)),
+        ("ggn-exact", "kfac-empirical", (-0.017, 0.0126), (0.015, 0.0215)),
+        ("ggn-exact", "balanced", (-0.008, 0.078), (0.0128, 0.0048)),
+        ("ggn-exact", "identity", (0.006, 0.082), (0.005, 0.084)),
+        ("ggn-exact", "sama", (-0.009, 0.032), (-0.001, 0.038)),
+        ("identity", "noisy", (0.016, 0.072), (0.014, 0.084)),
     ):
         for at, said in (("best", best), ("last", last)):
             found = difference(rows[one], rows[other], "test_accuracy", at)[1:]
@@ -392,6 +399,8 @@ def test_chapter_12_on_the_study_of_semeval():
     trials = [round(89 * trial["tuning_error"]) for trial in rows["kfac-empirical"]["trials"]]
     assert sorted(trials).count(min(trials)) == 3
     assert len({trial["tuning_error"] for trial in rows["sama"]["trials"]}) == 1
+    trials = [round(89 * trial["tuning_error"]) for trial in rows["ggn-exact"]["trials"]]
+    assert sorted(trials) == [18, 18, 18, 19]
     assert max(less("identity", "auc")[0]) < 0
     areas = [sum(r["best"]["auc"] for r in rows[k]["runs"]) / 3 for k in ("identity", "kfac-mc")]
     assert areas == pytest.approx((0.736, 0.596), abs=6e-4)
