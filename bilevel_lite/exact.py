@@ -239,12 +239,12 @@ def _instance_norm(
     return _per_channel(_normalised(input, list(range(2, input.dim())), eps), weight, bias)
 
 
-def _power(function, base, exponent, **kwargs):
+def _power(function, input, exponent, **kwargs):
     """base ** exponent; as exp(exponent log base) where a learned exponent is 0."""
-    out = function(base, exponent, **kwargs)
+    out = function(input, exponent, **kwargs)
     if kwargs or not getattr(exponent, "requires_grad", False) or out.is_complex():
         return out
-    base = torch.as_tensor(base, device=out.device).to(out.dtype)
+    base = torch.as_tensor(input, device=out.device).to(out.dtype)
     at = (exponent == 0) & (base > 0)
     return torch.where(at, (exponent * torch.where(at, base, 1).log()).exp().to(out), out)
 
@@ -269,9 +269,9 @@ class _Abs(torch.autograd.Function):
         return g * ctx.sign
 
 
-def _absolute(function, x, **kwargs):
-    plain = kwargs or not x.requires_grad or not torch.is_grad_enabled() or x.is_complex()
-    return function(x, **kwargs) if plain else _Abs.apply(x)
+def _absolute(function, input, **kwargs):
+    followed = input.requires_grad and torch.is_grad_enabled() and not input.is_complex()
+    return _Abs.apply(input) if followed and not kwargs else function(input, **kwargs)
 
 
 def _l1_loss(function, input, target, *args, reduction="mean", **kwargs):

@@ -931,6 +931,7 @@ def across_points(loss, lam, theta):
 @pytest.mark.parametrize(
     "power",
     [torch.pow, Tensor.pow, torch.float_power, lambda a, b: a**b,
+     lambda a, b: torch.pow(input=a, exponent=b), lambda a, b: a.pow(exponent=b),
      lambda a, b: torch.cat([a[:, :1] ** b[0], a[:, 1:] ** b[1:]], 1)],
 )  # fmt: skip
 def test_a_learned_exponent_of_exactly_zero(power):
@@ -949,7 +950,7 @@ def test_a_learned_exponent_of_exactly_zero(power):
     "square",
     [
         lambda d: torch.abs(d) ** 2, lambda d: d.abs().square(), lambda d: d.abs() * d.abs(),
-        lambda d: d.absolute() ** 2, lambda d: abs(d).pow(2.0),
+        lambda d: d.absolute() ** 2, lambda d: abs(d).pow(2.0), lambda d: torch.abs(input=d) ** 2,
         lambda d: F.l1_loss(d, torch.zeros_like(d), reduction="none") ** 2,
     ],
 )  # fmt: skip
