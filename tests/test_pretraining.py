@@ -653,6 +653,28 @@ def test_scrambled_texts_keep_their_lengths_and_no_order():
         assert torch.equal(one[1], two[1])
 
 
+def test_what_chapter_14_says_of_chemprot():
+    rows, kfac = fresh("pretraining_chemprot"), "kfac-empirical-on-train"
+    table = ("none", "fixed", "sama-on-train", kfac)
+    assert all([run["seed"] for run in rows[name]["runs"]] == [1, 2] for name in table)
+    means = [50 * sum(run["best"]["test_f1"] for run in rows[name]["runs"]) for name in table]
+    assert means == pytest.approx([62.2, 62.6, 62.3, 62.7], abs=0.06)
+    for one, other, best, last in (
+        ("fixed", "none", (1.4, -0.7), (0.3, -0.9)), (kfac, "fixed", (0.2, 0.1), (0.2, 0.6)),
+        (kfac, "sama-on-train", (0.3, 0.6), (0.3, 0.35)),
+    ):  # fmt: skip
+        for at, said in (("best", best), ("last", last)):
+            found = difference(rows[one], rows[other], "test_f1", at)[0]
+            assert [100 * value for value in found] == pytest.approx(said, abs=0.06)
+    _, middle, half = difference(rows[kfac], rows["sama-on-train"], "test_f1", "last")
+    assert (100 * middle, 100 * half) == pytest.approx((0.34, 0.2), abs=0.03)
+    falls = [
+        100 * (rows[name]["runs"][0][at]["test_f1"] - rows[name]["runs"][1][at]["test_f1"])
+        for name in table for at in ("best", "last")
+    ]  # fmt: skip
+    assert 1.6 < min(falls) < max(falls) < 4.4
+
+
 def test_what_chapter_14_says_of_scierc():
     rows = fresh("pretraining_sciie")
     assert len(rows) == 11 and all(
