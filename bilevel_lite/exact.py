@@ -9,8 +9,8 @@ second order  weight norm (its norms are taken for constants); cross-entropy of 
 third order   layer_norm, batch_norm and instance_norm with their own statistics
 at one point  second order again: x^q where q is learned and exactly 0; |x| at exactly 0 within a
               smooth function, |x|^2, say (mended for real x; a complex one is to be written by its
-              real and imaginary parts; kinks that cancel, as max(x, 0) and |x| do in a logistic
-              loss by hand, cannot be told from kinks that do not)
+              real and imaginary parts, a 1-norm of one entry as |x|; kinks that cancel, as
+              max(x, 0) and |x| do in a logistic loss by hand, cannot be told from others)
 
 A loss that itself holds a derivative (forces, gradient penalties) raises each order by one or two.
 """
@@ -281,6 +281,10 @@ def _l1_loss(function, input, target, *args, reduction="mean", **kwargs):
     return _absolute(torch.abs, input - target)
 
 
+def _in_place(form, function):
+    return lambda _, input, *args, **kw: input.copy_(form(function, input.clone(), *args, **kw))
+
+
 def _low_batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
     return _batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
@@ -301,6 +305,8 @@ _AT_ONE_POINT = {
     **dict.fromkeys((torch.abs, torch.absolute, Tensor.abs, Tensor.absolute), _absolute),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
     **dict.fromkeys((torch.float_power, Tensor.float_power), _power),
+    **dict.fromkeys((Tensor.abs_, Tensor.absolute_), _in_place(_absolute, torch.abs)),
+    **dict.fromkeys((Tensor.pow_, Tensor.__ipow__), _in_place(_power, torch.pow)),
     F.l1_loss: _l1_loss,
 }
 _NORMALISE = {

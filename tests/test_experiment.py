@@ -37,6 +37,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+def unfinished(whole, copy):
+    """A copy of a run as it was before its result was written."""
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    return copy
+
+
 def timeless(row):
     return {key: value for key, value in row.items() if key != "seconds"}
 
@@ -89,9 +96,7 @@ def test_a_checkpoint_holds_theta_and_momentum_once_each(whole, tmp_path):
 
 
 def test_a_lost_file_of_the_chosen_iterate_is_told(whole, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
-    (copy / "result.json").unlink()
+    copy = unfinished(whole, tmp_path / "copy")
     best = next(copy.glob("best-*.pt"))
     for damage in (lambda: best.write_bytes(b"nonsense"), lambda: torch.save({}, best)):
         damage()
@@ -374,9 +379,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
 
 @pytest.mark.parametrize("there", [[1], torch.ones(2), "x", {}, {"log_bytes": 0}])
 def test_a_file_that_is_no_checkpoint_is_told(whole, tmp_path, there, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
-    (copy / "result.json").unlink()
+    copy = unfinished(whole, tmp_path / "copy")
     torch.save(there, copy / "checkpoint.pt")
     assert main([*SMALL, "--out", str(copy)]) == 1
     error = capsys.readouterr().err
@@ -430,9 +433,7 @@ def test_what_a_checkpoint_cannot_give_back_is_not_written(tmp_path, odd, told):
 
 
 def test_a_file_that_cannot_be_read_now_is_not_called_damaged(whole, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
-    (copy / "result.json").unlink()
+    copy = unfinished(whole, tmp_path / "copy")
 
     def fails(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
@@ -464,9 +465,7 @@ def test_a_result_stands_without_its_checkpoint(whole, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_a_checkpoint_with_something_else_in_it_is_told(whole, tmp_path, place, value, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
-    (copy / "result.json").unlink()
+    copy = unfinished(whole, tmp_path / "copy")
     state = inner = torch.load(copy / "checkpoint.pt")
     for key in place[:-1]:
         inner = inner[key]
@@ -478,9 +477,7 @@ def test_a_checkpoint_with_something_else_in_it_is_told(whole, tmp_path, place, 
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(whole, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(whole, copy)
-    (copy / "result.json").unlink()
+    copy = unfinished(whole, tmp_path / "copy")
     state = torch.load(copy / "checkpoint.pt")
     there = {**state["places"][-1], "device": "CPU (abacus, 1 threads)"}
     torch.save({**state, "places": [there]}, copy / "checkpoint.pt")
@@ -491,7 +488,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(whole, tmp_path, capsys):
     assert numbers(copy) == numbers(whole)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="folders are not opened there")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing tells which file is synced")
 def test_what_is_written_is_on_the_disk_in_the_order_that_it_is_needed(tmp_path, monkeypatch):
     synced, real = [], os.fsync
 
@@ -499,8 +496,6 @@ def test_what_is_written_is_on_the_disk_in_the_order_that_it_is_needed(tmp_path,
         synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
         real(number)
 
-    if not Path("/proc/self/fd").exists():
-        pytest.skip("nothing tells which file is meant")
     monkeypatch.setattr(os, "fsync", fsync)
     with RunFolder(tmp_path / "run", {}) as folder:
         folder.log({"a": 1})

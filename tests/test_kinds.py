@@ -14,6 +14,7 @@ that changes sides fails, and so does a line of `REFUSED` that is true of no cel
 
 import contextlib
 import copy
+import operator
 import sys
 import traceback
 import warnings
@@ -932,6 +933,7 @@ def across_points(loss, lam, theta):
     "power",
     [torch.pow, Tensor.pow, torch.float_power, lambda a, b: a**b,
      lambda a, b: torch.pow(input=a, exponent=b), lambda a, b: a.pow(exponent=b),
+     lambda a, b: (1 * a).pow_(b), lambda a, b: operator.ipow(1 * a, b),
      lambda a, b: torch.cat([a[:, :1] ** b[0], a[:, 1:] ** b[1:]], 1)],
 )  # fmt: skip
 def test_a_learned_exponent_of_exactly_zero(power):
@@ -951,6 +953,7 @@ def test_a_learned_exponent_of_exactly_zero(power):
     [
         lambda d: torch.abs(d) ** 2, lambda d: d.abs().square(), lambda d: d.abs() * d.abs(),
         lambda d: d.absolute() ** 2, lambda d: abs(d).pow(2.0), lambda d: torch.abs(input=d) ** 2,
+        lambda d: (1 * d).abs_() ** 2, lambda d: (1 * d).absolute_().square(),
         lambda d: F.l1_loss(d, torch.zeros_like(d), reduction="none") ** 2,
     ],
 )  # fmt: skip

@@ -396,6 +396,8 @@ def test_chapter_12_on_the_study_of_semeval():
         for at, said in (("best", best), ("last", last)):
             found = difference(rows[one], rows[other], "test_accuracy", at)[1:]
             assert found == pytest.approx(said, abs=6e-4), (one, other, at)
+    _, gain, half = difference(rows["ggn-exact"], rows["noisy"], "test_accuracy", "last")
+    assert gain - half == pytest.approx(0.0002, abs=5e-5)  # decided by that much
     trials = [round(89 * trial["tuning_error"]) for trial in rows["kfac-empirical"]["trials"]]
     assert sorted(trials).count(min(trials)) == 3
     assert len({trial["tuning_error"] for trial in rows["sama"]["trials"]}) == 1
