@@ -977,28 +977,64 @@ def test_the_square_of_an_absolute_value_at_zero(square):
 
 
 def test_the_square_of_an_absolute_value_within_a_loss_that_holds_a_derivative():
-    x, e = torch.zeros(N, 4), torch.linspace(0.5, 1.5, 12)
+    """x is at right angles to w, so that z = 0, and its slope in x still moves with w."""
+    x, theta = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([0.7, -0.7])
 
     def penalty(square):
         def loss(lam, theta, _):
             at = x.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(
-                square(at @ theta.view(4, 3)).sum(), at, create_graph=True
-            )
-            return ((slope + 1) * (at + 1)).square().sum() + theta.square().sum() + lam
+            (slope,) = torch.autograd.grad(square(at @ theta).sum(), at, create_graph=True)
+            return lam * ((slope + 1) ** 3 @ torch.tensor([1.0, 2.0])).sum()
 
         return loss
 
-    at = torch.ones(()), torch.randn(12), None
-    one, other = penalty(torch.square), penalty(lambda z: z.abs() ** 2)
-    assert error(theta_gradient(other, *at)[1] @ e, theta_gradient(one, *at)[1] @ e) < TOLERANCE
+    at = torch.ones(()), theta, None
+    squares = torch.square, lambda z: z.abs() ** 2
+    one, other = (theta_gradient(penalty(square), *at)[1] for square in squares)
+    assert float(one.norm()) > 1 and error(other, one) < TOLERANCE
 
 
 def test_the_gradient_of_an_absolute_value_is_torchs():
+    """Zero at zero, also on the way to the second derivatives."""
     at = torch.ones(()), torch.tensor([0.0, -2.0, 0.5]), None
     loss = lambda lam, theta, _: lam * theta.abs().sum() + theta.relu().abs().sum()  # noqa: E731
     assert theta_gradient(loss, *at)[1].tolist() == [0.0, -1.0, 2.0]
     assert hvp(loss, *at, torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
+    product = lambda lam, theta, _: lam * theta[0].abs() * theta[1]  # noqa: E731
+    assert hvp(product, *at, torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
+    assert float(cross_vp(product, *at, torch.ones(3))) == 0.0
+
+
+class BackwardsOnly(nn.Linear):
+    """Its forward-mode derivative fails in the words of an x that does not fit."""
+
+    def forward(self, x):
+        if fwad._current_level >= 0:
+            raise RuntimeError("The size of tensor a (1) must match the size of tensor b (2)")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "make", [KINDS["weight norm, old, one length"].make, lambda: BackwardsOnly(5, 3)]
+)
+def test_where_forward_mode_fails_on_a_models_shapes_the_batch_is_not_to_blame(make):
+    torch.manual_seed(0)
+    model = make()
+    risk = bl.WeightedRisk(model, weight=lambda lam, b: lam[b[2]].sigmoid(), l2=0.1)
+    theta, lam = bl.flatten(model), torch.randn(N)
+    batch = (torch.randn(N, 5), torch.randint(3, (N,)), torch.arange(N))
+    h, info = bl.hypergradient(
+        bl.BilevelProblem(risk, bl.WeightedRisk(model)), lam, theta, batch, batch, bl.KFAC(1.0),
+        return_info=True,
+    )  # fmt: skip
+    assert info.solve.cross.startswith("double backward (no forward mode")
+
+    def by_hand(lam, theta, batch):
+        x, y, _ = batch
+        each = losses_of(outputs_of(model, theta, x), y, "cross_entropy")
+        return (lam.sigmoid() * each).mean()
+
+    assert error(-h, Truth(by_hand, lam, theta, batch, True).jv(info.v)) < TOLERANCE
 
 
 def unnamed(how):
