@@ -1242,7 +1242,7 @@ def test_any_torch_optimiser_and_schedule_moves_either_level(name):
     def optimizer(p):
         return getattr(torch.optim, name)(p, lr=0.05, **({} if name == "Rprop" else plain))
 
-    plain = {"weight_decay": 0.0}
+    plain = {"weight_decay": 0.0, **({"lambd": 0.0} if name == "ASGD" else {})}
     method = make(bl.AID, bl.Direct(), 2, inner_optimizer=optimizer, outer_optimizer=optimizer,
                   inner_scheduler=halve, outer_scheduler=cosine,
                   projection=lambda lam: lam.clamp(-0.39, 0.29))  # fmt: skip
@@ -1281,6 +1281,7 @@ def test_an_inner_optimiser_with_a_penalty_of_its_own_is_refused(kind):
     for wrong, told in (
         (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.5), "has weight_decay=0.5, a penalty"),
         (lambda p: torch.optim.AdamW(p, 0.1), "has weight_decay=0.01, a penalty that g has not"),
+        (lambda p: torch.optim.ASGD(p, 0.1), "has lambd=0.0001, a penalty that g has not"),
         (lambda p: torch.optim.SGD(p, 0.1, maximize=True), "has maximize=True, but theta min"),
     ):
         with pytest.raises(ValueError, match=f"inner_optimizer: {told}"):

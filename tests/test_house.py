@@ -81,7 +81,7 @@ CORE = [path for path in PACKAGE.glob("*.py") if path.stem not in NOT_CORE]
 METHODS = {path.stem: path for path in (PACKAGE / "algorithms").glob("*.py")}
 METHODS = {name: path for name, path in METHODS.items() if name not in NOT_METHODS}
 PARTS = {
-    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12908),
+    "core and algorithms": ([*CORE, *(PACKAGE / "algorithms").glob("*.py")], 12909),
     "methods": ([*METHODS.values()], 935),
     "data": ([*(PACKAGE / "data").glob("*.py")], 1444),
     "meta-learning": ([PACKAGE / "meta.py"], 510),

@@ -265,12 +265,13 @@ class Method(Resumable):
                 "bilevel method cannot give it; take another torch.optim.Optimizer"
             )
         for group in optimizer.param_groups if level == "inner" and not self.knows_decay else ():
-            if group.get("weight_decay"):
-                raise ValueError(
-                    f"inner_optimizer: has weight_decay={group['weight_decay']}, a penalty that g "
-                    "has not, so theta would solve another problem than the one that H and J are "
-                    "of; give weight_decay=0 and put the penalty into g, WeightedRisk(l2=...)"
-                )
+            for name in ("weight_decay", "lambd"):  # ASGD calls it so
+                if group.get(name):
+                    raise ValueError(
+                        f"inner_optimizer: has {name}={group[name]}, a penalty that g has not, so "
+                        "theta would solve another problem than the one that H and J are of; give "
+                        f"{name}=0 and put the penalty into g, WeightedRisk(l2=...)"
+                    )
             if group.get("maximize"):
                 raise ValueError("inner_optimizer: has maximize=True, but theta minimises g")
         held = [p for group in optimizer.param_groups for p in group["params"]]
